@@ -1,0 +1,177 @@
+#include "kvc.h"
+
+#include "engine.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+using namespace kvc;
+
+namespace {
+
+template <typename F>
+int32_t guarded(F fn) {
+    try {
+        last_error().clear();
+        return fn();
+    } catch (const std::exception & e) {
+        last_error() = e.what();
+        return -1;
+    }
+}
+
+engine & need_engine(llama_context * ctx) {
+    auto * e = engine::of(ctx);
+    if (!e) {
+        throw std::invalid_argument("this context has no eviction policy: it is full, or its memory is none that evicts");
+    }
+    return *e;
+}
+
+llama_kv_cache & need_cache(llama_context * ctx, llama_seq_id seq_id) {
+    auto * kv = cache_of(ctx);
+    if (!kv) {
+        throw std::invalid_argument("this context has no KV cache with one cell per token");
+    }
+    if (seq_id < 0 || (uint32_t) seq_id >= kv->get_n_seq_max()) {
+        throw std::invalid_argument("sequence " + std::to_string(seq_id) + ": this context has 0 to " + std::to_string(kv->get_n_seq_max() - 1));
+    }
+    return *kv;
+}
+
+size_t row_bytes(const llama_kv_cache & kv, const llama_hparams & hp) {
+    size_t res = 0;
+    for (const uint32_t il : kv.get_layer_ids()) {
+        res += ggml_row_size(kv.type_k(), hp.n_embd_k_gqa(il)) + ggml_row_size(kv.type_v(), hp.n_embd_v_gqa(il));
+    }
+    return res;
+}
+
+size_t n_used(const llama_kv_cache & kv) {
+    size_t res = 0;
+    for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
+        res += kv.get_cells((llama_seq_id) s).get_used();
+    }
+    return res;
+}
+
+} // namespace
+
+int32_t kvc_version(void) {
+    return KVC_API_VERSION;
+}
+
+const char * kvc_last_error(void) {
+    return last_error().c_str();
+}
+
+int32_t kvc_next_context(const char * policy, const char * budget, const char * decode_budget, bool guess_prompt_end) {
+    return guarded([&]() {
+        next_context(policy ? make_config(policy, budget ? budget : "", decode_budget ? decode_budget : "", guess_prompt_end) : nullptr);
+        return 0;
+    });
+}
+
+int32_t kvc_set_spans(llama_context * ctx, llama_seq_id seq_id, const kvc_span * spans, size_t n_spans) {
+    return guarded([&]() {
+        std::vector<span> v;
+        for (size_t i = 0; i < n_spans; ++i) {
+            v.push_back({ spans[i].begin, spans[i].end });
+        }
+        need_engine(ctx).set_spans(seq_id, std::move(v));
+        return 0;
+    });
+}
+
+int32_t kvc_evict(llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&]() { return need_engine(ctx).evict(ctx, seq_id) ? 1 : 0; });
+}
+
+int32_t kvc_end_prompt(llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&]() { need_engine(ctx).end_prompt(seq_id); return 0; });
+}
+
+llama_pos kvc_floor(llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&]() {
+        need_cache(ctx, seq_id);
+        auto * e = engine::of(ctx);
+        return e ? e->floor(seq_id) : 0;
+    });
+}
+
+int32_t kvc_kept(llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t * out) {
+    return guarded([&]() {
+        auto & kv = need_cache(ctx, seq_id);
+        const auto layers = kv.get_layer_ids();
+        if (il < 0 || (size_t) il >= layers.size()) {
+            throw std::invalid_argument("layer " + std::to_string(il) + ": this cache has 0 to " + std::to_string(layers.size() - 1));
+        }
+        const int32_t n_hkv = ctx->get_model().hparams.n_head_kv(layers[il]);
+        std::vector<int32_t> pos;
+        if (auto * e = engine::of(ctx)) {
+            pos = e->kept(seq_id, il);
+        } else {
+            const auto & cells = kv.get_cells(seq_id);
+            for (uint32_t c = 0; c < cells.used_max_p1(); ++c) {
+                if (!cells.is_empty(c) && cells.seq_has(c, seq_id)) {
+                    pos.push_back(cells.pos_get(c));
+                }
+            }
+            std::sort(pos.begin(), pos.end());
+            const std::vector<int32_t> head = pos;
+            for (int32_t h = 1; h < n_hkv; ++h) {
+                pos.insert(pos.end(), head.begin(), head.end());
+            }
+        }
+        if (out) {
+            std::copy(pos.begin(), pos.end(), out);
+        }
+        return (int32_t) pos.size()/n_hkv;
+    });
+}
+
+int32_t kvc_get_usage(llama_context * ctx, kvc_usage * out) {
+    return guarded([&]() {
+        auto & kv = need_cache(ctx, 0);
+        const auto & hp = ctx->get_model().hparams;
+        const auto layers = kv.get_layer_ids();
+        *out = {};
+        out->n_cells = (int32_t) kv.get_size();
+        out->n_layer = (int32_t) layers.size();
+        out->n_head_kv = (int32_t) hp.n_head_kv(layers.at(0));
+        for (const uint32_t il : layers) {
+            out->n_head_kv = (int32_t) hp.n_head_kv(il) == out->n_head_kv ? out->n_head_kv : 0;
+        }
+        for (const auto & it : ctx->get_memory()->memory_breakdown()) {
+            out->bytes_allocated += it.second;
+        }
+        if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(ctx->get_memory())) { // the window layers: the same with or without us
+            out->bytes_used = out->bytes_full = n_used(*iswa->get_swa())*row_bytes(*iswa->get_swa(), hp);
+        }
+        auto * e = engine::of(ctx);
+        if (!e) {
+            const size_t n = n_used(kv)*row_bytes(kv, hp);
+            out->bytes_used += n;
+            out->bytes_full += n;
+            return 0;
+        }
+        for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
+            for (int32_t l = 0; l < out->n_layer; ++l) {
+                out->bytes_used += e->n_slots(s, l)*e->row_bytes(l);
+            }
+            out->bytes_full += (kv.get_cells((llama_seq_id) s).seq_pos_max((llama_seq_id) s) + 1)*row_bytes(kv, hp);
+        }
+        out->bytes_allocated += e->window_bytes();
+        out->n_evictions = e->st.n_evictions;
+        out->n_evicted   = e->st.n_evicted;
+        out->score_ms    = e->st.score_ms;
+        out->plan_ms     = e->st.plan_ms;
+        out->compact_ms  = e->st.compact_ms;
+        return 0;
+    });
+}

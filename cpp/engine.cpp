@@ -1,0 +1,544 @@
+#include "engine.h"
+
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+#include <utility>
+
+namespace kvc {
+
+// A batch of more tokens than this is a prompt to a caller that does not say so; fewer may be a speculative draft.
+static const uint32_t N_DRAFT_MAX = 32;
+
+std::string & last_error() {
+    static thread_local std::string text;
+    return text;
+}
+
+//
+// configuration
+//
+
+static thread_local std::shared_ptr<const config> next_cfg;
+static thread_local bool next_set = false;
+
+void next_context(std::shared_ptr<const config> cfg) {
+    next_cfg = std::move(cfg);
+    next_set = true;
+}
+
+void no_policy_for_next_context() {
+    next_context(nullptr);
+}
+
+std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, const std::string & name, decode_mode decode,
+        const std::string & kv_budget, const std::string & kv_decode_budget) {
+    auto cfg = std::make_shared<config>();
+    cfg->pol           = std::move(pol);
+    cfg->spec          = name;
+    cfg->decode        = decode;
+    cfg->need          = cfg->pol->need();
+    cfg->prompt_budget = parse_budget(kv_budget, "kv_budget");
+    cfg->decode_budget = parse_budget(kv_decode_budget, "kv_decode_budget");
+    cfg->guess         = false;
+    if (cfg->decode_budget.kind != budget::none && decode == decode_mode::none) {
+        std::string names;
+        for (const auto & info : policy_table()) {
+            if (info.decode != decode_mode::none) {
+                names += (names.empty() ? "" : ", ") + std::string(info.name);
+            }
+        }
+        throw std::invalid_argument("kv_decode_budget: " + name + " does not evict generated tokens; these do: " + names);
+    }
+    if (cfg->prompt_budget.kind == budget::tokens && cfg->prompt_budget.value < cfg->pol->min_budget()) {
+        throw std::invalid_argument("kv_budget " + cfg->prompt_budget.str() + " is below what " + name +
+                " always keeps (sinks, window, one more): at least " + std::to_string(cfg->pol->min_budget()) + " tokens");
+    }
+    return cfg;
+}
+
+std::shared_ptr<const config> make_config(const std::string & text, const std::string & kv_budget, const std::string & kv_decode_budget, bool guess) {
+    const spec sp = parse_spec(text);
+    const std::string name = sp.info->name;
+    if (name == "full") {
+        if (!kv_budget.empty() || !kv_decode_budget.empty()) {
+            throw std::invalid_argument("kv_budget: the policy is full, which keeps everything; name one that evicts");
+        }
+        return nullptr;
+    }
+    auto cfg = std::const_pointer_cast<config>(make_config(std::shared_ptr<const policy>(sp.info->make(sp.p)), name,
+            sp.info->decode, kv_budget, kv_decode_budget));
+    cfg->spec          = sp.canonical();
+    cfg->layers_differ = sp.info->layers_differ;
+    cfg->interval      = sp.p.values.count("interval") ? sp.p.i("interval") : cfg->interval;
+    cfg->guess         = guess;
+    return cfg;
+}
+
+std::shared_ptr<const config> engine::configure(const llama_context_params & params, llama_cparams & cparams) {
+    std::shared_ptr<const config> cfg;
+    if (next_set) {
+        cfg = std::move(next_cfg);
+        next_cfg = nullptr;
+        next_set = false;
+    } else if (const char * name = getenv("LLAMA_ARG_KV_POLICY")) {
+        const char * b = getenv("LLAMA_ARG_KV_BUDGET");
+        const char * d = getenv("LLAMA_ARG_KV_DECODE_BUDGET");
+        cfg = make_config(name, b ? b : "", d ? d : "", true);
+    }
+    if (cfg && cfg->need.sums) {
+        if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED) {
+            throw std::invalid_argument(cfg->spec + " sums the attention of every query, which flash attention never forms: "
+                    "use flash_attn off or auto (and a V cache that is not quantized)");
+        }
+        cparams.flash_attn = false;
+        cparams.auto_fa    = false;
+    }
+    return cfg;
+}
+
+llama_kv_cache * cache_of(llama_context * lctx) {
+    auto * mem = lctx->get_memory();
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+        return iswa->get_base();
+    }
+    return dynamic_cast<llama_kv_cache *>(mem);
+}
+
+engine * engine::of(llama_context * lctx) {
+    auto * kv = cache_of(lctx);
+    return kv ? kv->kvc.get() : nullptr;
+}
+
+static void refuse_unsupported(const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem, const llama_kv_cache * kv) {
+    const auto & hp = model.hparams;
+    std::string why;
+    if (!mem)                                             { why = "it has no KV cache"; }
+    else if (hp.is_mla())                                 { why = "its latent (MLA) cache has no rows per head"; }
+    else if (!kv)                                         { why = "its memory is recurrent, hybrid or sparse"; }
+    else if (hp.n_pos_per_embd() > 1)                     { why = "M-RoPE positions have more than one component"; }
+    else if (kv->has_cell_ext())                          { why = "it looks up earlier tokens in the cache"; }
+    else if (hp.use_alibi)                                { why = "ALiBi needs the distance to every cell"; }
+    else if (hp.n_layer_kv_from_start >= 0)               { why = "its layers share caches"; }
+    else if (model.arch == LLM_ARCH_GROK)                 { why = "its attention scores are transformed in a way not tested"; }
+    else if (!cparams.causal_attn || cparams.embeddings)  { why = "an embedding context evaluates all its tokens at once"; }
+    if (!why.empty()) {
+        throw std::invalid_argument("this model (" + model.arch_name() + ") cannot evict: " + why);
+    }
+    if (cparams.kv_unified && cparams.n_seq_max > 1) {
+        throw std::invalid_argument("a unified cache of several sequences cannot evict: use one stream per sequence (kv_unified off)");
+    }
+}
+
+void engine::attach(std::shared_ptr<const config> cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem) {
+    if (!cfg) {
+        return;
+    }
+    auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem);
+    auto * kv   = iswa ? iswa->get_base() : dynamic_cast<llama_kv_cache *>(mem);
+    refuse_unsupported(model, cparams, mem, kv);
+    kv->kvc.reset(new engine(std::move(cfg), model, cparams, *kv));
+}
+
+engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, const llama_cparams & cparams, llama_kv_cache & kv) :
+    cfg(std::move(cfg_)), model(model), kv(kv) {
+    if (kv.layers.empty()) {
+        throw std::invalid_argument("this model has no layer with full attention, and sliding-window layers do not evict");
+    }
+    n_hkv = model.hparams.n_head_kv(kv.layers[0].il);
+    for (const auto & layer : kv.layers) {
+        if ((int32_t) model.hparams.n_head_kv(layer.il) != n_hkv) {
+            throw std::invalid_argument("this model cannot evict: its layers have different numbers of KV heads");
+        }
+    }
+    if (kv.n_stream > 1 && cfg->layers_differ) {
+        throw std::invalid_argument(cfg->spec + " gives layers different budgets, which several sequences in one context "
+                "do not support yet: use n_seq_max 1");
+    }
+    streams.resize(kv.n_stream);
+    for (auto & q : streams) {
+        reset(q);
+    }
+    attn.resize(kv.layers.size());
+    alloc_signals(cparams);
+}
+
+//
+// bookkeeping
+//
+
+void engine::reset(stream & q) const {
+    q = stream();
+    q.n_kept.assign(kv.layers.size(), 0);
+    q.kept.resize(kv.layers.size());
+    q.win_pos.assign(cfg->need.window, -1);
+}
+
+int32_t engine::n_layer() const {
+    return (int32_t) kv.layers.size();
+}
+
+int32_t engine::n_cells(uint32_t s) const {
+    return (int32_t) kv.v_cells[s].used_max_p1();
+}
+
+int32_t engine::n_slots(uint32_t s, int32_t ikv) const {
+    return n_cells(s) - streams[s].n_base + streams[s].n_kept[ikv];
+}
+
+uint32_t engine::cell_begin(int32_t ikv) const {
+    // several streams are read through one view, so their layers all begin at 0 (checked in run())
+    return kv.n_stream > 1 ? 0 : streams[0].n_base - streams[0].n_kept[ikv];
+}
+
+// I32 [n_head_kv, n_slots]
+std::vector<int32_t> engine::slot_pos(uint32_t s, int32_t ikv) const {
+    const auto & q = streams[s];
+    const auto & cells = kv.v_cells[s];
+    const int32_t n_kept = q.n_kept[ikv];
+    const int32_t n = n_slots(s, ikv);
+    std::vector<int32_t> res((size_t) n_hkv*n);
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        std::copy_n(q.kept[ikv].begin() + (size_t) h*n_kept, n_kept, res.begin() + (size_t) h*n);
+        for (int32_t j = n_kept; j < n; ++j) {
+            res[(size_t) h*n + j] = cells.pos_get(q.n_base + j - n_kept);
+        }
+    }
+    return res;
+}
+
+std::vector<int32_t> engine::kept(llama_seq_id seq_id, int32_t ikv) const {
+    return slot_pos(stream_of(seq_id), ikv);
+}
+
+llama_pos engine::floor(llama_seq_id seq_id) const {
+    return streams[stream_of(seq_id)].floor;
+}
+
+uint32_t engine::stream_of(llama_seq_id seq_id) const {
+    if (seq_id < 0 || (uint32_t) seq_id >= kv.n_seq_max) {
+        throw std::invalid_argument("sequence " + std::to_string(seq_id) + ": this context has 0 to " + std::to_string(kv.n_seq_max - 1));
+    }
+    return kv.seq_to_stream[seq_id];
+}
+
+size_t engine::row_bytes(int32_t ikv) const {
+    const auto & layer = kv.layers[ikv];
+    return ggml_row_size(layer.k->type, model.hparams.n_embd_k_gqa(layer.il)) +
+           ggml_row_size(layer.v->type, model.hparams.n_embd_v_gqa(layer.il));
+}
+
+size_t engine::window_bytes() const {
+    size_t res = 0;
+    for (const auto & it : ctxs_bufs) {
+        res += ggml_backend_buffer_get_size(it.second.get());
+    }
+    return res;
+}
+
+//
+// hooks
+//
+
+void engine::on_clear() {
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        reset(streams[s]);
+    }
+    for (auto & it : ctxs_bufs) {
+        for (auto * t = ggml_get_first_tensor(it.first.get()); t; t = ggml_get_next_tensor(it.first.get(), t)) {
+            if (t->name[0] != '1') { // the ones
+                ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
+            }
+        }
+    }
+    due.clear();
+    mask_only = false;
+    stale = true;
+}
+
+bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    struct removal { uint32_t s; llama_pos end; };
+    std::vector<removal> todo;
+
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        if (seq_id >= 0 && kv.seq_to_stream[seq_id] != s) {
+            continue;
+        }
+        const llama_pos last = (llama_pos) streams[s].tokens.size() - 1;
+        if (last < 0 || p0 > last || p1 <= p0) {
+            continue;
+        }
+        if (p1 <= last) {
+            return false; // a hole: cells would no longer be in the order of their positions
+        }
+        if (p0 > 0 && (p0 < streams[s].floor || cfg->need.sums)) {
+            return false; // gone for good; or its queries are in the sums, and cannot be taken out
+        }
+        todo.push_back({ s, p0 });
+    }
+
+    for (const auto & r : todo) {
+        auto & q = streams[r.s];
+        due.erase(std::remove_if(due.begin(), due.end(), [&](const job & j) { return j.s == r.s; }), due.end());
+        stale = true;
+        if (r.end == 0) {
+            clear_sums(r.s, 0, n_cells(r.s));
+            reset(q);
+            continue;
+        }
+        // cells of the compacted part that hold removed positions: every head has them last, in order
+        const int32_t n_left = n_cells(r.s) - ((int32_t) q.tokens.size() - r.end);
+        const int32_t n_rm   = std::max(0, q.n_base - n_left);
+        for (size_t l = 0; n_rm > 0 && l < q.kept.size(); ++l) {
+            const int32_t n_new = q.n_kept[l] - n_rm;
+            std::vector<int32_t> kept;
+            for (int32_t h = 0; h < n_hkv; ++h) {
+                const auto * row = q.kept[l].data() + (size_t) h*q.n_kept[l];
+                kept.insert(kept.end(), row, row + n_new);
+            }
+            q.kept[l]   = std::move(kept);
+            q.n_kept[l] = n_new;
+        }
+        q.n_base -= n_rm;
+        q.tokens.resize(r.end);
+        q.gen = r.end <= q.gen ? -1 : q.gen;
+        for (auto & p : q.win_pos) {
+            p = p >= r.end ? -1 : p;
+        }
+    }
+    return true;
+}
+
+void engine::on_seq_cp(uint32_t s0, uint32_t s1) {
+    streams[s1] = streams[s0];
+    stale = true;
+}
+
+bool engine::refuse_shift(const char * what) const {
+    LLAMA_LOG_ERROR("%s: ignored: positions cannot be shifted while %s evicts (llama_memory_can_shift says so)\n", what, cfg->spec.c_str());
+    return true;
+}
+
+llama_pos engine::pos_min(uint32_t s, llama_pos p0) const {
+    // after an eviction: what a caller may roll back to, and still evaluate one token
+    const auto & q = streams[s];
+    return q.n_base == 0 || p0 < 0 ? p0 : std::min(q.floor + 1, (llama_pos) q.tokens.size() - 1);
+}
+
+void engine::on_ubatch(const llama_ubatch & ubatch) {
+    const uint32_t n_seqs = kv.n_stream > 1 ? ubatch.n_seqs_unq : 1;
+    const uint32_t n_tps  = ubatch.n_tokens/n_seqs;
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        auto & q = streams[kv.seq_to_stream[ubatch.seq_id[i][0]]];
+        const llama_pos pos = ubatch.pos[i];
+        q.tokens.resize(pos);
+        q.tokens.push_back(ubatch.token ? ubatch.token[i] : LLAMA_TOKEN_NULL);
+        if (!q.win_pos.empty()) {
+            q.win_pos[pos % q.win_pos.size()] = pos;
+        }
+        if (cfg->guess && n_tps > N_DRAFT_MAX) {
+            q.gen = -1; // another prompt follows what was generated
+        }
+    }
+}
+
+//
+// when
+//
+
+// Slots the mean layer keeps; n_frozen: of a layer's first slots, those that stay.
+int32_t engine::target(uint32_t s, bool prompt, std::vector<int32_t> & n_frozen) const {
+    const auto & q = streams[s];
+    const int32_t n_tokens = (int32_t) q.tokens.size();
+    n_frozen.assign(n_layer(), 0);
+    if (prompt) {
+        return cfg->prompt_budget.kind == budget::none ? std::numeric_limits<int32_t>::max() : cfg->prompt_budget.of(n_tokens);
+    }
+    const int32_t n_decode = cfg->decode_budget.of(n_tokens - q.gen);
+    if (cfg->decode == decode_mode::whole) {
+        return q.n_prompt + n_decode;
+    }
+    int64_t sum = 0;
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        const auto pos = slot_pos(s, l);
+        n_frozen[l] = std::lower_bound(pos.begin(), pos.begin() + n_slots(s, l), q.gen) - pos.begin();
+        sum += n_frozen[l];
+    }
+    return (int32_t) std::lround((double) sum/n_layer()) + n_decode;
+}
+
+// Would n_new more tokens take a sequence that generates over its limit and one interval?
+bool engine::over_budget(uint32_t s, int32_t n_new) const {
+    const auto & q = streams[s];
+    if (cfg->decode_budget.kind == budget::none || q.gen < 0) {
+        return false;
+    }
+    const int32_t n_decode = cfg->decode_budget.of(std::max(1, (int32_t) q.tokens.size() - q.gen));
+    int64_t n = 0;
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        n += n_slots(s, l);
+    }
+    return (n + n_layer() - 1)/n_layer() - q.n_prompt + n_new > n_decode + cfg->interval;
+}
+
+bool engine::is_due(const std::vector<llama_ubatch> & ubatches) {
+    due.clear();
+    if (ubatches.empty()) {
+        return false;
+    }
+    const auto & ub = ubatches[0];
+    const uint32_t n_tps = ub.n_tokens/(kv.n_stream > 1 ? ub.n_seqs_unq : 1);
+    for (uint32_t i = 0; i < ub.n_seqs_unq; ++i) {
+        const llama_seq_id seq_id = ub.seq_id_unq[i];
+        const uint32_t s = kv.seq_to_stream[seq_id];
+        auto & q = streams[s];
+        if (q.tokens.empty()) {
+            continue;
+        }
+        if (cfg->guess && q.gen < 0 && n_tps == 1) {
+            std::vector<int32_t> n_frozen;
+            int32_t n_max = 0;
+            for (int32_t l = 0; l < n_layer(); ++l) {
+                n_max = std::max(n_max, n_slots(s, l));
+            }
+            if (n_max > target(s, true, n_frozen)) {
+                due.push_back({ s, true });
+                continue;
+            }
+            end_prompt(seq_id);
+        }
+        if (over_budget(s, (int32_t) n_tps)) {
+            due.push_back({ s, false });
+        }
+    }
+    return !due.empty();
+}
+
+void engine::end_prompt(llama_seq_id seq_id) {
+    const uint32_t s = stream_of(seq_id);
+    auto & q = streams[s];
+    int64_t n = 0;
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        n += n_slots(s, l);
+    }
+    q.gen      = (llama_pos) q.tokens.size();
+    q.n_prompt = (int32_t) std::lround((double) n/n_layer());
+}
+
+void engine::set_budget(const budget & prompt, const budget & decode) {
+    auto c = std::make_shared<config>(*cfg);
+    c->prompt_budget = prompt;
+    c->decode_budget = decode;
+    cfg = std::move(c);
+}
+
+void engine::set_spans(llama_seq_id seq_id, std::vector<span> spans) {
+    int32_t end = 0;
+    for (const auto & sp : spans) {
+        if (sp.begin < end || sp.end <= sp.begin) {
+            throw std::invalid_argument("span [" + std::to_string(sp.begin) + ", " + std::to_string(sp.end) +
+                    ") overlaps another, is empty or out of order: spans are ascending, disjoint [begin, end)");
+        }
+        end = sp.end;
+    }
+    streams[stream_of(seq_id)].spans = std::move(spans);
+}
+
+//
+// updates
+//
+
+void engine::update(llama_context * lctx, const std::vector<uint32_t> & ssrc, const std::vector<uint32_t> & sdst) {
+    // nothing may leave here but by last_error(): llama_decode is C
+    try {
+        lctx_cur = lctx;
+        llama_synchronize(lctx);
+        for (size_t i = 0; i < ssrc.size(); ++i) {
+            for (auto & t : tensors) {
+                for (ggml_tensor * x : { t.win, t.sums }) {
+                    if (!x) {
+                        continue;
+                    }
+                    std::vector<uint8_t> buf(ggml_nbytes(x)/kv.n_stream);
+                    ggml_backend_tensor_get(x, buf.data(), ssrc[i]*buf.size(), buf.size());
+                    ggml_backend_tensor_set(x, buf.data(), sdst[i]*buf.size(), buf.size());
+                }
+            }
+        }
+        for (const auto & fn : std::exchange(jobs, {})) {
+            fn();
+        }
+        for (const auto & j : std::exchange(due, {})) {
+            run(lctx, j.s, j.prompt);
+            if (j.prompt) {
+                end_prompt((llama_seq_id) j.s);
+            }
+        }
+    } catch (const std::exception & e) {
+        last_error() = e.what();
+        LLAMA_LOG_ERROR("%s: %s\n", cfg->spec.c_str(), e.what());
+    }
+    stale = false;
+}
+
+// Runs fn inside a memory update of the context, so that graphs of before are dropped, and rethrows what it threw.
+void engine::in_update(llama_context * lctx, std::function<void()> fn) {
+    std::exception_ptr error;
+    jobs.push_back([&]() {
+        try {
+            fn();
+        } catch (...) {
+            error = std::current_exception();
+        }
+    });
+    lctx->memory_update(true);
+    if (error) {
+        std::rethrow_exception(error);
+    }
+}
+
+bool engine::evict(llama_context * lctx, llama_seq_id seq_id, bool mask_only) {
+    const uint32_t s = stream_of(seq_id);
+    bool res = false;
+    in_update(lctx, [&]() {
+        this->mask_only = mask_only;
+        res = run(lctx, s, true);
+    });
+    return res;
+}
+
+std::vector<layer_signals> engine::signals(llama_context * lctx, llama_seq_id seq_id) {
+    const uint32_t s = stream_of(seq_id);
+    std::vector<layer_signals> res;
+    in_update(lctx, [&]() {
+        for (int32_t l = 0; l < n_layer(); ++l) {
+            res.push_back(read_signals(lctx, s, l));
+        }
+    });
+    return res;
+}
+
+std::vector<std::vector<float>> engine::scores(llama_context * lctx, llama_seq_id seq_id) {
+    const uint32_t s = stream_of(seq_id);
+    std::vector<std::vector<float>> res;
+    in_update(lctx, [&]() {
+        for (int32_t l = 0; l < n_layer(); ++l) {
+            const auto sig = read_signals(lctx, s, l);
+            res.emplace_back(sig.pos.size());
+            cfg->pol->score(sig.view(n_layer()), res.back().data());
+        }
+    });
+    return res;
+}
+
+} // namespace kvc

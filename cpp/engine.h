@@ -1,0 +1,204 @@
+#pragma once
+
+// The engine: one per llama_kv_cache that evicts. llama.cpp's side is hooks (third_party/patches/0001-kvc-hooks.patch);
+// what they call is here.
+//
+// After an eviction layer l holds n_kept[l] rows in cells [n_base - n_kept[l], n_base): right-aligned, so that the
+// next token takes the same cell in every layer and llama.cpp's one cell table still serves all. Each KV head of a
+// layer keeps rows of its own. Keys keep the RoPE position they were written with.
+//
+//   engine.cpp  hooks: what happened to the cache, and when an eviction is due
+//   signal.cpp  the graph: query window, attention sums, mask views; the score graph
+//   evict.cpp   signals -> scores -> plan -> compaction of one sequence
+//   state.cpp   what a saved state needs beyond llama.cpp's cells
+
+#include "policy.h"
+
+#include "ggml-cpp.h"
+#include "llama.h"
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+struct llama_cparams;
+struct llama_memory_i;
+struct llama_model;
+struct llama_ubatch;
+class  llama_io_read_i;
+class  llama_io_write_i;
+class  llama_kv_cache;
+class  llm_graph_result;
+
+namespace kvc {
+
+struct config {
+    std::shared_ptr<const policy> pol;
+    std::string spec;              // canonical
+    decode_mode decode = decode_mode::none;
+    bool        layers_differ = false;
+    needs       need;
+    int32_t     interval = 32;     // generated tokens between two evictions
+    budget      prompt_budget;
+    budget      decode_budget;
+    bool        guess = true;      // a caller that knows nothing of us: find the prompt's end from the batches
+};
+
+struct stats {
+    int64_t n_evictions = 0;
+    int64_t n_evicted   = 0;  // slots of the mean layer
+    double  score_ms = 0, plan_ms = 0, compact_ms = 0;
+};
+
+// Signals of one layer, host copies. The arrays a policy did not ask for are empty.
+struct layer_signals {
+    int32_t il, n_kv, n_head, n_head_kv, head_dim, n_query;
+    std::vector<int32_t> pos;  // I32 [n_head_kv, n_kv]
+    std::vector<float>   attn; // F32 [n_head, n_kv]
+    std::vector<float>   sums; // F32 [n_head_kv, n_kv]
+    std::vector<float>   keys; // F32 [n_head_kv, n_kv, head_dim]
+
+    layer_view view(int32_t n_layer) const;
+};
+
+class engine {
+public:
+    // -- set-up: both throw std::invalid_argument / std::runtime_error, which fail the creation of the context
+
+    // the policy of the context that is being created: of this thread's next_context(), else of the environment;
+    // null: stock. Turns flash attention off where the policy needs attention sums and the user did not ask for it.
+    static std::shared_ptr<const config> configure(const llama_context_params & params, llama_cparams & cparams);
+    static void attach(std::shared_ptr<const config> cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem);
+
+    // -- what happened to the cache
+    void      on_clear();
+    bool      on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // false: refused, nothing may change
+    void      on_seq_cp(uint32_t s0, uint32_t s1);
+    void      on_ubatch(const llama_ubatch & ubatch);
+    bool      refuse_shift(const char * what) const;
+    llama_pos pos_min(uint32_t s, llama_pos p0) const;
+
+    // -- evictions happen in llama_context::memory_update(), which knows to drop the graphs of before
+    bool is_due(const std::vector<llama_ubatch> & ubatches);
+    bool wants_update() const { return stale || !jobs.empty() || !due.empty(); }
+    void update(llama_context * lctx, const std::vector<uint32_t> & ssrc, const std::vector<uint32_t> & sdst);
+
+    // -- the graph
+    uint32_t cell_begin(int32_t ikv) const; // first cell layer ikv reads
+    void build_mask(llm_graph_result * res, int il, ggml_tensor *& kq_mask, ggml_tensor *& kq_b) const;
+    void build_tap (llm_graph_result * res, int il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cur,
+                    ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale);
+    void set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch) const;
+    void set_bias(ggml_tensor * bias, int32_t ikv) const;
+
+    // -- saved states
+    uint32_t state_tag(uint32_t n_stream) const;
+    void     state_write(llama_io_write_i & io, llama_seq_id seq_id) const;
+    void     state_read (llama_io_read_i  & io, llama_seq_id seq_id);
+
+    // -- callers of ours (include/kvc.h, bindings). All throw.
+    static engine * of(llama_context * lctx); // null: the context does not evict
+    void set_budget(const budget & prompt, const budget & decode);
+    void set_spans(llama_seq_id seq_id, std::vector<span> spans);
+    void end_prompt(llama_seq_id seq_id);
+    bool evict(llama_context * lctx, llama_seq_id seq_id, bool mask_only = false); // false: nothing was over budget
+    std::vector<layer_signals>      signals(llama_context * lctx, llama_seq_id seq_id);
+    std::vector<std::vector<float>> scores (llama_context * lctx, llama_seq_id seq_id);
+    std::vector<int32_t>            kept(llama_seq_id seq_id, int32_t ikv) const; // I32 [n_head_kv, n] positions
+    llama_pos floor(llama_seq_id seq_id) const;
+    int32_t   n_layer() const;
+    int32_t   n_head_kv() const { return n_hkv; }
+    int32_t   n_slots(uint32_t s, int32_t ikv) const; // cells of layer ikv in use
+    size_t    row_bytes(int32_t ikv) const;           // K and V of one cell
+    size_t    window_bytes() const;
+
+    const config & conf() const { return *cfg; }
+    stats st;
+
+private:
+    engine(std::shared_ptr<const config> cfg, const llama_model & model, const llama_cparams & cparams, llama_kv_cache & kv);
+
+    // One sequence: n_stream == n_seq_max, so a stream is a sequence.
+    struct stream {
+        int32_t   n_base = 0;                   // cells of the compacted part
+        std::vector<int32_t> n_kept;            // [n_layer] rows of it a layer holds
+        std::vector<std::vector<int32_t>> kept; // a layer I32 [n_head_kv, n_kept] original positions
+        llama_pos floor = 0;                    // every head of every layer holds [floor, end)
+        llama_pos gen   = -1;                   // first generated position; -1: still the prompt
+        int32_t   n_prompt = 0;                 // slots of the mean layer when generation began
+        std::vector<llama_token> tokens;        // [end] by position
+        std::vector<span>        spans;
+        std::vector<llama_pos>   win_pos;       // [window] position of the query in each ring row, -1: none
+    };
+
+    struct job { uint32_t s; bool prompt; };
+
+    // evict.cpp
+    int32_t  n_cells(uint32_t s) const;
+    std::vector<int32_t> slot_pos(uint32_t s, int32_t ikv) const;
+    int32_t  target(uint32_t s, bool prompt, std::vector<int32_t> & n_frozen) const;
+    bool     over_budget(uint32_t s, int32_t n_new) const;
+    bool     run(llama_context * lctx, uint32_t s, bool prompt);
+    void     compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep);
+    void     compact_rows(ggml_tensor * t, uint32_t s, bool trans, int32_t n_rows_head, uint32_t src0, int32_t n_src,
+                          uint32_t dst0, int32_t n_dst, const int32_t * slots) const;
+    void     compact_sums(int32_t ikv, uint32_t s, uint32_t src0, int32_t n_src, uint32_t dst0, int32_t n_dst, const int32_t * slots) const;
+    void     clear_sums(uint32_t s, uint32_t c0, uint32_t c1);
+    std::vector<span> sentences(const stream & q) const;
+
+    // signal.cpp
+    void alloc_signals(const llama_cparams & cparams);
+    layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const;
+    void read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const;
+    void read_keys(uint32_t s, layer_signals & sig) const;
+    void read_sums(uint32_t s, layer_signals & sig) const;
+
+    void reset(stream & q) const;
+    uint32_t stream_of(llama_seq_id seq_id) const; // throws
+    void in_update(llama_context * lctx, std::function<void()> fn);
+
+    std::shared_ptr<const config> cfg;
+    const llama_model & model;
+    llama_kv_cache    & kv;
+    int32_t n_hkv = 0;
+
+    std::vector<stream> streams;
+    std::vector<job>    due;
+    std::vector<std::function<void()>> jobs;
+    bool stale = false;           // cells a layer reads changed outside an update: graphs must go
+    llama_context * lctx_cur = nullptr;
+
+    // what build_attn was given, for the score graph
+    struct layer_attn { ggml_tensor * sinks = nullptr; float scale = 0; };
+    std::vector<layer_attn> attn; // [n_layer]
+
+    struct layer_tensors {
+        ggml_tensor * win  = nullptr; // F32 [head_dim*n_head, window*n_stream] ring of the last queries
+        ggml_tensor * sums = nullptr; // F32 [kv_size, n_head_kv, n_stream]
+        ggml_tensor * ones = nullptr; // F32 [n_ubatch*n_head] all 1/g
+    };
+    std::vector<layer_tensors> tensors;
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+
+    // test only: kept slots of a layer as a per-head mask over an uncompacted cache
+    bool mask_only = false;
+    std::vector<std::vector<int32_t>> mask_slots; // a layer [n_head_kv, n_keep]
+    int32_t mask_n = 0;
+};
+
+// The policy of the next context this thread creates; null spec: stock whatever the environment says.
+void next_context(std::shared_ptr<const config> cfg);
+void no_policy_for_next_context();
+
+std::shared_ptr<const config> make_config(const std::string & spec, const std::string & budget, const std::string & decode_budget, bool guess);
+std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, const std::string & name, decode_mode decode,
+        const std::string & budget, const std::string & decode_budget);
+
+// The last sentence an engine of this thread had to say where no exception could pass (llama_decode, state loading).
+std::string & last_error();
+
+// The cache that evicts, or would: null where the context's memory is none of ours.
+llama_kv_cache * cache_of(llama_context * lctx);
+
+} // namespace kvc

@@ -1,0 +1,227 @@
+// One eviction: signals -> scores -> plan -> compaction. Nothing is moved before the whole plan stands.
+
+#include "engine.h"
+
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+
+namespace kvc {
+
+static double ms_since(int64_t t0) {
+    return 1e-3*(ggml_time_us() - t0);
+}
+
+static void check_plan(const std::string & who, int32_t il, int32_t n_kv, int32_t n_hkv, int32_t n_keep, const std::vector<int32_t> & slots) {
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        for (int32_t i = 0; i < n_keep; ++i) {
+            const int32_t cur  = slots[(size_t) h*n_keep + i];
+            const int32_t prev = i > 0 ? slots[(size_t) h*n_keep + i - 1] : -1;
+            if (cur <= prev || cur >= n_kv) {
+                throw std::invalid_argument(who + ": keep() of layer " + std::to_string(il) + " must give ascending slots in [0, " +
+                        std::to_string(n_kv) + "), got " + std::to_string(cur) + " after " + std::to_string(prev));
+            }
+        }
+    }
+}
+
+bool engine::run(llama_context * lctx, uint32_t s, bool prompt) {
+    auto & q = streams[s];
+    request r;
+    r.prompt    = prompt;
+    r.n_head_kv = n_hkv;
+
+    std::vector<int32_t> n_frozen;
+    const int32_t n_target = target(s, prompt, n_frozen);
+    bool over = false;
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        over = over || n_slots(s, l) > n_target;
+    }
+    if (q.tokens.empty() || !over) {
+        return false;
+    }
+    if (prompt && n_target < cfg->pol->min_budget()) {
+        throw std::invalid_argument("kv_budget " + cfg->prompt_budget.str() + " is " + std::to_string(n_target) + " of " +
+                std::to_string(q.tokens.size()) + " tokens, below what " + cfg->spec + " always keeps (sinks, window, one more): at least " +
+                std::to_string(cfg->pol->min_budget()));
+    }
+    r.budget = n_target;
+
+    int64_t t0 = ggml_time_us();
+    std::vector<std::vector<int32_t>> pos(n_layer());
+    std::vector<std::vector<float>> score(n_layer());
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        auto sig = read_signals(lctx, s, l);
+        score[l].resize(sig.pos.size());
+        cfg->pol->score(sig.view(n_layer()), score[l].data());
+        pos[l] = std::move(sig.pos);
+        r.layers.push_back({ sig.n_kv, n_frozen[l], pos[l].data(), score[l].data() });
+    }
+    st.score_ms += ms_since(t0);
+
+    t0 = ggml_time_us();
+    if (cfg->need.spans) {
+        r.spans = q.spans.empty() ? sentences(q) : q.spans;
+    }
+    const std::vector<int32_t> n_keep = cfg->pol->budgets(r);
+    if ((int32_t) n_keep.size() != n_layer()) {
+        throw std::invalid_argument(cfg->spec + ": budgets() must give one number per layer, " + std::to_string(n_layer()));
+    }
+    std::vector<std::vector<int32_t>> slots(n_layer());
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        if (n_keep[l] < 1 || n_keep[l] > r.layers[l].n_kv) {
+            throw std::invalid_argument(cfg->spec + ": budgets() gives layer " + std::to_string(l) + " " + std::to_string(n_keep[l]) +
+                    " slots, it has " + std::to_string(r.layers[l].n_kv));
+        }
+        if (kv.n_stream > 1 && n_keep[l] != n_keep[0]) {
+            throw std::invalid_argument(cfg->spec + " gives layers different budgets, which several sequences in one context do not support yet");
+        }
+        slots[l].resize((size_t) n_hkv*n_keep[l]);
+        cfg->pol->keep(r, l, n_keep[l], slots[l].data());
+        check_plan(cfg->spec, l, r.layers[l].n_kv, n_hkv, n_keep[l], slots[l]);
+    }
+    st.plan_ms += ms_since(t0);
+
+    if (mask_only) { // test only: the same keep sets as a mask over the cache as it is
+        mask_slots = std::move(slots);
+        mask_n = n_cells(s);
+        return true;
+    }
+
+    t0 = ggml_time_us();
+    int64_t n_before = 0, n_after = 0;
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        n_before += r.layers[l].n_kv;
+        n_after  += n_keep[l];
+    }
+    compact(s, slots, n_keep);
+    st.compact_ms += ms_since(t0);
+    st.n_evictions++;
+    st.n_evicted += (n_before - n_after)/n_layer();
+    return true;
+}
+
+// Moves the kept rows of every layer to cells [n_base - n_keep, n_base) and rewrites the cell table to match.
+void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep) {
+    auto & q = streams[s];
+    const int32_t n_base = *std::max_element(n_keep.begin(), n_keep.end());
+    const int32_t n_used = n_cells(s);
+    const llama_pos last = (llama_pos) q.tokens.size() - 1;
+
+    int32_t n_exact = n_base; // trailing slots in which all heads of all layers hold the same, newest positions
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        const auto & layer = kv.layers[l];
+        const auto   pos   = slot_pos(s, l);
+        const int32_t n_kv = n_slots(s, l), n = n_keep[l];
+        const uint32_t src0 = q.n_base - q.n_kept[l], dst0 = n_base - n;
+
+        compact_rows(layer.k_stream[s], s, false,      model.hparams.n_embd_head_k(layer.il), src0, n_kv, dst0, n, slots[l].data());
+        compact_rows(layer.v_stream[s], s, kv.v_trans, model.hparams.n_embd_head_v(layer.il), src0, n_kv, dst0, n, slots[l].data());
+        if (tensors[l].sums) {
+            compact_sums(l, s, src0, n_kv, dst0, n, slots[l].data());
+        }
+
+        std::vector<int32_t> kept((size_t) n_hkv*n);
+        for (int32_t h = 0; h < n_hkv; ++h) {
+            int32_t n_tail = 0;
+            for (int32_t i = n - 1; i >= 0; --i) {
+                kept[(size_t) h*n + i] = pos[(size_t) h*n_kv + slots[l][(size_t) h*n + i]];
+                n_tail += n_tail == n - 1 - i && kept[(size_t) h*n + i] == last - n_tail;
+            }
+            n_exact = std::min(n_exact, n_tail);
+        }
+        q.kept[l] = std::move(kept);
+    }
+    q.n_kept = n_keep;
+    q.n_base = n_base;
+    q.floor  = last + 1 - n_exact;
+
+    // the cells below the exact tail stand for different tokens in each head: positions that only say "before it"
+    auto & cells = kv.v_cells[s];
+    const llama_seq_id seq_id = (llama_seq_id) s;
+    cells.reset();
+    for (int32_t c = 0; c < n_base; ++c) {
+        cells.pos_set(c, last - (n_base - 1 - c));
+        cells.seq_add(c, seq_id);
+    }
+    kv.v_heads[s] = n_base;
+    clear_sums(s, n_base, n_used);
+}
+
+// K or V of one stream, any type: whole rows of a head are moved as bytes, so nothing is quantized twice.
+void engine::compact_rows(ggml_tensor * t, uint32_t s, bool trans, int32_t n_head_dim, uint32_t src0, int32_t n_src,
+        uint32_t dst0, int32_t n_dst, const int32_t * slots) const {
+    GGML_UNUSED(s);
+    if (trans) { // [kv_size] of each channel lie together
+        const size_t es = ggml_type_size(t->type), n_size = kv.get_size();
+        std::vector<uint8_t> src(n_src*es), dst(n_dst*es);
+        for (int32_t j = 0; j < n_hkv*n_head_dim; ++j) {
+            const int32_t * keep = slots + (size_t) (j/n_head_dim)*n_dst;
+            ggml_backend_tensor_get(t, src.data(), (j*n_size + src0)*es, src.size());
+            for (int32_t i = 0; i < n_dst; ++i) {
+                memcpy(&dst[i*es], &src[keep[i]*es], es);
+            }
+            ggml_backend_tensor_set(t, dst.data(), (j*n_size + dst0)*es, dst.size());
+        }
+        return;
+    }
+    const size_t n_row = t->nb[1], n_head = ggml_row_size(t->type, n_head_dim);
+    std::vector<uint8_t> src(n_src*n_row), dst(n_dst*n_row);
+    ggml_backend_tensor_get(t, src.data(), src0*n_row, src.size());
+    for (int32_t i = 0; i < n_dst; ++i) {
+        for (int32_t h = 0; h < n_hkv; ++h) {
+            memcpy(&dst[i*n_row + h*n_head], &src[slots[(size_t) h*n_dst + i]*n_row + h*n_head], n_head);
+        }
+    }
+    ggml_backend_tensor_set(t, dst.data(), dst0*n_row, dst.size());
+}
+
+void engine::compact_sums(int32_t ikv, uint32_t s, uint32_t src0, int32_t n_src, uint32_t dst0, int32_t n_dst, const int32_t * slots) const {
+    auto * t = tensors[ikv].sums;
+    std::vector<float> src(n_src), dst(n_dst);
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        const size_t offs = s*t->nb[2] + h*t->nb[1];
+        ggml_backend_tensor_get(t, src.data(), offs + src0*sizeof(float), src.size()*sizeof(float));
+        for (int32_t i = 0; i < n_dst; ++i) {
+            dst[i] = src[slots[(size_t) h*n_dst + i]];
+        }
+        ggml_backend_tensor_set(t, dst.data(), offs + dst0*sizeof(float), dst.size()*sizeof(float));
+    }
+}
+
+// Free cells have a sum of 0: the graph only adds.
+void engine::clear_sums(uint32_t s, uint32_t c0, uint32_t c1) {
+    for (auto & t : tensors) {
+        for (int32_t h = 0; t.sums && c0 < c1 && h < n_hkv; ++h) {
+            ggml_backend_tensor_memset(t.sums, 0, s*t.sums->nb[2] + h*t.sums->nb[1] + c0*sizeof(float), (c1 - c0)*sizeof(float));
+        }
+    }
+}
+
+// Spans of a prompt nobody segmented: a sentence ends with . ! ? or a line break.
+std::vector<span> engine::sentences(const stream & q) const {
+    std::vector<span> res;
+    int32_t begin = 0;
+    const int32_t n = q.gen >= 0 ? std::min<int32_t>(q.gen, q.tokens.size()) : (int32_t) q.tokens.size();
+    for (int32_t i = 0; i < n; ++i) {
+        std::string text = q.tokens[i] == LLAMA_TOKEN_NULL ? "" : model.vocab.token_to_piece(q.tokens[i]);
+        const bool line = text.find('\n') != std::string::npos;
+        while (!text.empty() && strchr(" \t\n\"')]", text.back())) {
+            text.pop_back();
+        }
+        if (line || i == n - 1 || (!text.empty() && strchr(".!?", text.back()))) {
+            res.push_back({ begin, i + 1 });
+            begin = i + 1;
+        }
+    }
+    return res;
+}
+
+} // namespace kvc

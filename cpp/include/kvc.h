@@ -1,0 +1,61 @@
+#pragma once
+
+// pykvc's C API on top of llama.h: a small, versioned surface for programs that link the patched libllama.
+//
+// A policy reaches a context in one of two ways, because no public llama.cpp struct changes:
+//   - kvc_next_context(), called on the thread that then calls llama_init_from_model();
+//   - the environment, for programs that know nothing of this header:
+//     LLAMA_ARG_KV_POLICY=snapkv:window=32  LLAMA_ARG_KV_BUDGET=512|25%  LLAMA_ARG_KV_DECODE_BUDGET=...
+//
+// Functions that can fail return a negative number and leave the reason in kvc_last_error() of the calling thread; a
+// llama_decode() that returns 1 because an eviction failed does too. Not thread-safe per context, as llama.h is not.
+
+#include "llama.h"
+
+#define KVC_API_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct kvc_span { int32_t begin, end; }; // original positions [begin, end)
+
+struct kvc_usage {
+    int32_t n_cells;          // cells of one sequence that are allocated
+    int32_t n_layer;          // layers that may evict
+    int32_t n_head_kv;        // of those layers; 0 where they differ
+    size_t  bytes_allocated;  // all KV buffers, and the window of queries
+    size_t  bytes_used;       // rows held by the sequences
+    size_t  bytes_full;       // rows they would hold without eviction
+    int64_t n_evictions;
+    int64_t n_evicted;        // rows of the mean layer
+    double  score_ms, plan_ms, compact_ms;
+};
+
+LLAMA_API int32_t      kvc_version(void);
+LLAMA_API const char * kvc_last_error(void); // "" if nothing failed
+
+// The policy of the next context this thread creates, whatever the environment says. "full" or NULL: stock.
+// guess_prompt_end: evict at the first single token after a prompt; otherwise the caller says so with kvc_evict().
+LLAMA_API int32_t kvc_next_context(const char * policy, const char * budget, const char * decode_budget, bool guess_prompt_end);
+
+// Units of the prompt for policies that need them: ascending, disjoint.
+LLAMA_API int32_t kvc_set_spans(struct llama_context * ctx, llama_seq_id seq_id, const struct kvc_span * spans, size_t n_spans);
+
+// Compress what the sequence holds to kv_budget, now. 1: evicted, 0: nothing was over budget.
+LLAMA_API int32_t kvc_evict(struct llama_context * ctx, llama_seq_id seq_id);
+
+// Tokens from here on are generated ones: kv_decode_budget is theirs.
+LLAMA_API int32_t kvc_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
+
+// First position a llama_memory_seq_rm(seq, p0, -1) may start at.
+LLAMA_API llama_pos kvc_floor(struct llama_context * ctx, llama_seq_id seq_id);
+
+// Rows a head of layer il (0 .. n_layer-1) holds; out: NULL or I32 [n_head_kv, that many] original positions.
+LLAMA_API int32_t kvc_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t * out);
+
+LLAMA_API int32_t kvc_get_usage(struct llama_context * ctx, struct kvc_usage * out);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,69 @@
+// KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference, arXiv:2504.15364.
+//
+//   score(j) = -cos(k_j, mean over the head's keys of k / ||k||)
+//
+// Variant: kvpress' KeyDiffPress. Needs no query, so it does not depend on what is asked later.
+
+#include "policies.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace kvc {
+
+namespace {
+
+struct keydiff : policy {
+    explicit keydiff(const params &) {}
+
+    needs need() const override {
+        needs n;
+        n.keys = true;
+        return n;
+    }
+
+    void score(const layer_view & v, float * out) const override {
+        const int32_t n = v.head_dim;
+
+        std::vector<float> norm(v.n_kv);
+        std::vector<float> anchor(n);
+        for (int32_t h = 0; h < v.n_head_kv; ++h) {
+            const float * keys  = v.keys + (size_t) h * v.n_kv * n;
+            float       * score = out    + (size_t) h * v.n_kv;
+
+            std::fill(anchor.begin(), anchor.end(), 0.0f);
+            for (int32_t j = 0; j < v.n_kv; ++j) {
+                const float * k = keys + (size_t) j * n;
+                norm[j] = std::sqrt(dot(k, k, n));
+                const float scale = 1.0f / std::max(norm[j], 1e-12f) / v.n_kv;
+                for (int32_t i = 0; i < n; ++i) {
+                    anchor[i] += scale * k[i];
+                }
+            }
+            const float norm_anchor = std::sqrt(dot(anchor.data(), anchor.data(), n));
+            for (int32_t j = 0; j < v.n_kv; ++j) {
+                // 1e-8 is torch's: a key of zeros is unlike every other
+                const float norms = std::max(norm[j], 1e-8f) * std::max(norm_anchor, 1e-8f);
+                score[j] = -dot(keys + (size_t) j * n, anchor.data(), n) / norms;
+            }
+        }
+    }
+};
+
+const std::vector<param_info> & list_params() {
+    static const std::vector<param_info> list = { interval_param() };
+    return list;
+}
+
+std::unique_ptr<policy> make(const params & p) {
+    return std::make_unique<keydiff>(p);
+}
+
+} // namespace
+
+const policy_info keydiff_info = {
+    "keydiff", "Keeps the tokens whose keys are least like the mean key, for each KV head.", "2504.15364",
+    decode_mode::whole, false, list_params, make,
+};
+
+} // namespace kvc

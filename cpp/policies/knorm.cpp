@@ -1,0 +1,49 @@
+// A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, arXiv:2406.11430.
+//
+//   score(j) = -||k_j||
+//
+// Variant: kvpress' KnormPress, every layer alike. The original code leaves layers 0 and 1 whole, which an exact
+// budget per layer cannot: it is not offered.
+
+#include "policies.h"
+
+#include <cmath>
+
+namespace kvc {
+
+namespace {
+
+struct knorm : policy {
+    explicit knorm(const params &) {}
+
+    needs need() const override {
+        needs n;
+        n.keys = true;
+        return n;
+    }
+
+    void score(const layer_view & v, float * out) const override {
+        for (int32_t i = 0; i < v.n_head_kv * v.n_kv; ++i) {
+            const float * k = v.keys + (size_t) i * v.head_dim;
+            out[i] = -std::sqrt(dot(k, k, v.head_dim));
+        }
+    }
+};
+
+const std::vector<param_info> & list_params() {
+    static const std::vector<param_info> list = { interval_param() };
+    return list;
+}
+
+std::unique_ptr<policy> make(const params & p) {
+    return std::make_unique<knorm>(p);
+}
+
+} // namespace
+
+const policy_info knorm_info = {
+    "knorm", "Keeps the tokens whose keys have the smallest L2 norm, for each KV head.", "2406.11430",
+    decode_mode::whole, false, list_params, make,
+};
+
+} // namespace kvc

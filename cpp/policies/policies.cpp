@@ -1,0 +1,25 @@
+#include "policies.h"
+
+namespace kvc {
+
+// Named here one by one: a linker drops self-registering objects of a static library.
+const std::vector<policy_info> & policy_table() {
+    static const std::vector<policy_info> table = {
+        full_info,
+        random_info,
+        streaming_llm_info,
+        h2o_info,
+        tova_info,
+        knorm_info,
+        keydiff_info,
+        snapkv_info,
+        pyramidkv_info,
+        pyramidinfer_info,
+        chunkkv_info,
+        shotkv_info,
+        random_shot_info,
+    };
+    return table;
+}
+
+} // namespace kvc

@@ -1,0 +1,47 @@
+#pragma once
+
+// What the policy files share among themselves. Each of them defines one policy_info; policies.cpp lists them.
+
+#include "../policy.h"
+#include "../select.h"
+
+namespace kvc {
+
+extern const policy_info full_info;
+extern const policy_info random_info;
+extern const policy_info streaming_llm_info;
+extern const policy_info h2o_info;
+extern const policy_info tova_info;
+extern const policy_info knorm_info;
+extern const policy_info keydiff_info;
+extern const policy_info snapkv_info;
+extern const policy_info pyramidkv_info;
+extern const policy_info pyramidinfer_info;
+extern const policy_info chunkkv_info;
+extern const policy_info shotkv_info;
+extern const policy_info random_shot_info;
+
+// Read by the engine, declared by every policy that evicts generated tokens.
+inline param_info interval_param() {
+    return { "interval", "32", "generated tokens between two evictions", 1, 65536 };
+}
+
+inline param_info seed_param() {
+    return { "seed", "0", "seed of the hash", 0, 2147483647 };
+}
+
+enum class pooling { none, avg, max };
+
+// Of the parameters kernel and pool. Throws if the kernel has no middle.
+struct pool_params {
+    pooling kind;
+    int32_t kernel; // keys under the kernel, odd
+
+    explicit pool_params(const params & p);
+};
+
+// SnapKV's score, F32 [n_head_kv, n_kv]: the attention each cell before the last `window` ones got, pooled along the
+// keys for each query head, then averaged over the group. The last `window` cells get the greatest score of the layer.
+void pooled_window_score(const layer_view & v, int32_t window, const pool_params & pool, float * out);
+
+} // namespace kvc

@@ -1,0 +1,107 @@
+// SnapKV: LLM Knows What You are Looking for Before Generation, arXiv:2404.14469.
+//
+//   score(j) = mean over the group's query heads of pool_j(mean over the last w queries i of A_ij), j < n - w
+//
+// Variant: kvpress' SnapKVPress, with w 32 for its 64 and max pooling as an option (the original's LongBench settings
+// are w 32, kernel 7, max). Zero padding counts in an average at the ends. The last w tokens are always kept and
+// count in the budget.
+
+#include "policies.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+namespace kvc {
+
+pool_params::pool_params(const params & p) : kernel(p.i("kernel")) {
+    const std::string & word = p.s("pool");
+    kind = word == "avg" ? pooling::avg : word == "max" ? pooling::max : pooling::none;
+    if (kernel % 2 == 0) {
+        throw std::invalid_argument("'kernel' is " + std::to_string(kernel) + ": it must be odd, to have a middle");
+    }
+}
+
+void pooled_window_score(const layer_view & v, int32_t window, const pool_params & pool, float * out) {
+    const int32_t n       = std::max(v.n_kv - window, 0); // cells that are scored
+    const int32_t n_group = v.n_head / v.n_head_kv;
+    const int32_t half    = pool.kind == pooling::none ? 0 : pool.kernel / 2;
+
+    std::vector<float> padded(n + 2 * half);
+    float best = n > 0 ? -std::numeric_limits<float>::infinity() : 0.0f;
+    for (int32_t h = 0; h < v.n_head_kv; ++h) {
+        float * score = out + (size_t) h * v.n_kv;
+        std::fill(score, score + n, 0.0f);
+        for (int32_t g = 0; g < n_group; ++g) {
+            // Attention is not negative, so zeros pad a maximum as well as they pad a sum.
+            const float * attn = v.attn + (size_t) (h * n_group + g) * v.n_kv;
+            std::fill(padded.begin(), padded.end(), 0.0f);
+            std::copy(attn, attn + n, padded.begin() + half);
+            for (int32_t j = 0; j < n; ++j) {
+                float pooled = padded[j];
+                for (int32_t k = 1; k <= 2 * half; ++k) {
+                    pooled = pool.kind == pooling::max ? std::max(pooled, padded[j + k]) : pooled + padded[j + k];
+                }
+                score[j] += pool.kind == pooling::avg ? pooled / pool.kernel : pooled;
+            }
+        }
+        for (int32_t j = 0; j < n; ++j) {
+            score[j] /= n_group;
+            best = std::max(best, score[j]);
+        }
+    }
+    for (int32_t h = 0; h < v.n_head_kv; ++h) {
+        float * score = out + (size_t) h * v.n_kv;
+        std::fill(score + n, score + v.n_kv, best);
+    }
+}
+
+namespace {
+
+struct snapkv : policy {
+    const int32_t     window;
+    const pool_params pool;
+
+    explicit snapkv(const params & p) : window(p.i("window")), pool(p) {}
+
+    needs need() const override {
+        needs n;
+        n.window = window;
+        return n;
+    }
+
+    int32_t n_recent(int32_t budget) const override {
+        (void) budget;
+        return window;
+    }
+
+    int32_t min_budget() const override {
+        return window + 1;
+    }
+
+    void score(const layer_view & v, float * out) const override {
+        pooled_window_score(v, window, pool, out);
+    }
+};
+
+const std::vector<param_info> & list_params() {
+    static const std::vector<param_info> list = {
+        { "window", "32",  "last queries whose attention counts, and last tokens always kept", 1, 1024 },
+        { "kernel", "5",   "keys under the pooling kernel, odd; 1 does not pool", 1, 63 },
+        { "pool",   "avg", "how attention is pooled along the keys", 0, 0, { "avg", "max" } },
+    };
+    return list;
+}
+
+std::unique_ptr<policy> make(const params & p) {
+    return std::make_unique<snapkv>(p);
+}
+
+} // namespace
+
+const policy_info snapkv_info = {
+    "snapkv", "Keeps the tokens the last queries attend to most, pooled along the keys, for each KV head; evicts the prompt "
+    "only.", "2404.14469", decode_mode::none, false, list_params, make,
+};
+
+} // namespace kvc

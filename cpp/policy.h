@@ -1,0 +1,105 @@
+#pragma once
+
+// What an eviction method is asked, in words.
+//
+// The engine evicts one sequence at a time. It gathers the signals a policy declares in needs(), asks score() once
+// per layer, budgets() once, and keep() once per layer and never moves a byte before the whole plan is known.
+// A policy is a pure function over host arrays: no state, no clock, no model. It may be asked from any thread, one
+// thread at a time. Errors are std::invalid_argument with a sentence that names what is valid.
+//
+// A *slot* is a cell of one layer and KV head, counted from the oldest token the head still holds. Before the first
+// eviction slot j is position j; afterwards heads differ, and pos says which token a slot holds.
+
+#include "spec.h"
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace kvc {
+
+struct needs {
+    int32_t window = 0;     // attention of the last `window` queries
+    float   newest = 1.0f;  // their weights in the mean: 1 for the oldest, linear up to this for the newest
+    bool    sums   = false; // attention summed over every query so far (runs with flash attention off)
+    bool    keys   = false; // the keys themselves
+    bool    spans  = false; // units given by the caller; sentences when none are given
+};
+
+// One layer as score() sees it.
+struct layer_view {
+    int32_t il;        // 0 .. n_layer - 1, among the layers that evict
+    int32_t n_layer;
+    int32_t n_kv;      // slots
+    int32_t n_head;    // query heads
+    int32_t n_head_kv;
+    int32_t head_dim;
+    int32_t n_query;   // queries the window really had, <= needs().window
+
+    const int32_t * pos;  // I32 [n_head_kv, n_kv] original position of each slot, ascending
+    const float   * attn; // F32 [n_head, n_kv] weighted mean over the window of softmax(scale * Q K^T + mask), or null
+    const float   * sums; // F32 [n_head_kv, n_kv] attention summed over all queries, mean over the group's heads, or null
+    const float   * keys; // F32 [n_head_kv, n_kv, head_dim], rotated as they lie in the cache, or null
+};
+
+struct span { int32_t begin, end; }; // original positions [begin, end)
+
+// One layer as budgets() and keep() see it.
+struct layer_plan {
+    int32_t n_kv;            // slots now
+    int32_t n_frozen;        // the first slots that stay whatever happens (a frozen prompt), 0 at prompt end
+    const int32_t * pos;     // I32 [n_head_kv, n_kv]
+    const float   * score;   // F32 [n_head_kv, n_kv], higher is kept longer
+};
+
+struct request {
+    bool    prompt;          // the prompt ended; false: generated tokens are over their budget
+    int32_t n_head_kv;
+    int32_t budget;          // slots to keep in a layer on average, the frozen ones included
+    std::vector<layer_plan> layers;
+    std::vector<span>       spans;   // ascending, disjoint; empty unless needs().spans
+};
+
+class policy {
+public:
+    virtual ~policy() = default;
+
+    virtual needs need() const = 0;
+
+    // Slots always kept, counted in the budget: the first ones, and the last ones of a layer that keeps `budget`.
+    virtual int32_t n_sink() const { return 0; }
+    virtual int32_t n_recent(int32_t budget) const { (void) budget; return 0; }
+
+    // The least kv_budget, in tokens, that means anything: sinks + window + 1 for most.
+    virtual int32_t min_budget() const { return 1; }
+
+    // Slots each layer keeps. The mean over layers is r.budget exactly; no layer asks for more than it has.
+    virtual std::vector<int32_t> budgets(const request & r) const;
+
+    // F32 [n_head_kv, n_kv], higher is kept longer.
+    virtual void score(const layer_view & v, float * out) const = 0;
+
+    // Slots to keep of layer il: I32 [n_head_kv, n_keep], ascending in each head. The default keeps n_frozen,
+    // n_sink() and n_recent(n_keep), then the best scores; equal scores go to the older slot.
+    virtual void keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) const;
+};
+
+// When a method evicts generated tokens, if it does.
+enum class decode_mode { none, whole, generated }; // never | all cells compete | the prompt is frozen
+
+// One line of the table (policies/policies.cpp). CLI, server, evals and docs read it.
+struct policy_info {
+    const char * name;
+    const char * title;       // one sentence: signal, budget, unit, variant
+    const char * paper;       // arXiv number, or ""
+    decode_mode  decode;
+    bool         layers_differ; // budgets() gives layers different numbers
+    const std::vector<param_info> & (*params)();
+    std::unique_ptr<policy> (*make)(const kvc::params & p);
+};
+
+const std::vector<policy_info> & policy_table();
+const policy_info & find_policy(const std::string & name); // throws, listing the names
+
+} // namespace kvc

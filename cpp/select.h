@@ -1,0 +1,63 @@
+#pragma once
+
+// What policies share: how slots are ranked and picked, how budgets become whole numbers, reductions over heads.
+
+#include "policy.h"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace kvc {
+
+// One flag per slot of a head: 1 is kept. A policy marks what it must keep, then fills up with the best scores.
+using slot_marks = std::vector<uint8_t>;
+
+// The one order of slots: higher score first, equal scores -> the older slot, NaN counts as -inf.
+// As a number: the greater key is kept longer.
+uint64_t rank_key(float score, int32_t slot);
+
+// Marks [begin, end), cut to the slots there are.
+void mark_range(slot_marks & marks, int32_t begin, int32_t end);
+
+int32_t count_marked(const slot_marks & marks);
+
+// Slots still to choose once what is always kept is marked; throws if the budget does not hold that much.
+// `what` says what is always kept, for the message.
+int32_t count_left(const slot_marks & marks, int32_t n_keep, const std::string & what);
+
+// Marks the n_best best of the unmarked slots in [begin, end), or all of them if there are no more.
+void mark_best(slot_marks & marks, const float * score, int32_t begin, int32_t end, int32_t n_best);
+
+// Neighbouring slots that live or die together: a chunk, a shot. Slots of it that are marked already are not its own.
+struct unit { int32_t begin, end; float score; };
+
+float mean_score(const slot_marks & marks, const unit & u, const std::vector<float> & token);
+
+// Marks n_left slots: whole units, best first, equal scores -> the earlier one. A unit that does not fit is skipped for
+// the next that does, or (skip = false) ends the search. What is left goes to the best tokens of the best unit that
+// did not fit.
+void mark_units(slot_marks & marks, const std::vector<unit> & units, const std::vector<float> & token, int32_t n_left,
+                bool skip);
+
+// Writes the marked slots, ascending. There must be exactly n_keep of them: anything else is a policy's bug.
+void write_marked(const slot_marks & marks, int32_t n_keep, int32_t * out);
+
+// Whole budgets from ideal ones: rounded down, cut to [n_min, n_kv] of the layer, then made to sum to
+// n_layer * r.budget (or to all slots, if those are fewer). What is missing goes one slot each to the first layers
+// with room, again and again; what is too much is taken one slot each from the last layers.
+std::vector<int32_t> whole_budgets(const request & r, const std::vector<double> & ideal, int32_t n_min);
+
+// Reductions of the window's attention.
+void mean_over_group(const layer_view & v, float * out); // F32 [n_head_kv, n_kv]
+void mean_over_heads(const layer_view & v, float * out); // F32 [n_head_kv, n_kv], the same numbers for every head
+
+// F32 [n_kv], the scores of layer il summed over its KV heads.
+std::vector<float> sum_over_heads(const request & r, int32_t il);
+
+float dot(const float * a, const float * b, int32_t n);
+
+// In [0, 1), from 24 bits of splitmix64(splitmix64(seed) ^ x): the same on every machine.
+float hash_unit(uint64_t seed, uint64_t x);
+
+} // namespace kvc

@@ -1,0 +1,326 @@
+// The graph: what attention leaves behind for a policy to look at, and the masks of layers that hold fewer cells.
+
+#include "engine.h"
+
+#include "llama-batch.h"
+#include "llama-context.h"
+#include "llama-graph.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include "ggml-backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+
+namespace kvc {
+
+layer_view layer_signals::view(int32_t n_layer) const {
+    const auto ptr = [](const std::vector<float> & v) { return v.empty() ? nullptr : v.data(); };
+    return { il, n_layer, n_kv, n_head, n_head_kv, head_dim, n_query, pos.data(), ptr(attn), ptr(sums), ptr(keys) };
+}
+
+void engine::alloc_signals(const llama_cparams & cparams) {
+    tensors.resize(kv.layers.size());
+    if (cfg->need.window == 0 && !cfg->need.sums) {
+        return;
+    }
+    const auto & hp = model.hparams;
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctx_map;
+    for (size_t l = 0; l < kv.layers.size(); ++l) {
+        const auto & layer = kv.layers[l];
+        auto & ctx = ctx_map[ggml_backend_buffer_get_type(layer.k->buffer)];
+        if (!ctx) {
+            ctx.reset(ggml_init({ 3*kv.layers.size()*ggml_tensor_overhead(), nullptr, true }));
+        }
+        auto & t = tensors[l];
+        if (cfg->need.window > 0) {
+            t.win = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, (int64_t) hp.n_embd_head_k(layer.il)*hp.n_head(layer.il),
+                    (int64_t) cfg->need.window*kv.n_stream);
+            ggml_format_name(t.win, "kvc_window_l%d", layer.il);
+        }
+        if (cfg->need.sums) {
+            t.sums = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, kv.get_size(), n_hkv, kv.n_stream);
+            t.ones = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, (int64_t) cparams.n_ubatch*hp.n_head(layer.il));
+            ggml_format_name(t.sums, "kvc_sums_l%d", layer.il);
+            ggml_set_name(t.ones, "1");
+        }
+    }
+    for (auto & it : ctx_map) {
+        ggml_backend_buffer_t buf = ggml_backend_alloc_ctx_tensors_from_buft(it.second.get(), it.first);
+        if (!buf) {
+            throw std::runtime_error("no memory for the attention signals of " + cfg->spec);
+        }
+        ggml_backend_buffer_clear(buf, 0);
+        ctxs_bufs.emplace_back(std::move(it.second), buf);
+    }
+    for (size_t l = 0; l < kv.layers.size(); ++l) {
+        if (tensors[l].ones) {
+            const std::vector<float> ones(tensors[l].ones->ne[0], (float) n_hkv/hp.n_head(kv.layers[l].il));
+            ggml_backend_tensor_set(tensors[l].ones, ones.data(), 0, ggml_nbytes(tensors[l].ones));
+        }
+    }
+}
+
+//
+// inside the model's graph
+//
+
+namespace {
+
+class window_input : public llm_graph_input_i {
+public:
+    window_input(const engine * e, ggml_tensor * rows, int64_t n_tokens) : e(e), rows(rows), n_tokens(n_tokens) {}
+    void set_input(const llama_ubatch * ubatch) override { e->set_window_rows(rows, ubatch); }
+    bool can_reuse(const llm_graph_params & params) override { return params.ubatch.n_tokens == n_tokens; }
+private:
+    const engine * e;
+    ggml_tensor  * rows; // I64 [n_rows]
+    int64_t        n_tokens;
+};
+
+class bias_input : public llm_graph_input_i {
+public:
+    bias_input(const engine * e, ggml_tensor * bias, int32_t ikv) : e(e), bias(bias), ikv(ikv) {}
+    void set_input(const llama_ubatch *) override { e->set_bias(bias, ikv); }
+    bool can_reuse(const llm_graph_params &) override { return true; }
+private:
+    const engine * e;
+    ggml_tensor  * bias; // F32 [n_kv, 1, n_head]
+    int32_t        ikv;
+};
+
+} // namespace
+
+void engine::build_mask(llm_graph_result * res, int il, ggml_tensor *& kq_mask, ggml_tensor *& kq_b) const {
+    auto * ctx = res->get_ctx();
+    const int32_t ikv = kv.map_layer_ids.at(il);
+
+    if (mask_only) {
+        kq_b = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, kq_mask->ne[0], 1, model.hparams.n_head(il));
+        ggml_set_input(kq_b);
+        res->add_input(std::make_unique<bias_input>(this, kq_b, ikv));
+        return;
+    }
+    const int64_t i0 = cell_begin(ikv);
+    if (i0 == 0) {
+        return;
+    }
+    // one copy for all layers that begin at the same cell: attention wants a contiguous mask
+    char name[GGML_MAX_NAME];
+    snprintf(name, sizeof(name), "kvc_mask_%d", (int) i0);
+    auto * mask = ggml_get_tensor(ctx, name);
+    if (!mask) {
+        mask = ggml_view_4d(ctx, kq_mask, kq_mask->ne[0] - i0, kq_mask->ne[1], kq_mask->ne[2], kq_mask->ne[3],
+                kq_mask->nb[1], kq_mask->nb[2], kq_mask->nb[3], i0*ggml_element_size(kq_mask));
+        mask = ggml_cont(ctx, mask);
+        ggml_set_name(mask, name);
+    }
+    kq_mask = mask;
+}
+
+void engine::build_tap(llm_graph_result * res, int il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cur,
+        ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale) {
+    auto * ctx = res->get_ctx();
+    auto * gf  = res->get_gf();
+    const int32_t ikv = kv.map_layer_ids.at(il);
+    const auto & t = tensors[ikv];
+    attn[ikv] = { sinks, kq_scale };
+
+    const int64_t n_seqs = kq_mask->ne[3];
+    const int64_t n_tps  = q->ne[2]/n_seqs;
+
+    if (t.win) {
+        const int64_t n_row = std::min<int64_t>(n_tps, cfg->need.window); // only the last ones can be in the window
+        auto * rows = ggml_get_tensor(ctx, "kvc_window_rows");
+        if (!rows) {
+            rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_row*n_seqs);
+            ggml_set_input(rows);
+            ggml_set_name(rows, "kvc_window_rows");
+            res->add_input(std::make_unique<window_input>(this, rows, q->ne[2]));
+        }
+        q = ggml_reshape_2d(ctx, ggml_is_contiguous(q) ? q : ggml_cont(ctx, q), q->ne[0]*q->ne[1], q->ne[2]);
+        for (int64_t s = 0; s < n_seqs; ++s) {
+            auto * src = ggml_view_2d(ctx, q, q->ne[0], n_row, q->nb[1], (s*n_tps + n_tps - n_row)*q->nb[1]);
+            auto * idx = ggml_view_1d(ctx, rows, n_row, s*n_row*sizeof(int64_t));
+            ggml_build_forward_expand(gf, ggml_set_rows(ctx, t.win, src, idx));
+        }
+    }
+
+    if (t.sums) {
+        // cur = cont(permute(v * softmax)): without flash attention the probabilities are there to be summed
+        auto * kq = cur->src[0]->src[0]->src[1]; // F32 [n_kv, n_tps, n_head, n_seqs]
+        GGML_ASSERT(kq->op == GGML_OP_SOFT_MAX);
+        const int64_t n_kv = kq->ne[0];
+        const int64_t n_q  = n_tps*kq->ne[2]/n_hkv; // queries of a KV head: those of its whole group lie together
+        const int64_t s0   = k->view_offs/k->nb[3];
+        kq = ggml_reshape_4d(ctx, kq, n_kv, n_q, n_hkv, n_seqs);
+        auto * ones = ggml_view_4d(ctx, t.ones, 1, n_q, n_hkv, n_seqs, sizeof(float), n_q*sizeof(float), n_q*n_hkv*sizeof(float), 0);
+        auto * add  = ggml_out_prod(ctx, kq, ones); // F32 [n_kv, 1, n_head_kv, n_seqs]
+        auto * sums = ggml_view_4d(ctx, t.sums, n_kv, 1, n_hkv, n_seqs, t.sums->nb[1], t.sums->nb[1], t.sums->nb[2],
+                s0*t.sums->nb[2] + cell_begin(ikv)*sizeof(float));
+        ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_add(ctx, add, sums), sums));
+    }
+}
+
+void engine::set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch) const {
+    const int64_t n_window = cfg->need.window;
+    const int64_t n_seqs = kv.n_stream > 1 ? ubatch->n_seqs_unq : 1;
+    const int64_t n_tps  = ubatch->n_tokens/n_seqs;
+    const int64_t n_row  = std::min(n_tps, n_window);
+    std::vector<int64_t> data(n_row*n_seqs);
+    for (int64_t s = 0; s < n_seqs; ++s) {
+        for (int64_t i = 0; i < n_row; ++i) {
+            const int64_t tok = s*n_tps + n_tps - n_row + i;
+            data[s*n_row + i] = kv.seq_to_stream[ubatch->seq_id[tok][0]]*n_window + ubatch->pos[tok] % n_window;
+        }
+    }
+    ggml_backend_tensor_set(rows, data.data(), 0, ggml_nbytes(rows));
+}
+
+void engine::set_bias(ggml_tensor * bias, int32_t ikv) const {
+    const int64_t n_kv = bias->ne[0], n_head = bias->ne[2], g = n_head/n_hkv;
+    const auto & slots = mask_slots[ikv];
+    const size_t n_keep = slots.size()/n_hkv;
+    std::vector<float> data(n_kv*n_head, 0.0f);
+    for (int64_t h = 0; h < n_head; ++h) {
+        std::fill_n(data.begin() + h*n_kv, mask_n, -INFINITY);
+        for (size_t i = 0; i < n_keep; ++i) {
+            data[h*n_kv + slots[(h/g)*n_keep + i]] = 0.0f;
+        }
+    }
+    ggml_backend_tensor_set(bias, data.data(), 0, ggml_nbytes(bias));
+}
+
+//
+// signals of one layer, read back
+//
+
+layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const {
+    const auto & hp = model.hparams;
+    const uint32_t il = kv.layers[ikv].il;
+    layer_signals sig = { ikv, n_slots(s, ikv), (int32_t) hp.n_head(il), n_hkv, (int32_t) hp.n_embd_head_k(il), 0, slot_pos(s, ikv), {}, {}, {} };
+    if (sig.n_kv == 0) {
+        throw std::invalid_argument("the sequence is empty");
+    }
+    if (cfg->need.window > 0) { read_attn(lctx, s, sig); }
+    if (cfg->need.sums)       { read_sums(s, sig); }
+    if (cfg->need.keys)       { read_keys(s, sig); }
+    return sig;
+}
+
+// softmax(scale * Q K^T + mask) of the window, averaged over its queries, in one small graph per layer.
+void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const {
+    const auto & q     = streams[s];
+    const auto & hp    = model.hparams;
+    const auto & layer = kv.layers[sig.il];
+    const int32_t n_window = cfg->need.window;
+    const int32_t c0 = q.n_base - q.n_kept[sig.il];
+
+    // Heads disagree on what lies below the floor. Queries from the floor on see all of that; earlier ones are left out.
+    std::vector<std::pair<llama_pos, int32_t>> queries; // position, ring row
+    for (int32_t r = 0; r < n_window; ++r) {
+        if (q.win_pos[r] >= q.floor - 1 && q.win_pos[r] >= 0) {
+            queries.emplace_back(q.win_pos[r], r);
+        }
+    }
+    std::sort(queries.begin(), queries.end());
+    sig.n_query = (int32_t) queries.size();
+    if (queries.empty()) {
+        throw std::runtime_error("no query of the window is left: evaluate tokens first");
+    }
+
+    std::vector<float> weight(n_window, 0.0f);                    // F32 [n_window] a row each, 0: not in the window
+    std::vector<float> mask((size_t) sig.n_kv*n_window, 0.0f);    // F32 [n_kv, n_window]
+    float total = 0;
+    for (size_t i = 0; i < queries.size(); ++i) {
+        const float x = queries.size() > 1 ? (float) i/(queries.size() - 1) : 1.0f;
+        total += weight[queries[i].second] = 1.0f + (cfg->need.newest - 1.0f)*x;
+        // positions of head 0: from the floor on all heads agree
+        for (int32_t j = sig.n_kv - 1; j >= 0 && sig.pos[j] > queries[i].first; --j) {
+            mask[(size_t) queries[i].second*sig.n_kv + j] = -INFINITY;
+        }
+    }
+    for (auto & w : weight) {
+        w /= total;
+    }
+
+    auto * sched = lctx->get_sched();
+    auto * res   = lctx->get_gf_res_reserve();
+    ggml_backend_sched_reset(sched);
+    res->reset();
+    auto * ctx = res->get_ctx();
+    auto * gf  = res->get_gf();
+
+    auto * k = layer.k;
+    k = ggml_view_3d(ctx, k, sig.head_dim, n_hkv, sig.n_kv, ggml_row_size(k->type, sig.head_dim), k->nb[1], s*k->nb[2] + c0*k->nb[1]);
+    auto * win = tensors[sig.il].win;
+    auto * qw = ggml_view_3d(ctx, win, sig.head_dim, sig.n_head, n_window, sig.head_dim*sizeof(float), win->nb[1], (size_t) s*n_window*win->nb[1]);
+    auto * m  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, sig.n_kv, n_window);
+    auto * w  = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_window, sig.n_head);
+    ggml_set_input(m);
+    ggml_set_input(w);
+
+    auto * kq = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, qw, 0, 2, 1, 3)); // [n_kv, n_window, n_head]
+    ggml_prec_set_acc(kq, GGML_PREC_F32);
+    if (hp.attn_soft_cap) {
+        kq = ggml_scale(ctx, kq, 1.0f/hp.f_attn_logit_softcapping);
+        kq = ggml_scale(ctx, ggml_tanh(ctx, kq), hp.f_attn_logit_softcapping);
+    }
+    kq = ggml_soft_max_ext(ctx, kq, m, attn[sig.il].scale, 0.0f);
+    ggml_soft_max_add_sinks(kq, attn[sig.il].sinks);
+    auto * out = ggml_out_prod(ctx, kq, w); // F32 [n_kv, 1, n_head]
+    ggml_set_output(out);
+    ggml_build_forward_expand(gf, out);
+
+    if (!ggml_backend_sched_alloc_graph(sched, gf)) {
+        throw std::runtime_error("no memory for the score graph");
+    }
+    std::vector<float> ws;
+    for (int32_t h = 0; h < sig.n_head; ++h) {
+        ws.insert(ws.end(), weight.begin(), weight.end());
+    }
+    ggml_backend_tensor_set(m, mask.data(), 0, ggml_nbytes(m));
+    ggml_backend_tensor_set(w, ws.data(), 0, ggml_nbytes(w));
+    if (lctx->graph_compute(gf, true) != GGML_STATUS_SUCCESS) {
+        throw std::runtime_error("the score graph failed");
+    }
+    llama_synchronize(lctx);
+    sig.attn.resize((size_t) sig.n_kv*sig.n_head);
+    ggml_backend_tensor_get(out, sig.attn.data(), 0, ggml_nbytes(out));
+}
+
+void engine::read_keys(uint32_t s, layer_signals & sig) const {
+    const auto * k = kv.layers[sig.il].k;
+    const int32_t c0 = streams[s].n_base - streams[s].n_kept[sig.il];
+    const size_t n_embd = (size_t) sig.head_dim*n_hkv;
+    std::vector<uint8_t> raw(sig.n_kv*k->nb[1]);
+    ggml_backend_tensor_get(k, raw.data(), s*k->nb[2] + c0*k->nb[1], raw.size());
+
+    std::vector<float> rows(n_embd*sig.n_kv); // F32 [n_kv, n_head_kv, head_dim]
+    if (k->type == GGML_TYPE_F32) {
+        memcpy(rows.data(), raw.data(), raw.size());
+    } else {
+        ggml_get_type_traits(k->type)->to_float(raw.data(), rows.data(), (int64_t) rows.size());
+    }
+    sig.keys.resize(rows.size());
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        for (int32_t j = 0; j < sig.n_kv; ++j) {
+            memcpy(&sig.keys[((size_t) h*sig.n_kv + j)*sig.head_dim], &rows[j*n_embd + (size_t) h*sig.head_dim], sig.head_dim*sizeof(float));
+        }
+    }
+}
+
+void engine::read_sums(uint32_t s, layer_signals & sig) const {
+    auto * t = tensors[sig.il].sums;
+    const int32_t c0 = streams[s].n_base - streams[s].n_kept[sig.il];
+    sig.sums.resize((size_t) sig.n_kv*n_hkv);
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        ggml_backend_tensor_get(t, &sig.sums[(size_t) h*sig.n_kv], s*t->nb[2] + h*t->nb[1] + c0*sizeof(float), sig.n_kv*sizeof(float));
+    }
+}
+
+} // namespace kvc

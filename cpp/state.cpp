@@ -1,0 +1,131 @@
+// A saved state of a context that evicts: llama.cpp's own, and after it what was kept. The count of streams at its head
+// carries a tag, so that stock llama.cpp (or a context without a policy) refuses the state instead of misreading it.
+
+#include "engine.h"
+
+#include "llama-io.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <stdexcept>
+
+namespace kvc {
+
+static const uint32_t STATE_TAG     = 0x4b560000; // "KV"
+static const uint32_t STATE_VERSION = 1;
+static const uint64_t N_MAX         = 1u << 28;   // no array of a real state is longer
+
+uint32_t engine::state_tag(uint32_t n_stream) const {
+    return STATE_TAG | n_stream;
+}
+
+template <typename T>
+static void put(llama_io_write_i & io, const std::vector<T> & v) {
+    const uint64_t n = v.size();
+    io.write(&n, sizeof(n));
+    io.write(v.data(), n*sizeof(T));
+}
+
+template <typename T>
+static void get(llama_io_read_i & io, std::vector<T> & v) {
+    uint64_t n = 0;
+    io.read(&n, sizeof(n));
+    if (n > N_MAX) {
+        throw std::runtime_error("the state is damaged: an array of " + std::to_string(n) + " elements");
+    }
+    v.resize(n);
+    io.read(v.data(), n*sizeof(T));
+}
+
+static void put_part(llama_io_write_i & io, ggml_tensor * t, size_t offset, size_t size) {
+    std::vector<uint8_t> buf(t ? size : 0);
+    if (t) {
+        ggml_backend_tensor_get(t, buf.data(), offset, size);
+    }
+    put(io, buf);
+}
+
+static void get_part(llama_io_read_i & io, ggml_tensor * t, size_t offset, size_t size) {
+    std::vector<uint8_t> buf;
+    get(io, buf);
+    if (buf.size() != (t ? size : 0)) {
+        throw std::runtime_error("the state holds other attention signals than this context");
+    }
+    if (t) {
+        ggml_backend_tensor_set(t, buf.data(), offset, size);
+    }
+}
+
+void engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
+    io.write(&STATE_VERSION, sizeof(STATE_VERSION));
+    io.write_string(cfg->spec);
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        if (seq_id >= 0 && kv.seq_to_stream[seq_id] != s) {
+            continue;
+        }
+        const auto & q = streams[s];
+        const int32_t head[] = { q.n_base, q.floor, q.gen, q.n_prompt };
+        io.write(head, sizeof(head));
+        put(io, q.tokens);
+        put(io, q.spans);
+        put(io, q.n_kept);
+        for (const auto & kept : q.kept) {
+            put(io, kept);
+        }
+        put(io, q.win_pos);
+        for (const auto & t : tensors) {
+            put_part(io, t.win,  s*(t.win  ? ggml_nbytes(t.win)/kv.n_stream  : 0), t.win  ? ggml_nbytes(t.win)/kv.n_stream  : 0);
+            put_part(io, t.sums, s*(t.sums ? ggml_nbytes(t.sums)/kv.n_stream : 0), t.sums ? ggml_nbytes(t.sums)/kv.n_stream : 0);
+        }
+    }
+}
+
+void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
+    uint32_t version = 0;
+    std::string text;
+    io.read(&version, sizeof(version));
+    if (version != STATE_VERSION) {
+        throw std::runtime_error("the state has version " + std::to_string(version) + ", this build reads " + std::to_string(STATE_VERSION));
+    }
+    io.read_string(text);
+    if (text != cfg->spec) {
+        throw std::runtime_error("the state was saved under the policy " + text + ", this context has " + cfg->spec);
+    }
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        if (seq_id >= 0 && kv.seq_to_stream[seq_id] != s) {
+            continue;
+        }
+        stream q;
+        reset(q);
+        int32_t head[4];
+        io.read(head, sizeof(head));
+        q.n_base = head[0]; q.floor = head[1]; q.gen = head[2]; q.n_prompt = head[3];
+        get(io, q.tokens);
+        get(io, q.spans);
+        get(io, q.n_kept);
+        for (auto & kept : q.kept) {
+            get(io, kept);
+        }
+        get(io, q.win_pos);
+
+        // what the rest of the engine relies on
+        const int32_t n_used = n_cells(s);
+        bool ok = q.n_kept.size() == kv.layers.size() && q.win_pos.size() == (size_t) cfg->need.window &&
+            q.n_base >= 0 && q.n_base <= n_used && q.tokens.size() <= N_MAX && q.floor >= 0 && q.floor <= (llama_pos) q.tokens.size() &&
+            (llama_pos) q.tokens.size() == kv.v_cells[s].seq_pos_max((llama_seq_id) s) + 1;
+        for (size_t l = 0; ok && l < q.n_kept.size(); ++l) {
+            ok = q.n_kept[l] >= 0 && q.n_kept[l] <= q.n_base && q.kept[l].size() == (size_t) n_hkv*q.n_kept[l];
+        }
+        if (!ok) {
+            throw std::runtime_error("the state is damaged: what it kept does not fit its cells");
+        }
+        for (auto & t : tensors) {
+            get_part(io, t.win,  s*(t.win  ? ggml_nbytes(t.win)/kv.n_stream  : 0), t.win  ? ggml_nbytes(t.win)/kv.n_stream  : 0);
+            get_part(io, t.sums, s*(t.sums ? ggml_nbytes(t.sums)/kv.n_stream : 0), t.sums ? ggml_nbytes(t.sums)/kv.n_stream : 0);
+        }
+        streams[s] = std::move(q);
+    }
+    stale = true;
+}
+
+} // namespace kvc

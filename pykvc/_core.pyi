@@ -1,0 +1,124 @@
+"""The compiled half of pykvc: libllama with the eviction engine, as thin classes. Users want `pykvc.LLM`."""
+from typing import Any, Callable, Sequence
+import numpy as np
+import numpy.typing as npt
+
+I32 = npt.NDArray[np.int32]
+F32 = npt.NDArray[np.float32]
+
+# -- the policy table and the host half of the engine: no model needed ---------------------------------------------
+
+def policies() -> list[dict[str, Any]]:
+    """The table: name, title, paper, decode ('none' | 'whole' | 'generated'), layers_differ, needs (of the default parameters:
+    window, newest, sums, keys, spans), params [{name, value, doc, min, max, choices, integer}]."""
+
+def parse_spec(spec: str) -> str:
+    """The canonical form of a spec: every parameter, in declared order. ValueError names what is valid."""
+
+def parse_budget(text: str, name: str = "kv_budget") -> tuple[str, float]:
+    """('none' | 'tokens' | 'ratio', value)."""
+
+def score(spec: str, pos: I32, *, il: int = 0, n_layer: int = 1, n_head: int = ..., n_query: int = ..., head_dim: int = ...,
+          attn: F32 | None = None, sums: F32 | None = None, keys: F32 | None = None) -> F32:
+    """score() of a policy: pos [n_head_kv, n_kv], attn [n_head, n_kv], sums [n_head_kv, n_kv], keys [n_head_kv, n_kv, head_dim] -> [n_head_kv, n_kv]."""
+
+def plan(spec: str, pos: Sequence[I32], score: Sequence[F32], budget: int, *, prompt: bool = True,
+         n_frozen: Sequence[int] | None = None, spans: Sequence[tuple[int, int]] = ()) -> list[I32]:
+    """budgets() and keep() of a policy: pos, score a layer [n_head_kv, n_kv] -> slots kept a layer, I32 [n_head_kv, n_keep]."""
+
+# -- llama.cpp ------------------------------------------------------------------------------------------------------
+
+def llama_commit() -> str: ...
+def system_info() -> str: ...
+def set_log(callback: Callable[[int, str], None] | None) -> None: """level (1 debug .. 4 error), text; None: silent."""
+
+class Model:
+    """A loaded GGUF. ValueError: not a GGUF, truncated, unknown architecture."""
+    def __init__(self, path: str, *, n_gpu_layers: int = 0, use_mmap: bool = True, use_mlock: bool = False, vocab_only: bool = False) -> None: ...
+    @property
+    def desc(self) -> str: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def meta(self) -> dict[str, str]: ...
+    @property
+    def size(self) -> int: """bytes of all tensors"""
+    @property
+    def n_params(self) -> int: ...
+    @property
+    def n_ctx_train(self) -> int: ...
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_head(self) -> int: ...
+    @property
+    def n_head_kv(self) -> int: ...
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def n_vocab(self) -> int: ...
+    @property
+    def bos(self) -> int: """-1: none"""
+    @property
+    def eos(self) -> int: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    def tokenize(self, text: bytes, add_special: bool = True, parse_special: bool = False) -> list[int]: ...
+    def detokenize(self, tokens: Sequence[int], remove_special: bool = False, unparse_special: bool = True) -> bytes: ...
+    def piece(self, token: int, special: bool = False) -> bytes: ...
+    def is_eog(self, token: int) -> bool: ...
+    def apply_chat_template(self, messages: Sequence[tuple[str, str]], add_assistant: bool = True, template: str | None = None) -> str: ...
+
+class Context:
+    """A llama_context with its cache. `policy` is a spec string or an object with the Policy protocol (pykvc/policy.py).
+    budget, decode_budget: as parse_budget reads them, "" none. ValueError names what is valid."""
+    def __init__(self, model: Model, *, n_ctx: int = 0, n_batch: int = 2048, n_ubatch: int = 512, n_seq_max: int = 1,
+                 n_threads: int = 0, n_threads_batch: int = 0, type_k: str = "f16", type_v: str = "f16",
+                 flash_attn: str = "auto", offload_kqv: bool = True, policy: Any = "full", budget: str = "",
+                 decode_budget: str = "") -> None: ...
+    @property
+    def n_ctx(self) -> int: """logical positions of one sequence"""
+    @property
+    def n_batch(self) -> int: ...
+    @property
+    def n_ubatch(self) -> int: ...
+    @property
+    def n_seq_max(self) -> int: ...
+    @property
+    def flash_attn(self) -> bool: ...
+    @property
+    def policy(self) -> str: """canonical spec"""
+    @property
+    def n_layer_kv(self) -> int: """layers that may evict"""
+
+    def decode(self, tokens: I32, seq: int = 0, logits: str = "last") -> None:
+        """Appends tokens to a sequence in calls of n_batch. logits: 'none' | 'last' | 'all'. GIL released; checks signals between calls."""
+    def decode_batch(self, tokens: I32, seqs: I32) -> None:
+        """One token for each of several sequences, one call; logits rows in that order."""
+    def logits(self) -> F32: """[n_rows, n_vocab] of the last decode"""
+    def pos_max(self, seq: int = 0) -> int: """last position, -1: empty"""
+    def pos_floor(self, seq: int = 0) -> int: """first position a tail removal may start at"""
+    def remove_tail(self, pos: int, seq: int = 0) -> bool: """Removes [pos, end); False and unchanged below the floor."""
+    def clear(self, seq: int = -1) -> None: ...
+    def copy(self, src: int, dst: int) -> None: ...
+
+    def set_budget(self, budget: str, decode_budget: str) -> None: ...
+    def set_spans(self, spans: Sequence[tuple[int, int]], seq: int = 0) -> None: """original positions; ValueError where they overlap"""
+    def end_prompt(self, seq: int = 0) -> None: """Tokens from here on are generated ones."""
+    def evict(self, seq: int = 0) -> bool: """Prompt eviction now. False: nothing was over budget."""
+    def kept(self, seq: int = 0) -> list[I32]: """a layer [n_head_kv, n_kept], original positions ascending"""
+    def scores(self, seq: int = 0) -> list[F32]: """a layer [n_head_kv, n_kv], what the policy would rank by now"""
+    def signals(self, seq: int = 0) -> list[dict[str, Any]]: """a layer: pos, attn, sums, keys, n_query (those the policy needs)"""
+    def stats(self) -> dict[str, Any]:
+        """cells_used [n_seq_max], cells_allocated (a sequence), kept [n_layer_kv] (sequence 0), bytes_allocated, bytes_used, bytes_full
+        (what the evaluated tokens would take), n_evictions, n_evicted (cells of the mean layer), score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
+    def save(self) -> bytes: """whole state, with what was kept"""
+    def load(self, data: bytes) -> None: """ValueError: other model, policy or version; the context is then empty"""
+    def save_seq(self, seq: int = 0) -> bytes: ...
+    def load_seq(self, data: bytes, seq: int = 0) -> None: ...
+
+class Sampler:
+    """llama.cpp's chain: penalties, top_k, top_p, min_p, temp, dist; temperature 0 is greedy."""
+    def __init__(self, *, temperature: float = 0.0, top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, seed: int = 0) -> None: ...
+    def sample(self, ctx: Context, row: int = -1) -> int: """and accept"""
+    def reset(self) -> None: ...
