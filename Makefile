@@ -1,0 +1,64 @@
+PYTHON ?= python3
+VENV   := .venv
+PIP    := $(VENV)/bin/pip --disable-pip-version-check install --quiet
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PYKVC_STOCK := $(CURDIR)/.build/stock/stock
+
+# A fresh machine needs Python 3.10+ and a C++ compiler; CMake and Ninja come from PyPI where they are missing.
+TOOLS := scikit-build-core>=0.10 pybind11>=2.12 $(shell command -v cmake >/dev/null || echo cmake) $(shell command -v ninja >/dev/null || echo ninja)
+
+PACKAGE   := pyproject.toml CMakeLists.txt $(shell find cpp third_party pykvc -type f -not -path '*/__pycache__/*')
+REFERENCE := $(shell find tests/stock third_party -type f -not -path '*/__pycache__/*')
+
+help:
+	@echo "make venv      .venv with pykvc and what the tests need"
+	@echo "make demo      pykvc demo: a small model, with and without eviction"
+	@echo "make test      every test; PYTEST_ARGS='-k policy' for some"
+	@echo "make dev       editable install: again after a change of C++, which compiles only that"
+	@echo "make sanitize  the tests under the address and undefined-behaviour sanitizers"
+	@echo "make clean     everything that was built (downloads stay in ~/.cache/pykvc)"
+
+# Without build isolation the paths of pybind11 and ninja stay the same, so a second build compiles what changed.
+$(VENV)/tools:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(foreach tool,$(TOOLS),'$(tool)')
+	touch $@
+
+$(VENV)/installed: $(VENV)/tools $(PACKAGE)
+	$(PIP) --no-build-isolation -C build-dir=.build/pykvc '.[test]'
+	touch $@
+
+.build/stock/stock: $(VENV)/tools $(REFERENCE)
+	cmake -S tests/stock -B .build/stock -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python --log-level=WARNING
+	cmake --build .build/stock
+	touch $@
+
+venv: $(VENV)/installed
+
+demo: venv
+	$(VENV)/bin/pykvc demo
+
+# Not python -m pytest: that would import ./pykvc, which has no _core.
+test: venv .build/stock/stock
+	$(VENV)/bin/pytest -q $(PYTEST_ARGS)
+
+dev: $(VENV)/tools
+	$(PIP) --no-build-isolation -C build-dir=.build/pykvc -e '.[test]'
+	rm -f $(VENV)/installed
+
+# Python itself is not instrumented: the sanitizers' libraries have to be loaded before it.
+SAN := .venv-sanitize
+sanitize: .build/stock/stock
+	$(PYTHON) -m venv $(SAN)
+	$(SAN)/bin/pip --disable-pip-version-check install --quiet $(foreach tool,$(TOOLS),'$(tool)')
+	PATH=$(CURDIR)/$(SAN)/bin:$$PATH $(SAN)/bin/pip --disable-pip-version-check install --quiet --no-build-isolation \
+	    -C build-dir=.build/sanitize -C cmake.define.PYKVC_SANITIZE=ON -C install.strip=false '.[test]'
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    $(SAN)/bin/pytest -q $(PYTEST_ARGS)
+
+clean:
+	rm -rf .build $(VENV) $(SAN)
+
+.PHONY: help venv demo test dev sanitize clean
