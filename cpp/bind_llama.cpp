@@ -47,10 +47,15 @@ void on_log(ggml_log_level level, const char * text, void *) {
     }
 }
 
+// The engine's sentence, or the first line llama.cpp logged, without the function it names.
 [[noreturn]] void fail(const std::string & what) {
-    std::string why = kvc::last_error().empty() ? log_errors : kvc::last_error();
-    while (!why.empty() && (why.back() == '\n' || why.back() == ' ')) {
-        why.pop_back();
+    std::string why = kvc::last_error();
+    if (why.empty()) {
+        why = log_errors.substr(0, log_errors.find('\n'));
+        const size_t colon = why.find(": ");
+        if (colon != std::string::npos && why.find(' ') > colon) {
+            why = why.substr(colon + 2);
+        }
     }
     throw std::invalid_argument(why.empty() ? what : what + ": " + why);
 }
@@ -183,8 +188,6 @@ public:
     std::shared_ptr<Model> model;
     llama_context_ptr ctx;
     std::string spec = "full";
-    bool   flash_attn = true;
-    int    n_threads = 0;
     int32_t n_rows = 0; // rows of logits of the last decode
     double prefill_ms = 0, decode_ms = 0;
 
@@ -198,7 +201,7 @@ public:
             throw std::invalid_argument("n_seq_max must be 1 to " + std::to_string(llama_max_parallel_sequences()));
         }
         const int n_cores = std::max(1u, std::thread::hardware_concurrency());
-        n_threads = n_threads_ > 0 ? n_threads_ : n_cores;
+        const int n_threads = n_threads_ > 0 ? n_threads_ : n_cores;
         auto cp = llama_context_default_params();
         cp.n_ctx           = n_ctx*n_seq_max; // llama.cpp divides it among the sequences
         cp.n_batch         = n_batch;
@@ -374,6 +377,7 @@ public:
         check_seq(dst);
         if (src != dst) {
             llama_memory_seq_cp(mem(), src, dst, -1, -1);
+            kvc::flush_copies(ctx.get());
         }
     }
 
@@ -528,12 +532,23 @@ public:
         llama_sampler_chain_add(chain.get(), llama_sampler_init_dist(seed));
     }
 
+    llama_token sample_row(const kvc::f32_array & logits) {
+        if (logits.ndim() != 1 || logits.size() == 0) {
+            throw std::invalid_argument("logits must be F32 [n_vocab]");
+        }
+        return pick(logits.data(), (int32_t) logits.size());
+    }
+
     llama_token sample(Context & ctx, int32_t row) {
         if (ctx.n_rows == 0 || row >= ctx.n_rows || row < -ctx.n_rows) {
             throw std::invalid_argument("sample: the last decode left " + std::to_string(ctx.n_rows) + " rows of logits");
         }
         const int32_t n_vocab = llama_vocab_n_tokens(ctx.model->vocab);
-        const float * logits = llama_get_logits(ctx.ctx.get()) + (size_t) (row < 0 ? ctx.n_rows + row : row)*n_vocab;
+        return pick(llama_get_logits(ctx.ctx.get()) + (size_t) (row < 0 ? ctx.n_rows + row : row)*n_vocab, n_vocab);
+    }
+
+private:
+    llama_token pick(const float * logits, int32_t n_vocab) {
         std::vector<llama_token_data> data(n_vocab);
         for (llama_token t = 0; t < n_vocab; ++t) {
             data[t] = { t, logits[t], 0.0f };
@@ -589,6 +604,7 @@ void bind_llama(py::module_ & m) {
         .def_property_readonly("n_batch", [](const Context & c) { return llama_n_batch(c.ctx.get()); })
         .def_property_readonly("n_ubatch", [](const Context & c) { return llama_n_ubatch(c.ctx.get()); })
         .def_property_readonly("n_seq_max", &Context::n_seq_max)
+        .def_property_readonly("flash_attn", [](const Context & c) { return kvc::uses_flash_attn(c.ctx.get()); })
         .def_property_readonly("policy", [](const Context & c) { return c.spec; })
         .def_property_readonly("n_layer_kv", [](const Context & c) { return c.usage().n_layer; })
         .def("decode", &Context::decode, "tokens"_a, "seq"_a = 0, "logits"_a = "last", "Appends tokens to a sequence, in calls of n_batch.")
@@ -609,6 +625,7 @@ void bind_llama(py::module_ & m) {
             }
             c.engine().set_spans(seq, std::move(v));
         }, "spans"_a, "seq"_a = 0)
+        .def("begin_prompt", [](Context & c, int32_t seq) { c.engine().begin_prompt(seq); }, "seq"_a = 0)
         .def("end_prompt", [](Context & c, int32_t seq) { c.engine().end_prompt(seq); }, "seq"_a = 0)
         .def("evict", &Context::evict, "seq"_a = 0, "mask_only"_a = false, "Prompt eviction now; mask_only (tests): the keep sets as a mask, nothing is freed.")
         .def("kept", &Context::kept, "seq"_a = 0)
@@ -624,5 +641,6 @@ void bind_llama(py::module_ & m) {
         .def(py::init<const Model &, float, int, float, float, float, uint32_t>(), "model"_a, py::kw_only(), "temperature"_a = 0.0f, "top_k"_a = 40, "top_p"_a = 0.95f,
                 "min_p"_a = 0.05f, "repeat_penalty"_a = 1.0f, "seed"_a = 0)
         .def("sample", &Sampler::sample, "ctx"_a, "row"_a = -1, "The token, accepted.")
+        .def("sample_row", &Sampler::sample_row, "logits"_a, "The same from logits F32 [n_vocab] that were kept.")
         .def("reset", [](Sampler & s) { llama_sampler_reset(s.chain.get()); });
 }

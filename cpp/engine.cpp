@@ -40,6 +40,22 @@ void no_policy_for_next_context() {
     next_context(nullptr);
 }
 
+static void check_budgets(const policy & pol, const std::string & name, decode_mode mode, const budget & prompt, const budget & decode) {
+    if (decode.kind != budget::none && mode == decode_mode::none) {
+        std::string names;
+        for (const auto & info : policy_table()) {
+            if (info.decode != decode_mode::none) {
+                names += (names.empty() ? "" : ", ") + std::string(info.name);
+            }
+        }
+        throw std::invalid_argument("kv_decode_budget: " + name + " does not evict generated tokens; these do: " + names);
+    }
+    if (prompt.kind == budget::tokens && prompt.value < pol.min_budget()) {
+        throw std::invalid_argument("kv_budget " + prompt.str() + " is below what " + name +
+                " always keeps (sinks, window, one more): at least " + std::to_string(pol.min_budget()) + " tokens");
+    }
+}
+
 std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, const std::string & name, decode_mode decode,
         const std::string & kv_budget, const std::string & kv_decode_budget) {
     auto cfg = std::make_shared<config>();
@@ -50,19 +66,7 @@ std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, con
     cfg->prompt_budget = parse_budget(kv_budget, "kv_budget");
     cfg->decode_budget = parse_budget(kv_decode_budget, "kv_decode_budget");
     cfg->guess         = false;
-    if (cfg->decode_budget.kind != budget::none && decode == decode_mode::none) {
-        std::string names;
-        for (const auto & info : policy_table()) {
-            if (info.decode != decode_mode::none) {
-                names += (names.empty() ? "" : ", ") + std::string(info.name);
-            }
-        }
-        throw std::invalid_argument("kv_decode_budget: " + name + " does not evict generated tokens; these do: " + names);
-    }
-    if (cfg->prompt_budget.kind == budget::tokens && cfg->prompt_budget.value < cfg->pol->min_budget()) {
-        throw std::invalid_argument("kv_budget " + cfg->prompt_budget.str() + " is below what " + name +
-                " always keeps (sinks, window, one more): at least " + std::to_string(cfg->pol->min_budget()) + " tokens");
-    }
+    check_budgets(*cfg->pol, name, decode, cfg->prompt_budget, cfg->decode_budget);
     return cfg;
 }
 
@@ -112,6 +116,14 @@ llama_kv_cache * cache_of(llama_context * lctx) {
         return iswa->get_base();
     }
     return dynamic_cast<llama_kv_cache *>(mem);
+}
+
+void flush_copies(llama_context * lctx) {
+    lctx->memory_update(false);
+}
+
+bool uses_flash_attn(llama_context * lctx) {
+    return lctx->get_cparams().flash_attn;
 }
 
 engine * engine::of(llama_context * lctx) {
@@ -274,7 +286,11 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
             continue;
         }
         const llama_pos last = (llama_pos) streams[s].tokens.size() - 1;
-        if (last < 0 || p0 > last || p1 <= p0) {
+        if (last < 0) {
+            reset(streams[s]); // spans may have been set
+            continue;
+        }
+        if (p0 > last || p1 <= p0) {
             continue;
         }
         if (p1 <= last) {
@@ -362,7 +378,9 @@ int32_t engine::target(uint32_t s, bool prompt, std::vector<int32_t> & n_frozen)
     const int32_t n_tokens = (int32_t) q.tokens.size();
     n_frozen.assign(n_layer(), 0);
     if (prompt) {
-        return cfg->prompt_budget.kind == budget::none ? std::numeric_limits<int32_t>::max() : cfg->prompt_budget.of(n_tokens);
+        // a ratio of a short prompt is not below what the policy always keeps; a number of tokens was checked when it was given
+        return cfg->prompt_budget.kind == budget::none ? std::numeric_limits<int32_t>::max() :
+            std::max(cfg->prompt_budget.of(n_tokens), cfg->pol->min_budget());
     }
     const int32_t n_decode = cfg->decode_budget.of(n_tokens - q.gen);
     if (cfg->decode == decode_mode::whole) {
@@ -377,7 +395,7 @@ int32_t engine::target(uint32_t s, bool prompt, std::vector<int32_t> & n_frozen)
     return (int32_t) std::lround((double) sum/n_layer()) + n_decode;
 }
 
-// Would n_new more tokens take a sequence that generates over its limit and one interval?
+// Would n_new more tokens take a sequence that generates over its limit and one interval, and is there anything to evict?
 bool engine::over_budget(uint32_t s, int32_t n_new) const {
     const auto & q = streams[s];
     if (cfg->decode_budget.kind == budget::none || q.gen < 0) {
@@ -388,7 +406,8 @@ bool engine::over_budget(uint32_t s, int32_t n_new) const {
     for (int32_t l = 0; l < n_layer(); ++l) {
         n += n_slots(s, l);
     }
-    return (n + n_layer() - 1)/n_layer() - q.n_prompt + n_new > n_decode + cfg->interval;
+    const int64_t n_gen = (n + n_layer() - 1)/n_layer() - q.n_prompt;
+    return n_gen > n_decode && n_gen + n_new > n_decode + cfg->interval;
 }
 
 bool engine::is_due(const std::vector<llama_ubatch> & ubatches) {
@@ -424,9 +443,16 @@ bool engine::is_due(const std::vector<llama_ubatch> & ubatches) {
     return !due.empty();
 }
 
+void engine::begin_prompt(llama_seq_id seq_id) {
+    streams[stream_of(seq_id)].gen = -1;
+}
+
 void engine::end_prompt(llama_seq_id seq_id) {
     const uint32_t s = stream_of(seq_id);
     auto & q = streams[s];
+    if (q.tokens.empty()) {
+        return;
+    }
     int64_t n = 0;
     for (int32_t l = 0; l < n_layer(); ++l) {
         n += n_slots(s, l);
@@ -436,6 +462,7 @@ void engine::end_prompt(llama_seq_id seq_id) {
 }
 
 void engine::set_budget(const budget & prompt, const budget & decode) {
+    check_budgets(*cfg->pol, cfg->spec, cfg->decode, prompt, decode);
     auto c = std::make_shared<config>(*cfg);
     c->prompt_budget = prompt;
     c->decode_budget = decode;

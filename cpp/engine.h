@@ -101,6 +101,7 @@ public:
     static engine * of(llama_context * lctx); // null: the context does not evict
     void set_budget(const budget & prompt, const budget & decode);
     void set_spans(llama_seq_id seq_id, std::vector<span> spans);
+    void begin_prompt(llama_seq_id seq_id); // another prompt follows: what was generated belongs to it
     void end_prompt(llama_seq_id seq_id);
     bool evict(llama_context * lctx, llama_seq_id seq_id, bool mask_only = false); // false: nothing was over budget
     std::vector<layer_signals>      signals(llama_context * lctx, llama_seq_id seq_id);
@@ -200,5 +201,11 @@ std::string & last_error();
 
 // The cache that evicts, or would: null where the context's memory is none of ours.
 llama_kv_cache * cache_of(llama_context * lctx);
+
+// Runs the copies between sequences that llama.cpp has put off to the next decode: a state saved or loaded before that
+// decode would be of the time before them.
+void flush_copies(llama_context * lctx);
+
+bool uses_flash_attn(llama_context * lctx);
 
 } // namespace kvc

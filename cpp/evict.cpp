@@ -47,11 +47,6 @@ bool engine::run(llama_context * lctx, uint32_t s, bool prompt) {
     if (q.tokens.empty() || !over) {
         return false;
     }
-    if (prompt && n_target < cfg->pol->min_budget()) {
-        throw std::invalid_argument("kv_budget " + cfg->prompt_budget.str() + " is " + std::to_string(n_target) + " of " +
-                std::to_string(q.tokens.size()) + " tokens, below what " + cfg->spec + " always keeps (sinks, window, one more): at least " +
-                std::to_string(cfg->pol->min_budget()));
-    }
     r.budget = n_target;
 
     int64_t t0 = ggml_time_us();
@@ -208,6 +203,9 @@ void engine::clear_sums(uint32_t s, uint32_t c0, uint32_t c1) {
 // Spans of a prompt nobody segmented: a sentence ends with . ! ? or a line break.
 std::vector<span> engine::sentences(const stream & q) const {
     std::vector<span> res;
+    if (model.vocab.get_type() == LLAMA_VOCAB_TYPE_NONE) {
+        return res;
+    }
     int32_t begin = 0;
     const int32_t n = q.gen >= 0 ? std::min<int32_t>(q.gen, q.tokens.size()) : (int32_t) q.tokens.size();
     for (int32_t i = 0; i < n; ++i) {

@@ -230,7 +230,7 @@ void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
     std::sort(queries.begin(), queries.end());
     sig.n_query = (int32_t) queries.size();
     if (queries.empty()) {
-        throw std::runtime_error("no query of the window is left: evaluate tokens first");
+        throw std::invalid_argument("the queries of the window were removed with the tail: at least one token has to be evaluated after it");
     }
 
     std::vector<float> weight(n_window, 0.0f);                    // F32 [n_window] a row each, 0: not in the window

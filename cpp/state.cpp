@@ -108,6 +108,10 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         }
         get(io, q.win_pos);
 
+        if (q.tokens.empty() && seq_id >= 0) {
+            kv.seq_rm(seq_id, -1, -1); // llama.cpp leaves a sequence alone when the state holds none of its cells
+        }
+
         // what the rest of the engine relies on
         const int32_t n_used = n_cells(s);
         bool ok = q.n_kept.size() == kv.layers.size() && q.win_pos.size() == (size_t) cfg->need.window &&

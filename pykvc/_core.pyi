@@ -28,7 +28,6 @@ def plan(spec: str, pos: Sequence[I32], score: Sequence[F32], budget: int, *, pr
 
 # -- llama.cpp ------------------------------------------------------------------------------------------------------
 
-def llama_commit() -> str: ...
 def system_info() -> str: ...
 def set_log(callback: Callable[[int, str], None] | None) -> None: """level (1 debug .. 4 error), text; None: silent."""
 
@@ -104,8 +103,10 @@ class Context:
 
     def set_budget(self, budget: str, decode_budget: str) -> None: ...
     def set_spans(self, spans: Sequence[tuple[int, int]], seq: int = 0) -> None: """original positions; ValueError where they overlap"""
+    def begin_prompt(self, seq: int = 0) -> None: """Another prompt follows: what was generated belongs to it."""
     def end_prompt(self, seq: int = 0) -> None: """Tokens from here on are generated ones."""
-    def evict(self, seq: int = 0) -> bool: """Prompt eviction now. False: nothing was over budget."""
+    def evict(self, seq: int = 0, mask_only: bool = False) -> bool:
+        """Prompt eviction now. False: nothing was over budget. mask_only (tests): the keep sets as a mask, nothing is freed."""
     def kept(self, seq: int = 0) -> list[I32]: """a layer [n_head_kv, n_kept], original positions ascending"""
     def scores(self, seq: int = 0) -> list[F32]: """a layer [n_head_kv, n_kv], what the policy would rank by now"""
     def signals(self, seq: int = 0) -> list[dict[str, Any]]: """a layer: pos, attn, sums, keys, n_query (those the policy needs)"""
@@ -119,6 +120,7 @@ class Context:
 
 class Sampler:
     """llama.cpp's chain: penalties, top_k, top_p, min_p, temp, dist; temperature 0 is greedy."""
-    def __init__(self, *, temperature: float = 0.0, top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, seed: int = 0) -> None: ...
+    def __init__(self, model: Model, *, temperature: float = 0.0, top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, seed: int = 0) -> None: ...
     def sample(self, ctx: Context, row: int = -1) -> int: """and accept"""
+    def sample_row(self, logits: F32) -> int: """the same from logits [n_vocab] that were kept"""
     def reset(self) -> None: ...

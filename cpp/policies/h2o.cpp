@@ -26,7 +26,7 @@ struct h2o : policy {
     }
 
     int32_t n_recent(int32_t budget) const override {
-        return (int32_t) std::lround(recent * budget);
+        return (int32_t) (recent * budget);
     }
 
     int32_t min_budget() const override {

@@ -1,0 +1,185 @@
+"""The command line: `pykvc generate | policies | pull | demo`, with llama.cpp's names for flags and environment.
+
+A mistake ends with exit status 2 and one sentence on stderr.
+"""
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Callable, Optional
+
+import typer
+
+from . import __version__, models, policies, table
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="KV cache eviction inside llama.cpp: a long prompt in a small cache.")
+
+
+def main() -> None:
+    """Entry point. Usage errors, too, are a sentence and no box."""
+    try:
+        status = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of click, or the copy that typer carries
+            raise
+        status = _refuse(error.format_message())
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def sentences(command: Callable[..., None]) -> Callable[..., None]:
+    """ValueError -> its sentence on stderr and exit status 2; Ctrl-C -> 130."""
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except ValueError as error:
+            raise typer.Exit(_refuse(str(error)))
+        except KeyboardInterrupt:
+            raise typer.Exit(130)
+    return run
+
+
+def _refuse(sentence: str) -> int:
+    print(sentence.splitlines()[0], file=sys.stderr)  # llama.cpp may have added its log
+    return 2
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pykvc {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False) -> None:
+    pass
+
+
+def _flag(*names: str, help: str, env: str | None = None, **more: Any) -> Any:
+    return typer.Option(*names, help=help, envvar=env and f"LLAMA_ARG_{env}", **more)
+
+
+@app.command()
+@sentences
+def generate(
+    model: Annotated[Optional[str], _flag("-m", "--model", env="MODEL", help="GGUF file or known name. Default: SmolLM2-135M, fetched once.")] = None,
+    hf_repo: Annotated[Optional[str], _flag("-hf", "--hf-repo", env="HF_REPO", help="user/repo[:quant] of Hugging Face.")] = None,
+    prompt: Annotated[Optional[str], _flag("-p", "--prompt", help="The prompt.")] = None,
+    file: Annotated[Optional[str], _flag("-f", "--file", help="A file with the prompt; - is stdin.")] = None,
+    question: Annotated[Optional[str], _flag("--question", help="Asked after the prompt was evicted, so that the eviction has not seen it (question-out).")] = None,
+    n_predict: Annotated[int, _flag("-n", "--predict", "--n-predict", env="N_PREDICT", help="Tokens to generate; -1: until the context is full.")] = 128,
+    ctx_size: Annotated[int, _flag("-c", "--ctx-size", env="CTX_SIZE", help="Tokens of context; 0: the model's own, at most 8192.")] = 0,
+    batch_size: Annotated[int, _flag("-b", "--batch-size", env="BATCH", help="Tokens of one call.")] = 512,
+    ubatch_size: Annotated[int, _flag("-ub", "--ubatch-size", env="UBATCH", help="Tokens computed at once.")] = 512,
+    threads: Annotated[Optional[int], _flag("-t", "--threads", env="THREADS", help="CPU threads; default: all.")] = None,
+    n_gpu_layers: Annotated[int, _flag("-ngl", "--gpu-layers", "--n-gpu-layers", env="N_GPU_LAYERS", help="Layers on the GPU.")] = 0,
+    flash_attn: Annotated[str, _flag("-fa", "--flash-attn", env="FLASH_ATTN", help="on, off or auto.")] = "auto",
+    type_k: Annotated[str, _flag("-ctk", "--cache-type-k", env="CACHE_TYPE_K", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.")] = "f16",
+    type_v: Annotated[str, _flag("-ctv", "--cache-type-v", env="CACHE_TYPE_V", help="As -ctk.")] = "f16",
+    seed: Annotated[int, _flag("-s", "--seed", env="SEED", help="Seed of the sampler.")] = 0,
+    temp: Annotated[float, _flag("--temp", "--temperature", help="0: the most likely token.")] = 0.0,
+    top_k: Annotated[int, _flag("--top-k", env="TOP_K", help="0: off.")] = 40,
+    top_p: Annotated[float, _flag("--top-p", help="1: off.")] = 0.95,
+    min_p: Annotated[float, _flag("--min-p", help="0: off.")] = 0.05,
+    kv_policy: Annotated[str, _flag("--kv-policy", env="KV_POLICY", help="NAME[:key=value,...]; `pykvc policies` lists them.")] = "full",
+    kv_budget: Annotated[Optional[str], _flag("--kv-budget", env="KV_BUDGET", help="Cells a layer keeps of the prompt: 512, 25% or 0.25.")] = None,
+    kv_decode_budget: Annotated[Optional[str], _flag("--kv-decode-budget", env="KV_DECODE_BUDGET", help="The same of the generated tokens.")] = None,
+    segment: Annotated[Optional[str], _flag("--segment", help='Units for policies on spans: sentence, sep:SEPARATOR or re:REGEX.')] = None,
+    stop: Annotated[Optional[list[str]], _flag("--stop", help="A string that ends the answer; may be repeated.")] = None,
+    as_json: Annotated[bool, _flag("--json", help="Print one object instead of the text.")] = False,
+) -> None:
+    """Evaluate a prompt, evict, and go on from it."""
+    from .llm import LLM
+    if model is not None and hf_repo is not None:
+        raise ValueError("give -m or -hf, not both")
+    text = _prompt(prompt, file)
+    with LLM(model or hf_repo, n_ctx=ctx_size, n_batch=batch_size, n_ubatch=ubatch_size, n_threads=threads,
+             n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v, flash_attn=flash_attn, seed=seed,
+             kv_policy=kv_policy, kv_budget=kv_budget or None, kv_decode_budget=kv_decode_budget or None) as llm:
+        sampling = dict(max_tokens=n_predict, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, stop=_escaped(stop), stream=True)
+        if question is None:
+            stream = llm.generate(text, segment=_unescape(segment), **sampling)
+        else:
+            llm.prefill(text, segment=_unescape(segment))
+            if kv_budget:
+                llm.compress()
+            stream = llm.generate(question, reset=False, **sampling)
+        for piece in stream:
+            if not as_json:
+                print(piece, end="", flush=True)
+        answer = stream.result
+        if as_json:
+            kv = {key: answer.kv[key] for key in ("cells", "kept", "bytes_allocated", "bytes_used", "bytes_full")}
+            print(json.dumps({"text": answer.text, "tokens": answer.tokens, "model": str(llm.path), "policy": llm.policy,
+                              "n_prompt": answer.n_prompt, "n_predicted": answer.n_predicted, "kv": kv, "timings": answer.timings}))
+        else:
+            print()
+            print(f"{answer.n_prompt} tokens at {answer.timings['prefill_tps']:.0f} t/s, {answer.n_predicted} at "
+                  f"{answer.timings['decode_tps']:.1f} t/s, evicted in {answer.timings['evict_ms']:.0f} ms, "
+                  f"KV {table.mebibytes(answer.kv['bytes_used'])} of {table.mebibytes(answer.kv['bytes_full'])}", file=sys.stderr)
+
+
+def _prompt(prompt: str | None, file: str | None) -> str:
+    if (prompt is None) == (file is None):
+        raise ValueError("give a prompt: -p TEXT or -f FILE, one of them")
+    if file is None:
+        return prompt
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+
+
+def _unescape(text: str | None) -> str | None:
+    """Backslash-n and -t, which a shell does not make for one; as llama.cpp's -e. Regular expressions have their own."""
+    if text is None or text.startswith("re:"):
+        return text
+    return text.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _escaped(stop: list[str] | None) -> list[str] | None:
+    return [_unescape(s) for s in stop] if stop else None
+
+
+@app.command("policies")
+@sentences
+def show_policies(
+    name: Annotated[Optional[str], typer.Argument(help="A policy, to see its parameters.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The table as JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table as it stands in the README.")] = False,
+) -> None:
+    """List the eviction policies, or the parameters of one."""
+    chosen = [p for p in policies() if name in (None, p["name"])]
+    if not chosen:
+        raise ValueError(f"unknown policy '{name}': valid are {', '.join(p['name'] for p in policies())}")
+    if as_json:
+        print(json.dumps(chosen if name is None else chosen[0], indent=2))
+    elif markdown:
+        print(table.markdown(chosen))
+    else:
+        table.show(chosen, parameters=name is not None)
+
+
+@app.command()
+@sentences
+def pull(name: Annotated[str, typer.Argument(help="smollm2-135m, or user/repo[:quant] of Hugging Face.")]) -> None:
+    """Fetch a model and print its path."""
+    print(models.pull(name))
+
+
+@app.command()
+@sentences
+def demo(
+    model: Annotated[Optional[str], _flag("-m", "--model", env="MODEL", help="As in generate.")] = None,
+    threads: Annotated[Optional[int], _flag("-t", "--threads", env="THREADS", help="CPU threads; default: all.")] = None,
+) -> None:
+    """A prompt of many shots: the whole cache against a quarter of it."""
+    from .demo import run
+    run(model, n_threads=threads)
+
+
+if __name__ == "__main__":
+    main()

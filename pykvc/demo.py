@@ -1,0 +1,77 @@
+"""`pykvc demo`: one prompt of many shots, the whole cache against a quarter of it.
+
+The shots are questions and answers about countries, composed from a table in an order that a fixed seed decides; the
+question asks about a country that is not among them. Every row evaluates the prompt afresh, then evicts, then
+answers: nothing is carried from one row to the next, and what the table says of a policy holds for its whole run.
+"""
+import random
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from .generation import Generation
+from .llm import LLM
+from .table import mebibytes
+
+BUDGET = 0.25
+POLICIES = ("full", "shotkv", "snapkv", "streaming_llm")
+ASKED = ("Italy", "Rome", "Europe")
+
+COUNTRIES = {
+    "Europe": "France Paris, Germany Berlin, Spain Madrid, Portugal Lisbon, Austria Vienna, Norway Oslo, Sweden Stockholm, "
+              "Finland Helsinki, Denmark Copenhagen, Ireland Dublin, Greece Athens, Poland Warsaw, Hungary Budapest, "
+              "Romania Bucharest, Bulgaria Sofia, Belgium Brussels, Iceland Reykjavik, Croatia Zagreb, Serbia Belgrade, "
+              "Latvia Riga, Estonia Tallinn, Lithuania Vilnius, Ukraine Kyiv, Albania Tirana",
+    "Asia": "Japan Tokyo, China Beijing, India Delhi, Thailand Bangkok, Vietnam Hanoi, Iran Tehran, Iraq Baghdad, "
+            "Jordan Amman, Nepal Kathmandu, Pakistan Islamabad, Bangladesh Dhaka, Afghanistan Kabul, Syria Damascus, "
+            "Lebanon Beirut, Qatar Doha, Indonesia Jakarta, Mongolia Ulaanbaatar, Cambodia Phnom Penh",
+    "Africa": "Egypt Cairo, Kenya Nairobi, Ghana Accra, Nigeria Abuja, Morocco Rabat, Tunisia Tunis, Algeria Algiers, "
+              "Libya Tripoli, Sudan Khartoum, Ethiopia Addis Ababa, Uganda Kampala, Senegal Dakar, Mali Bamako, "
+              "Angola Luanda, Zambia Lusaka, Zimbabwe Harare, Rwanda Kigali, Somalia Mogadishu, Namibia Windhoek",
+    "South America": "Peru Lima, Chile Santiago, Argentina Buenos Aires, Brazil Brasilia, Colombia Bogota, Ecuador Quito, "
+                     "Uruguay Montevideo, Venezuela Caracas, Paraguay Asuncion, Guyana Georgetown",
+    "North America": "Canada Ottawa, Cuba Havana, Jamaica Kingston, Panama Panama City, Honduras Tegucigalpa, "
+                     "Nicaragua Managua, Guatemala Guatemala City, Haiti Port-au-Prince",
+}
+
+
+def ask(country: str) -> str:
+    return f"Q: What is the capital of {country}, and on which continent does it lie?\nA:"
+
+
+def tell(country: str, capital: str, continent: str) -> str:
+    return f" The capital of {country} is {capital}, and {country} lies in {continent}."
+
+
+def compose(seed: int = 0) -> tuple[list[str], str, str]:
+    """(shots, question, the right answer). The same for the same seed, everywhere."""
+    facts = [(*entry.split(" ", 1), continent) for continent, entries in COUNTRIES.items() for entry in entries.split(", ")]
+    random.Random(seed).shuffle(facts)
+    shots = [f"{ask(country)}{tell(country, capital, continent)}\n\n" for country, capital, continent in facts]
+    return shots, ask(ASKED[0]), tell(*ASKED).strip()
+
+
+def run(model: str | None = None, n_threads: int | None = None, console: Console | None = None) -> list[Generation]:
+    """Prints the table and returns its rows, in the order of POLICIES."""
+    console = console or Console(width=None if sys.stdout.isatty() else 140)
+    shots, question, right = compose()
+    rows = []
+    for policy in POLICIES:
+        budget = None if policy == "full" else BUDGET
+        with LLM(model, n_ctx=4096, n_threads=n_threads, kv_policy=policy, kv_budget=budget) as llm:
+            n_tokens = len(llm.tokenize("".join(shots) + question))
+            with console.status(f"{policy}: {len(shots)} shots, {n_tokens} tokens"):
+                rows.append(llm.generate(shots=shots, question=question, max_tokens=32, stop="\n"))
+
+    table = Table("policy", "cells kept", "KV in use", "prefill t/s", "decode t/s", "evict ms", "answer", box=None, pad_edge=False)
+    for column in table.columns[1:6]:
+        column.justify = "right"
+    for policy, row in zip(POLICIES, rows):
+        table.add_row(policy, f"{sum(row.kv['kept'])/len(row.kv['kept']):.0f}", mebibytes(row.kv["bytes_used"]),
+                      f"{row.timings['prefill_tps']:.0f}", f"{row.timings['decode_tps']:.1f}", f"{row.timings['evict_ms']:.0f}",
+                      row.text.strip())
+    console.print(f"\n{len(shots)} shots, {rows[0].n_prompt} tokens; evicted to {BUDGET:.0%} when the whole prompt was evaluated (question-in)\n")
+    console.print(table, highlight=False)
+    console.print(f"\nRight is: {right}", highlight=False)
+    return rows

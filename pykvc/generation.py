@@ -1,0 +1,116 @@
+"""The loop of an answer: prefill, sample, evict, decode on."""
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Iterator
+
+from . import _core
+from .session import Session, Work
+from .text import TextStream
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What generate() returns."""
+    text: str
+    tokens: list[int]         # the generated ones, without the end-of-text token
+    n_prompt: int             # tokens evaluated for this answer since the one before it, prefill() included
+    n_predicted: int          # len(tokens)
+    stop_reason: str          # "eos" | "stop" | "length" (max_tokens) | "context" (n_ctx is full)
+    kv: dict[str, Any]        # cells: in use now; kept: [n_layer] cells each layer had when decoding began;
+                              # bytes_allocated, bytes_used, bytes_full (without eviction); evictions
+    timings: dict[str, float] # prefill_ms, evict_ms (at the prompt's end), decode_ms, prefill_tps, decode_tps
+
+
+class Stream:
+    """Pieces of text as they come, each of whole characters, none of a stop string. Afterwards `result` is there."""
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self._pieces = pieces
+        self._result: Generation | None = None
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as end:
+            self._result = end.value or self._result
+            raise StopIteration from None
+
+    @property
+    def result(self) -> Generation:
+        """The whole answer. ValueError while pieces are still to come."""
+        if self._result is None:
+            raise ValueError("the stream has not ended: take all its pieces first")
+        return self._result
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked call of generate()."""
+    ids: list[int]
+    spans: list[tuple[int, int]]  # of ids
+    reset: bool
+    compress: bool | None         # None: once per prompt
+    max_tokens: int               # -1: until the context is full
+    stop: list[str]
+    sampler: "_core.Sampler"
+    echo: str                     # text to begin with
+
+
+def answer(session: Session, request: Request) -> Iterator[str]:
+    """Yields the pieces of text; returns the Generation. Abandoned half-way, it leaves the session usable."""
+    turn = session.turn
+    if request.reset:
+        session.clear()
+    if request.ids or session.pending is not None:
+        session.feed(request.ids, request.spans)
+
+    text, pieces, tokens = TextStream(request.stop), [request.echo], []
+    decode_ms, n_decoded, reason, prompt_ended = 0.0, 0, "", False
+    if request.echo:
+        yield request.echo
+    while not reason:
+        if len(tokens) == request.max_tokens:
+            reason = "length"
+        elif tokens and session.n_tokens >= session.n_ctx:
+            reason = "context"
+        else:
+            if session.turn != turn:
+                raise RuntimeError("this stream is over: the LLM was used for something else meanwhile")
+            if tokens:
+                begin = perf_counter()
+                session.decode([tokens[-1]])
+                decode_ms += 1e3*(perf_counter() - begin)
+                n_decoded += 1
+            token = session.sample(request.sampler)
+            if session.model.is_eog(token):
+                reason = "eos"
+            else:
+                tokens.append(token)
+                session.pending = token
+                pieces.append(text.push(session.model.piece(token)))
+                reason = "stop" if text.stopped else ""
+                if pieces[-1]:
+                    yield pieces[-1]
+                    if session.turn != turn:
+                        raise RuntimeError("this stream is over: the LLM was used for something else meanwhile")
+        if not prompt_ended:  # only now: the first token did not wait for it
+            session.end_prompt(request.compress)
+            prompt_ended = True
+    pieces.append(text.push(b"", final=True))
+    if pieces[-1]:
+        yield pieces[-1]
+
+    work, session.work = session.work, Work()
+    stats = session.ctx.stats()
+    kv = {"cells": int(stats["cells_used"][0]), "kept": list(session.kept), "evictions": stats["n_evictions"],
+          **{key: stats[key] for key in ("bytes_allocated", "bytes_used", "bytes_full")}}
+    timings = {"prefill_ms": work.prefill_ms, "evict_ms": work.evict_ms, "decode_ms": decode_ms,
+               "prefill_tps": _per_second(work.n_prompt, work.prefill_ms), "decode_tps": _per_second(n_decoded, decode_ms)}
+    return Generation("".join(pieces), tokens, work.n_prompt, len(tokens), reason, kv, timings)
+
+
+def _per_second(n: int, ms: float) -> float:
+    return 1e3*n/ms if ms > 0 else 0.0

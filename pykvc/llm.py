@@ -1,0 +1,228 @@
+"""A GGUF model with a KV cache that evicts.
+
+    llm = pykvc.LLM(kv_policy="shotkv", kv_budget=0.25)
+    llm.generate(shots=examples, question="Q: 17 + 25?\\nA:", max_tokens=32).text
+
+Two protocols. Question-in: generate(prompt) evaluates everything, then evicts. Question-out: the eviction does not
+see the question, and the compressed context can be asked again and again:
+
+    llm.prefill(context); llm.compress(); llm.generate(question, reset=False)
+
+One LLM is one conversation (sequence 0) and belongs to one thread at a time.
+"""
+import os
+import sys
+from typing import Any, Sequence
+
+from . import _core, models, options, prompts, spans as units
+from .generation import Generation, Request, Stream, answer
+from .policy import F32, I32, Policy
+from .session import Session
+from .text import check_stop
+
+Message = dict[str, str]  # role, content
+
+
+class LLM:
+    """model: a .gguf file, a name, user/repo[:quant], or None for the default model, fetched on the first use.
+
+    kv_policy: "name:key=value,..." (`pykvc policies` lists them) or an instance of pykvc.Policy.
+    kv_budget, kv_decode_budget: cells a layer keeps of the prompt and of the generated tokens: an int is tokens, a
+    float in (0, 1] the retained ratio, a string either ("512", "25%"). n_ctx 0: the model's own, at most 8192.
+    ValueError names what is valid."""
+
+    def __init__(self, model: str | os.PathLike | None = None, *, n_ctx: int = 0, n_batch: int = 512, n_ubatch: int = 512,
+                 n_threads: int | None = None, n_gpu_layers: int = 0, type_k: str = "f16", type_v: str = "f16",
+                 flash_attn: bool | str = "auto", n_seq_max: int = 1, seed: int = 0, kv_policy: str | Policy = "full",
+                 kv_budget: int | float | str | None = None, kv_decode_budget: int | float | str | None = None,
+                 chat_template: str | None = None, verbose: bool = False) -> None:
+        budget = options.budget("kv_budget", kv_budget)
+        decode_budget = options.budget("kv_decode_budget", kv_decode_budget)
+        policy = options.policy(kv_policy, budget, decode_budget)
+        context = dict(n_batch=options.whole("n_batch", n_batch, 1), n_ubatch=options.whole("n_ubatch", n_ubatch, 1),
+                       n_seq_max=options.whole("n_seq_max", n_seq_max, 1, 256),
+                       n_threads=0 if n_threads is None else options.whole("n_threads", n_threads, 1, 512),
+                       type_k=options.cache_type("type_k", type_k), type_v=options.cache_type("type_v", type_v),
+                       flash_attn=options.flash_attn(flash_attn), policy=policy, budget=budget, decode_budget=decode_budget)
+        n_ctx, n_gpu_layers = options.whole("n_ctx", n_ctx, 0), options.whole("n_gpu_layers", n_gpu_layers, -1)
+        self.seed = options.whole("seed", seed, 0, 2**32 - 1)
+        self.chat_template = chat_template
+
+        _core.set_log(_log if verbose else None)
+        self.path = models.resolve(model)
+        loaded = _core.Model(str(self.path), n_gpu_layers=n_gpu_layers)
+        ctx = _core.Context(loaded, n_ctx=n_ctx or min(loaded.n_ctx_train, 8192), **context)
+        setup = {"arch": loaded.arch, "model": loaded.desc, "n_params": loaded.n_params, "n_vocab": loaded.n_vocab,
+                 "kv_policy": ctx.policy, "kv_budget": budget, "kv_decode_budget": decode_budget, "n_ctx": ctx.n_ctx,
+                 "type_k": type_k, "type_v": type_v, "flash_attn": ctx.flash_attn, "n_seq_max": n_seq_max}
+        name = policy.name if isinstance(policy, Policy) else policy.partition(":")[0]
+        needs_spans = policy.spans if isinstance(policy, Policy) else _needs(name)["spans"]
+        self._opened: Session | None = Session(loaded, ctx, setup, evicts=name != "full", needs_spans=needs_spans)
+
+    # -- text -------------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids. add_special: with BOS where the model wants it; parse_special: "<|im_start|>" is one token."""
+        return prompts.tokenize(self._session.model, text, add_special, parse_special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The tokens' text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self._session.model.detokenize(prompts.check_ids(self._session.model, tokens)).decode("utf-8", "replace")
+
+    def apply_chat_template(self, messages: Sequence[Message], add_assistant: bool = True) -> str:
+        """The prompt of a chat. messages: dicts of role and content. ValueError if the model brings no template."""
+        if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                                   and isinstance(m.get("content"), str) for m in messages):
+            raise ValueError('messages is a list of {"role": ..., "content": ...}, both strings, and not empty')
+        template = self.chat_template or self._session.model.chat_template
+        if template is None:
+            raise ValueError("this model has no chat template: give LLM(chat_template=...)")
+        return self._session.model.apply_chat_template([(m["role"], m["content"]) for m in messages], add_assistant, template)
+
+    # -- the cache --------------------------------------------------------------------------------------------------
+
+    def prefill(self, text: str | None = None, *, tokens: Sequence[int] | None = None, spans: Sequence[units.Span] | None = None,
+                span_unit: str = "tokens", segment: str | None = None) -> int:
+        """Appends text or tokens to the cache, evicts nothing, and returns how many tokens that were. Spans: as generate()."""
+        ids, found = prompts.encode(self._session.model, self._session.needs_spans, text, tokens, spans, span_unit, segment, first=self.n_tokens == 0)
+        self._session.check_room(len(ids), self.n_tokens, spare=0)
+        self._session.turn += 1
+        self._session.feed(ids, found)
+        return len(ids)
+
+    def compress(self) -> bool:
+        """Evicts down to kv_budget, now. False: nothing was over it. ValueError if no kv_budget was given."""
+        return self._session.compress()
+
+    def reset(self) -> None:
+        """Empties the cache."""
+        self._session.turn += 1
+        self._session.clear()
+
+    def truncate(self, n_tokens: int) -> None:
+        """Removes the tail, so that n_tokens remain. After an eviction there is a floor: ValueError names it."""
+        n_tokens = options.whole("n_tokens", n_tokens, 0, self.n_tokens)
+        self._session.turn += 1
+        self._session.truncate(n_tokens)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes what the cache holds to a file (pykvc/state.py), at once or not at all."""
+        self._session.save(path)
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Goes on where save() was called. ValueError says what differs or is damaged; the cache is then as it was,
+        or empty if only llama.cpp found out."""
+        self._session.turn += 1
+        self._session.load(path)
+
+    # -- answers ----------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: str | None = None, *, shots: Sequence[str] | None = None, question: str | None = None,
+                 tokens: Sequence[int] | None = None, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40,
+                 top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, seed: int | None = None,
+                 stop: str | Sequence[str] | None = None, spans: Sequence[units.Span] | None = None, span_unit: str = "tokens",
+                 segment: str | None = None, stream: bool = False, reset: bool = True, compress: bool | None = None,
+                 echo: bool = False) -> Generation | Stream:
+        """Evaluates a prompt and goes on from it: a Generation, or with stream=True a Stream of its text.
+
+        The prompt: a string, `tokens`, or `shots` + `question`, where each shot is a span. None with reset=False goes
+        on from what the cache holds. max_tokens -1: until the context is full. stop: strings that end the answer and
+        do not appear in it. temperature 0: the most likely token.
+
+        spans: (begin, end) of the prompt, in `span_unit` "tokens" or "chars"; or segment= "sentence", a separator,
+        "sep:...", "re:...". Policies that do not work on spans pass them over; those that do take sentences if there
+        are none. reset=False appends to the cache. compress: evict down to kv_budget when the prompt was evaluated
+        and its first token sampled; None: unless that, or compress(), happened since the last reset.
+
+        ValueError for every mistake, before anything is evaluated. Ctrl-C leaves the LLM usable."""
+        if shots is not None or question is not None:
+            if any(given is not None for given in (prompt, tokens, spans, segment)):
+                raise ValueError("shots and question are the prompt and its spans: give no prompt, tokens, spans or segment beside them")
+            prompt, spans = prompts.join(shots, question)
+            span_unit = "chars"
+        session = self._session
+        n_before = 0 if reset else session.n_tokens
+        goes_on = prompt is None and tokens is None and n_before > 0
+        if goes_on and session.pending is None and not session.can_sample:
+            raise ValueError("there is nothing to go on from since the cache was truncated: give a prompt")
+        ids, found = ([], []) if goes_on else prompts.encode(
+            session.model, session.needs_spans, prompt, tokens, spans, span_unit, segment, first=n_before == 0)
+        max_tokens = options.whole("max_tokens", max_tokens, -1)
+        session.check_room(len(ids), n_before, spare=1 if max_tokens else 0)
+        if compress:
+            session.check_compress()
+        echoed = "" if not echo else prompt if prompt is not None else self.detokenize(ids)
+        request = Request(ids, found, reset, compress, max_tokens, check_stop(stop),
+                          options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed)
+        session.turn += 1
+        pieces = Stream(answer(session, request))
+        if stream:
+            return pieces
+        for _ in pieces:
+            pass
+        return pieces.result
+
+    def chat(self, messages: Sequence[Message], **how: Any) -> Generation | Stream:
+        """generate() on a chat. Each message is a span, but for system messages and the last one."""
+        prompt = self.apply_chat_template(messages)
+        spans = units.message_spans(messages, lambda head: self.apply_chat_template(head, add_assistant=False))
+        return self.generate(prompt, spans=spans, span_unit="chars", **how)
+
+    # -- what there is to see ---------------------------------------------------------------------------------------
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens evaluated since the last reset; evicted ones count."""
+        return self._session.n_tokens
+
+    @property
+    def n_ctx(self) -> int:
+        """The most tokens a conversation may have."""
+        return self._session.n_ctx
+
+    @property
+    def policy(self) -> str:
+        """The policy with every parameter."""
+        return self._session.setup["kv_policy"]
+
+    def logits(self) -> F32:
+        """[n_vocab] of the last token evaluated. ValueError if nothing was since the last reset or truncate()."""
+        return self._session.logits()
+
+    def kept(self) -> list[I32]:
+        """Per layer that evicts [n_head_kv, n_kept]: original positions of what the cache holds, ascending."""
+        return self._session.ctx.kept()
+
+    def scores(self) -> list[F32]:
+        """Per layer that evicts [n_head_kv, n_kv]: what the policy would rank by now, a column for each of kept()."""
+        return self._session.ctx.scores()
+
+    def stats(self) -> dict[str, Any]:
+        """n_tokens; cells (in use), cells_allocated, kept [n_layer]; bytes_allocated, bytes_used, bytes_full (without
+        eviction); n_evictions, n_evicted (cells of the mean layer); score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
+        stats = self._session.ctx.stats()
+        return {"n_tokens": self.n_tokens, "cells": int(stats["cells_used"][0]), **stats}
+
+    def close(self) -> None:
+        """Frees the cache and the model; every later call is a ValueError."""
+        self._opened = None
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    @property
+    def _session(self) -> Session:
+        if self._opened is None:
+            raise ValueError("this LLM was closed")
+        return self._opened
+
+
+def _needs(name: str) -> dict[str, Any]:
+    return next(p["needs"] for p in _core.policies() if p["name"] == name)
+
+
+def _log(level: int, text: str) -> None:
+    print(text, end="", file=sys.stderr)

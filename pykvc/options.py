@@ -1,0 +1,79 @@
+"""What LLM and generate() accept, checked once at the door. Every function raises ValueError naming what is valid."""
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from . import _core
+from .policy import Policy
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+
+
+def whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+        raise ValueError(f"{name} is a whole number of [{low}, {high}], not {value!r}")
+    return int(value)
+
+
+def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+        raise ValueError(f"{name} is a number of [{low:g}, {high:g}], not {value!r}")
+    return float(value)
+
+
+def budget(name: str, value: int | float | str | None) -> str:
+    """As the engine reads it, always the same for the same: "" none, "512" tokens, "0.25" retained ratio.
+
+    kvpress' compression_ratio is 1 - the retained ratio."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (Integral, Real, str)):
+        raise ValueError(f"{name} is a number of tokens, a retained ratio in (0, 1] or a string such as '25%', not {value!r}")
+    if isinstance(value, str):
+        text = value.strip()
+    elif isinstance(value, Integral):
+        text = str(int(value))
+    elif 0 < value <= 1:  # 1.0 is the whole prompt, "1" would be one token
+        text = "100%" if value == 1 else f"{value:.12g}"
+    else:
+        raise ValueError(f"{name} as a float is a retained ratio in (0, 1], not {value!r}; an int is a number of tokens")
+    kind, amount = _core.parse_budget(text, name)
+    return "" if kind == "none" else f"{int(amount)}" if kind == "tokens" else "100%" if amount == 1 else f"{amount:.12g}"
+
+
+def policy(value: str | Policy, kv_budget: str, kv_decode_budget: str) -> str | Policy:
+    """The canonical spec, or the instance. A policy that no budget would ever let evict is refused."""
+    if isinstance(value, str):
+        checked = _core.parse_spec(value)
+        name = checked.partition(":")[0]
+    elif isinstance(value, Policy):
+        value._check()
+        checked, name = value, value.name
+        if name in {p["name"] for p in _core.policies()}:
+            raise ValueError(f"{type(value).__name__}.name is {name!r}, which is a built-in policy: choose another")
+    else:
+        raise ValueError(f"kv_policy is a spec such as 'snapkv:window=32' or an instance of pykvc.Policy, not {value!r}")
+    if name != "full" and not kv_budget and not kv_decode_budget:
+        raise ValueError(f"kv_policy {name!r} evicts nothing without a budget: give kv_budget (tokens, or a retained ratio "
+                         "in (0, 1]) or kv_decode_budget")
+    return checked
+
+
+def flash_attn(value: bool | str) -> str:
+    words = {True: "on", False: "off", "on": "on", "off": "off", "auto": "auto"}
+    if not isinstance(value, (bool, str)) or value not in words:
+        raise ValueError(f"flash_attn is True, False or 'auto', not {value!r}")
+    return words[value]
+
+
+def cache_type(name: str, value: str) -> str:
+    if value not in CACHE_TYPES:
+        raise ValueError(f"{name} is one of {', '.join(CACHE_TYPES)}, not {value!r}")
+    return value
+
+
+def sampler(model: "_core.Model", temperature: float, top_k: int, top_p: float, min_p: float, repeat_penalty: float, seed: int) -> "_core.Sampler":
+    """llama.cpp's chain; temperature 0 takes the most likely token."""
+    return _core.Sampler(model, temperature=number("temperature", temperature, 0, 1e6), top_k=whole("top_k", top_k, 0),
+                         top_p=number("top_p", top_p, 1e-6, 1), min_p=number("min_p", min_p, 0, 1),
+                         repeat_penalty=number("repeat_penalty", repeat_penalty, 1e-6, 1e6), seed=whole("seed", seed, 0, 2**32 - 1))

@@ -1,0 +1,52 @@
+"""What a caller gives as a prompt -> token ids and token spans. ValueError names what is valid."""
+from typing import Sequence
+
+from . import _core, options
+from .spans import Span, check_spans, piece_spans, segment_spans, token_lengths, token_spans
+
+
+def tokenize(model: "_core.Model", text: str, add_special: bool, parse_special: bool = True) -> list[int]:
+    if not isinstance(text, str):
+        raise ValueError(f"a prompt is a string, not {type(text).__name__}")
+    return list(model.tokenize(text.encode("utf-8", "surrogateescape"), add_special, parse_special))
+
+
+def check_ids(model: "_core.Model", tokens: Sequence[int]) -> list[int]:
+    return [options.whole("a token id", token, 0, model.n_vocab - 1) for token in tokens]
+
+
+def join(shots: Sequence[str] | None, question: str | None) -> tuple[str, list[Span]]:
+    """(prompt, character spans): every shot is a span, the question is in none."""
+    if shots is None or isinstance(shots, str) or not isinstance(question, str):
+        raise ValueError("shots is a list of strings and question a string: give both")
+    shots = list(shots)
+    spans = piece_spans(shots)
+    return "".join(shots) + question, spans
+
+
+def encode(model: "_core.Model", needs_spans: bool, text: str | None, tokens: Sequence[int] | None, spans: Sequence[Span] | None,
+           span_unit: str, segment: str | None, first: bool) -> tuple[list[int], list[Span]]:
+    """(ids, token spans of them) of a text or of tokens.
+
+    spans, in span_unit "tokens" or "chars", or segment; neither: sentences where needs_spans, else none.
+    first: the text begins the conversation, so BOS goes before it where the model wants one."""
+    if (text is None) == (tokens is None):
+        raise ValueError("give a prompt, or tokens, or shots and question: one of them")
+    if spans is not None and segment is not None:
+        raise ValueError("give spans or segment, not both")
+    if span_unit not in ("tokens", "chars"):
+        raise ValueError(f"span_unit is 'tokens' or 'chars', not {span_unit!r}")
+    ids = tokenize(model, text, first) if tokens is None else check_ids(model, tokens)
+    if not ids:
+        raise ValueError("the prompt is empty")
+    if spans is not None and span_unit == "tokens":
+        return ids, check_spans(spans, len(ids))
+    if spans is None and segment is None:
+        if not needs_spans:
+            return ids, []
+        segment = "sentence"
+    pieces = [model.piece(token, True) for token in ids]
+    if text is None:  # bytes that are no UTF-8 go through as surrogates and come back the same
+        text = b"".join(pieces).decode("utf-8", "surrogateescape")
+    lengths = token_lengths(text.encode("utf-8", "surrogateescape"), pieces)
+    return ids, token_spans(text, segment_spans(text, segment) if spans is None else spans, lengths)

@@ -1,0 +1,165 @@
+"""What one conversation holds: the tokens that were evaluated, and what llama.cpp's cache kept of them.
+
+`tokens` and the cache never disagree: whatever interrupts a call, afterwards tokens[i] is the token at position i.
+"""
+import os
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from . import _core, state
+from .policy import F32
+from .spans import Span
+
+
+@dataclass
+class Work:
+    """What was done for the next answer so far."""
+    n_prompt: int = 0
+    prefill_ms: float = 0.0
+    evict_ms: float = 0.0
+
+
+class Session:
+    """Sequence 0 of a context. setup: what a saved state must have the same of."""
+
+    def __init__(self, model: "_core.Model", ctx: "_core.Context", setup: dict[str, Any], evicts: bool, needs_spans: bool) -> None:
+        self.model, self.ctx, self.setup, self.evicts, self.needs_spans = model, ctx, setup, evicts, needs_spans
+        self.turn = 0  # counts what makes a stream of before stale
+        self._forget()
+
+    def _forget(self) -> None:
+        self.tokens: list[int] = []           # evaluated, by position
+        self.pending: int | None = None       # sampled, to be evaluated first
+        self.spans: list[Span] = []           # by position
+        self.compressed = False               # since the last clear()
+        self.kept: list[int] = []             # [n_layer] cells when decoding began
+        self.work = Work()
+        self._fresh = False                   # the context has the logits of the last token
+        self._logits: F32 | None = None       # [n_vocab], from a file
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_ctx(self) -> int:
+        return self.setup["n_ctx"]
+
+    def clear(self) -> None:
+        self.ctx.clear()
+        self._forget()
+
+    def check_room(self, n_new: int, n_before: int, spare: int) -> None:
+        """ValueError if n_new tokens after n_before, and `spare` ones of the answer, are more than n_ctx."""
+        n_before += n_before > 0 and self.pending is not None
+        if n_before + n_new + spare > self.n_ctx:
+            there = f" after the {n_before} that are there" if n_before else ""
+            raise ValueError(f"the prompt has {n_new} tokens{there}, but n_ctx is {self.n_ctx}"
+                             f"{' and the answer needs one' if spare else ''}")
+
+    def feed(self, ids: list[int], spans: list[Span]) -> None:
+        """Appends prompt tokens, after the pending one."""
+        pending = [] if self.pending is None else [self.pending]
+        start = self.n_tokens + len(pending)
+        self.spans += [(begin + start, end + start) for begin, end in spans]
+        if self.needs_spans and self.spans:
+            self.ctx.set_spans(self.spans)
+        if self.evicts and ids:
+            self.ctx.begin_prompt()
+        begin = perf_counter()
+        self.decode(pending + ids)
+        self.work.prefill_ms += 1e3*(perf_counter() - begin)
+        self.work.n_prompt += len(ids)
+
+    def decode(self, ids: list[int]) -> None:
+        """Evaluates tokens, the pending one first."""
+        n_before, fresh = self.n_tokens, False
+        self.tokens += ids
+        try:
+            self.ctx.decode(np.asarray(ids, dtype=np.int32))
+            fresh = True
+        finally:
+            self._cut(self.ctx.pos_max() + 1, fresh)
+            if self.n_tokens > n_before:
+                self.pending = None
+
+    def _cut(self, n_tokens: int, fresh: bool) -> None:
+        del self.tokens[n_tokens:]
+        self._fresh, self._logits = fresh, None
+
+    # -- logits -----------------------------------------------------------------------------------------------------
+
+    @property
+    def can_sample(self) -> bool:
+        return self._fresh or self._logits is not None
+
+    def logits(self) -> F32:
+        if not self.can_sample:
+            raise ValueError("there are no logits: nothing was evaluated since the cache was emptied or truncated")
+        return self._logits if self._logits is not None else np.array(self.ctx.logits()[-1])
+
+    def sample(self, sampler: "_core.Sampler") -> int:
+        return sampler.sample(self.ctx) if self._logits is None else sampler.sample_row(self._logits)
+
+    # -- eviction ---------------------------------------------------------------------------------------------------
+
+    def check_compress(self) -> None:
+        if self.evicts and not self.setup["kv_budget"]:
+            raise ValueError("there is nothing to compress to: give LLM(kv_budget=...)")
+
+    def compress(self) -> bool:
+        self.check_compress()
+        begin = perf_counter()
+        evicted = bool(self.evicts and self.ctx.evict())
+        self.work.evict_ms += 1e3*(perf_counter() - begin)
+        self.compressed, self.kept = True, self._kept_now()
+        return evicted
+
+    def end_prompt(self, compress: bool | None) -> None:
+        """compress None: once since the last clear(), if there is a budget."""
+        if compress or (compress is None and not self.compressed and self.evicts and self.setup["kv_budget"]):
+            self.compress()
+        elif not self.compressed:
+            self.kept = self._kept_now()
+        if self.evicts:
+            self.ctx.end_prompt()
+
+    def _kept_now(self) -> list[int]:
+        return [int(n) for n in self.ctx.stats()["kept"]]
+
+    def truncate(self, n_tokens: int) -> None:
+        if n_tokens == 0:
+            self.clear()
+        elif n_tokens < self.n_tokens:
+            if not self.ctx.remove_tail(n_tokens):
+                raise ValueError(f"the cache was compressed: it can be truncated to {self.ctx.pos_floor()} tokens or more, "
+                                 f"or to 0, not to {n_tokens}")
+            self._cut(n_tokens, fresh=False)
+            self.spans = [span for span in self.spans if span[1] <= n_tokens]
+        self.pending = None
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike) -> None:
+        session = {"tokens": self.tokens, "pending": self.pending, "spans": self.spans,
+                   "compressed": self.compressed, "kept": self.kept}
+        state.write(path, self.setup, session, self.logits() if self.can_sample else None, self.ctx.save())
+
+    def load(self, path: str | os.PathLike) -> None:
+        session, logits, cells = state.read(path, self.setup)
+        self.clear()
+        try:
+            self.ctx.load(cells)
+            if self.ctx.pos_max() + 1 != len(session["tokens"]):
+                raise ValueError(f"it holds {self.ctx.pos_max() + 1} tokens, its header says {len(session['tokens'])}")
+        except (ValueError, RuntimeError) as error:
+            self.clear()
+            raise ValueError(f"the state {path} cannot be restored: {error}") from None
+        self.tokens, self.pending, self._logits = session["tokens"], session["pending"], logits
+        self.spans = [tuple(span) for span in session["spans"]]
+        self.compressed, self.kept = session["compressed"], session["kept"]
+        if self.needs_spans and self.spans:
+            self.ctx.set_spans(self.spans)

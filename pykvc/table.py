@@ -1,0 +1,54 @@
+"""The policy table and figures as people read them."""
+from typing import Any, Sequence
+
+DECODE = {"none": "kept", "whole": "evicted with the prompt", "generated": "evicted, prompt frozen"}
+
+
+def mebibytes(n_bytes: int) -> str:
+    return f"{n_bytes/2**20:.1f} MiB"
+
+
+def arxiv(paper: str) -> str:
+    return f"[{paper}](https://arxiv.org/abs/{paper})" if paper else ""
+
+
+def markdown(policies: Sequence[dict[str, Any]]) -> str:
+    """The table of the README."""
+    lines = ["| policy | what it keeps | generated tokens | parameters | paper |", "| --- | --- | --- | --- | --- |"]
+    for p in policies:
+        parameters = ", ".join(f"{x['name']} {x['value']}" for x in p["params"])
+        cells = (f"`{p['name']}`", p["title"], DECODE[p["decode"]], parameters, arxiv(p["paper"]))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def show(policies: Sequence[dict[str, Any]], parameters: bool) -> None:
+    """Prints the table, or one policy with its parameters."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+    console = Console()
+    if not parameters:
+        table = Table("policy", "what it keeps", "generated tokens", "arXiv", box=None, header_style="bold", pad_edge=False)
+        table.columns[0].no_wrap = True
+        for p in policies:
+            table.add_row(escape(p["name"]), escape(p["title"]), DECODE[p["decode"]], p["paper"])
+        console.print(table)
+        console.print("\n`pykvc policies NAME` shows the parameters of one.", markup=False)
+        return
+    for p in policies:
+        console.print(f"[bold]{escape(p['name'])}[/bold]  {escape(p['title'])}")
+        paper = f"; arXiv {p['paper']}" if p["paper"] else ""
+        console.print(f"Generated tokens: {DECODE[p['decode']]}{paper}.", highlight=False)
+        table = Table("parameter", "default", "valid", "meaning", box=None, header_style="bold", pad_edge=False)
+        table.columns[0].no_wrap = True
+        for x in p["params"]:
+            table.add_row(x["name"], x["value"], escape(valid(x)), escape(x["doc"]))
+        console.print(table if p["params"] else "It has no parameters.")
+
+
+def valid(parameter: dict[str, Any]) -> str:
+    """The words, or the range, a parameter takes."""
+    if parameter["choices"]:
+        return ", ".join(parameter["choices"])
+    return f"{parameter['min']:.10g} to {parameter['max']:.10g}"

@@ -1,0 +1,299 @@
+"""Every policy again, slowly and in float64, written from the papers and not from cpp/policies: what the tests compare with.
+
+A layer is a dict as `Context.signals()` gives it: pos [n_head_kv, n], attn [n_head, n], sums [n_head_kv, n],
+keys [n_head_kv, n, d], each only where the policy needs it. A class is a policy, its arguments are the parameters:
+
+    oracle.snapkv(window=16).kept(layers, n_keep=[64] * 30)    # a layer: slots I32 [n_head_kv, n_keep], ascending
+
+A score of NaN says that the slot is kept whatever its score, so a test must not look at it.
+"""
+import numpy as np
+
+
+def attention(q, k, scale, q_pos, k_pos):
+    """softmax(scale * Q K^T + causal mask): q [n_query, n_head, d], k [n_kv, n_head_kv, d], q_pos [n_query],
+    k_pos [n_head_kv, n_kv] -> [n_head, n_query, n_kv]."""
+    n_query, n_head, _ = q.shape
+    n_kv, n_head_kv, _ = k.shape
+    out = np.zeros((n_head, n_query, n_kv))
+    for h in range(n_head):
+        g = h // (n_head // n_head_kv)
+        for i in range(n_query):
+            x = scale * (k[:, g].astype(float) @ q[i, h].astype(float))
+            x[k_pos[g] > q_pos[i]] = -np.inf
+            x = np.exp(x - x.max())
+            out[h, i] = x / x.sum()
+    return out
+
+
+def window_mean(a, newest=1.0):
+    """[n_head, n_query, n_kv] -> [n_head, n_kv]: the mean over the queries, weighted 1 (oldest) to `newest`, linearly."""
+    return np.average(a, axis=1, weights=np.linspace(1, newest, a.shape[1]))
+
+
+def over_group(attn, n_head_kv):
+    """[n_head, n] -> [n_head_kv, n]: the mean over the query heads that share a KV head."""
+    n_head, n = attn.shape
+    return attn.astype(float).reshape(n_head_kv, n_head // n_head_kv, n).mean(axis=1)
+
+
+def best(score, slots, k):
+    """The k of `slots` with the highest score; equal scores go to the older slot."""
+    return sorted(slots, key=lambda j: (-score[j], j))[:k]
+
+
+def pooled(row, kernel, how):
+    """avg: zero padded, the padding counts (torch's avg_pool1d). max: padding never wins."""
+    half = kernel // 2
+    out = np.zeros(len(row))
+    for j in range(len(row)):
+        near = row[max(0, j - half):j + half + 1]
+        out[j] = near.sum() / kernel if how == "avg" else near.max()
+    return out
+
+
+class Policy:
+    """What most methods share: every layer keeps `budget`, every head its own best tokens."""
+    n_sink = 0
+
+    def n_recent(self, n_keep):
+        return 0
+
+    def score(self, layer, il=0, n_layer=1):
+        """[n_head_kv, n], higher is kept longer; None: this file does not say (a hash)."""
+        return None
+
+    def budgets(self, n, n_layer, budget):
+        """What each layer keeps, before rounding to whole tokens."""
+        return np.full(n_layer, float(budget))
+
+    def scores_for(self, scores, il):
+        """What layer il ranks by, where layers share a choice."""
+        return scores[il]
+
+    def keep(self, pos, score, n_keep, n_frozen=0, spans=(), prompt=True):
+        """One layer: [n_head_kv, n_keep]."""
+        return np.array([sorted(self.keep_head(row, n_keep, n_frozen)) for row in score], dtype=np.int32)
+
+    def keep_head(self, row, n_keep, n_frozen):
+        n = len(row)
+        recent = self.n_recent(n_keep - n_frozen)
+        always = {j for j in range(n) if j < n_frozen or j < self.n_sink or j >= n - recent}
+        return always | set(best(row, set(range(n)) - always, n_keep - len(always)))
+
+    def plan(self, pos, scores, n_keep, n_frozen=None, **how):
+        """All layers, from scores and whole budgets."""
+        n_frozen = n_frozen or [0] * len(pos)
+        return [self.keep(pos[il], self.scores_for(scores, il), n_keep[il], n_frozen[il], **how) for il in range(len(pos))]
+
+    def kept(self, layers, n_keep, **how):
+        """All layers, from their signals. Scores are compared as F32: equal there is equal."""
+        scores = [np.nan_to_num(self.score(x, il, len(layers))).astype(np.float32) for il, x in enumerate(layers)]
+        return self.plan([x["pos"] for x in layers], scores, n_keep, **how)
+
+
+class full(Policy):
+    def score(self, layer, il=0, n_layer=1):
+        return np.full(layer["pos"].shape, np.nan)
+
+    def budgets(self, n, n_layer, budget):
+        return np.full(n_layer, float(n))
+
+
+class random(Policy):
+    """A hash of the position: tests look at what any hash must do."""
+    def __init__(self, seed=0):
+        pass
+
+
+class streaming_llm(Policy):
+    """2309.17453: the first `sinks`, then the newest. No score."""
+    def __init__(self, sinks=4):
+        self.n_sink = sinks
+
+    def n_recent(self, n_keep):
+        return n_keep - self.n_sink
+
+    def score(self, layer, il=0, n_layer=1):
+        return np.full(layer["pos"].shape, np.nan)
+
+
+class h2o(Policy):
+    """2306.14048: half of what is kept (rounded down) is the newest tokens, half the heaviest by attention summed so far."""
+    def __init__(self, recent=0.5):
+        self.recent = recent
+
+    def n_recent(self, n_keep):
+        return int(self.recent * n_keep)
+
+    def score(self, layer, il=0, n_layer=1):
+        return layer["sums"].astype(float)
+
+
+class tova(Policy):
+    """2401.06104: attention of the last query, mean over all heads. kvpress 0.5.5 protects the last token."""
+    def n_recent(self, n_keep):
+        return 1
+
+    def score(self, layer, il=0, n_layer=1):
+        mean = layer["attn"].astype(float).mean(axis=0)
+        mean[-1] = np.nan
+        return np.tile(mean, (len(layer["pos"]), 1))
+
+
+class knorm(Policy):
+    """2406.11430: a key with a small norm draws attention."""
+    def score(self, layer, il=0, n_layer=1):
+        return -np.sqrt((layer["keys"].astype(float) ** 2).sum(axis=-1))
+
+
+class keydiff(Policy):
+    """2504.15364: the keys least like the mean direction of all keys of the head."""
+    def score(self, layer, il=0, n_layer=1):
+        unit = layer["keys"].astype(float)
+        unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)
+        anchor = unit.mean(axis=1, keepdims=True)
+        return -(unit * anchor).sum(axis=-1) / np.linalg.norm(anchor, axis=-1)
+
+
+class snapkv(Policy):
+    """2404.14469 as in kvpress 0.5.5: mean over the window, pooled along the keys before it, mean over the group."""
+    def __init__(self, window=32, kernel=5, pool="avg"):
+        self.window, self.kernel, self.pool = window, kernel, pool
+
+    def n_recent(self, n_keep):
+        return self.window
+
+    def score(self, layer, il=0, n_layer=1):
+        attn = layer["attn"].astype(float)
+        out = np.full(attn.shape, np.nan)
+        for h, row in enumerate(attn):
+            before = row[:len(row) - self.window]
+            out[h, :len(before)] = pooled(before, self.kernel, self.pool)
+        return over_group(out, len(layer["pos"]))
+
+
+class pyramidkv(snapkv):
+    """2406.02069: SnapKV's score, budgets that fall linearly with depth. Flatter where the first layer has too few tokens."""
+    def __init__(self, window=32, kernel=5, pool="avg", beta=20):
+        super().__init__(window, kernel, pool)
+        self.beta = beta
+
+    def budgets(self, n, n_layer, budget):
+        w, b = self.window, budget - self.window
+        low = b / self.beta
+        high = 2 * b - low
+        if high >= n - w:
+            high = n - w
+            low = 2 * b - high
+        return np.array([w + high - il * (high - low) / max(1, n_layer - 1) for il in range(n_layer)])
+
+
+class pyramidinfer(Policy):
+    """2405.12532: attention of the newest queries, the newest weighted 1.2; one set per layer. Schedule and share of
+    recent tokens as the header of cpp/policies/pyramidinfer.cpp states them, for the paper leaves them open."""
+    def __init__(self, window=256, sinks=4, recent=0.2, decay=0.9):
+        self.n_sink, self.recent, self.decay = sinks, recent, decay
+
+    def n_recent(self, n_keep):
+        return max(1, int(self.recent * (n_keep - self.n_sink)))
+
+    def score(self, layer, il=0, n_layer=1):
+        return np.tile(layer["attn"].astype(float).mean(axis=0), (len(layer["pos"]), 1))
+
+    def budgets(self, n, n_layer, budget):
+        depth = np.arange(n_layer - 1)
+        step = self.decay + (1 - self.decay) * (1 + np.cos(np.pi * depth / n_layer)) / 2
+        share = np.concatenate([[1], np.cumprod(step)])
+        ideal = budget * share / share.mean()
+        while (ideal > n + 1e-9).any():  # what a layer has no tokens for goes evenly to those that have
+            excess = (ideal - n).clip(0).sum()
+            ideal = np.minimum(ideal, n)
+            ideal[ideal < n] += excess / (ideal < n).sum()
+        return ideal
+
+
+class chunkkv(Policy):
+    """2502.00299: a chunk's score is the mean over its tokens of the attention summed over the heads. Whole chunks as long
+    as they fit, then the next chunk's best tokens, so the budget is met exactly. `reuse` layers share the first's choice."""
+    def __init__(self, chunk=10, window=32, pool="none", kernel=5, reuse=1):
+        self.chunk, self.window, self.reuse = chunk, window, reuse
+        self.token_score = snapkv(window, 1 if pool == "none" else kernel, "avg" if pool == "none" else pool).score
+
+    def n_recent(self, n_keep):
+        return self.window
+
+    def score(self, layer, il=0, n_layer=1):
+        return self.token_score(layer)
+
+    def scores_for(self, scores, il):
+        return scores[il - il % self.reuse]
+
+    def keep(self, pos, score, n_keep, n_frozen=0, spans=(), prompt=True):
+        total = score.astype(float).sum(axis=0)
+        n = len(total)
+        before = n - self.window
+        chunks = [range(b, min(b + self.chunk, before)) for b in range(0, before, self.chunk)]
+        chunks.sort(key=lambda c: (-np.mean(total[c]), c[0]))
+        out = set(range(before, n))
+        for c in chunks:
+            out |= set(best(total, c, n_keep - len(out)))
+        return np.array([sorted(out)] * len(score), dtype=np.int32)
+
+
+class shotkv(Policy):
+    """2502.01941: whole shots in descending mean attention per token, summed over the heads; the prompt is then frozen and
+    generated tokens compete among themselves. fit: a shot that does not fit is skipped for the next that does, or ends
+    the search (trim). Either way the best shot not taken gets what is left, for its best tokens."""
+    def __init__(self, window=32, sinks=4, recent=32, fit="skip", queries="window", layers="own"):
+        self.window, self.n_sink, self.recent, self.fit = window, sinks, recent, fit
+        self.queries, self.layers = queries, layers
+
+    def n_recent(self, n_keep):
+        return self.window
+
+    def score(self, layer, il=0, n_layer=1):
+        if self.queries == "window":
+            return over_group(layer["attn"], len(layer["pos"]))
+        return layer["sums"].astype(float) / (layer["pos"].max() - layer["pos"] + 1)  # by the queries that could see it
+
+    def scores_for(self, scores, il):
+        return np.sum(scores, axis=0) if self.layers == "shared" else scores[il]
+
+    def keep(self, pos, score, n_keep, n_frozen=0, spans=(), prompt=True):
+        total = score.astype(float).sum(axis=0)
+        n = len(total)
+        out = set(range(n_frozen)) | set(range(n - min(self.recent, n_keep - n_frozen), n))
+        out = self.keep_shots(pos[0], total, n_keep, spans) if prompt else out
+        out |= set(best(total, set(range(n)) - out, n_keep - len(out)))
+        return np.array([sorted(out)] * len(score), dtype=np.int32)
+
+    def keep_shots(self, pos, total, n_keep, spans):
+        n = len(total)
+        shots = [[j for j in range(n) if begin <= pos[j] < end] for begin, end in spans]
+        out = set(range(n)) - {j for s in shots for j in s}
+        out |= set(range(self.n_sink)) | set(range(n - self.window, n))
+        shots = [[j for j in s if j not in out] for s in shots]
+        shots = sorted((s for s in shots if s), key=lambda s: (-np.mean(total[s]), s[0]))
+        not_taken = []
+        for s in shots:
+            if len(s) <= n_keep - len(out) and not (not_taken and self.fit == "trim"):
+                out |= set(s)
+            else:
+                not_taken.append(s)
+        for s in not_taken[:1]:
+            out |= set(best(total, s, n_keep - len(out)))
+        return out
+
+
+class random_shot(shotkv):
+    """A hash of the shot: as `random`."""
+    def __init__(self, seed=0, **shots):
+        super().__init__(**shots)
+
+    def score(self, layer, il=0, n_layer=1):
+        return None
+
+
+POLICIES = {c.__name__: c for c in (full, random, streaming_llm, h2o, tova, knorm, keydiff, snapkv, pyramidkv, pyramidinfer, chunkkv, shotkv,
+                                    random_shot)}

@@ -1,0 +1,165 @@
+"""The cache as a state machine: whatever is done to it, it equals a fresh run of the steps that count."""
+import os
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+import tiny
+from pykvc import _core
+
+N_SEQ = 2
+SPECS = [  # spec, budget, decode budget
+    ("streaming_llm:sinks=2,interval=8", "24", "8"),
+    ("h2o:interval=8", "24", "50%"),
+    ("tova:interval=8", "0.5", "4"),
+    ("knorm:interval=8", "20", "8"),
+    ("keydiff:interval=8", "50%", ""),
+    ("snapkv:window=8,kernel=3", "24", ""),
+    ("chunkkv:window=8,chunk=4", "24", ""),
+    ("shotkv:window=8,sinks=2,interval=8,recent=4", "32", "8"),
+    ("random:seed=3,interval=8", "16", "16"),
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("tiny")/"llama.gguf")
+
+
+class Slow:
+    """One sequence, replayed from the list of its steps in a context of its own."""
+
+    def __init__(self, make, steps):
+        self.ctx = make(1)
+        for step, arg in steps:
+            apply(self.ctx, 0, step, arg)
+
+
+def apply(ctx, seq, step, arg):
+    if step == "decode":
+        ctx.decode(np.array(arg, np.int32), seq)
+    elif step == "evict":
+        ctx.set_spans(arg, seq)
+        ctx.evict(seq)
+        ctx.end_prompt(seq)
+    elif step == "remove":
+        return ctx.remove_tail(arg, seq)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    model = None
+
+    @initialize(spec=st.sampled_from(SPECS), cache=st.sampled_from([("f16", "on"), ("f16", "off"), ("q8_0", "on"), ("f32", "off")]))
+    def start(self, spec, cache):
+        name, budget, decode_budget = spec
+        fa = "off" if name.startswith("h2o") else cache[1]
+        kv = "f16" if name.startswith("h2o") and cache[0] == "q8_0" else cache[0]
+        self.make = lambda n_seq: _core.Context(self.model, n_ctx=256, n_batch=32, n_ubatch=16, n_seq_max=n_seq, n_threads=1, type_k=kv,
+                                                type_v=kv, flash_attn=fa, policy=name, budget=budget, decode_budget=decode_budget)
+        self.ctx = self.make(N_SEQ)
+        self.steps = [[] for _ in range(N_SEQ)]  # what counts, by sequence
+        self.length = [0]*N_SEQ
+        self.saved = None
+        self.limit = (int(budget), int(decode_budget)) if budget.isdigit() and decode_budget.isdigit() else None
+
+    @rule(seq=st.integers(0, N_SEQ - 1), tokens=st.lists(st.integers(0, tiny.N_VOCAB - 1), min_size=1, max_size=40))
+    def prefill(self, seq, tokens):
+        if self.length[seq] + len(tokens) <= self.ctx.n_ctx:
+            self.do(seq, "decode", tokens)
+            self.length[seq] += len(tokens)
+
+    @rule(seq=st.integers(0, N_SEQ - 1), token=st.integers(0, tiny.N_VOCAB - 1), n=st.integers(1, 20))
+    def generate(self, seq, token, n):
+        for i in range(min(n, self.ctx.n_ctx - self.length[seq])):
+            self.do(seq, "decode", [(token + i) % tiny.N_VOCAB])
+            self.length[seq] += 1
+
+    @rule(seq=st.integers(0, N_SEQ - 1), n=st.integers(3, 9))
+    def compress(self, seq, n):
+        end = self.length[seq] - 8  # the window is outside of every shot
+        spans = [(b, min(b + n, end)) for b in range(2, end, n)]
+        try:
+            self.do(seq, "evict", spans)
+        except ValueError as e:
+            assert "at least" in str(e), e  # a ratio of a short sequence below sinks + window; a window that was removed
+
+    @rule(seq=st.integers(0, N_SEQ - 1), n=st.integers(1, 12))
+    def remove_tail(self, seq, n):
+        pos = max(0, self.length[seq] - n)
+        floor, before = self.ctx.pos_floor(seq), self.ctx.kept(seq)
+        done = apply(self.ctx, seq, "remove", pos)
+        if done:
+            self.steps[seq] = [] if pos == 0 else self.steps[seq] + [("remove", pos)]
+            self.length[seq] = pos
+        else:  # below the floor, or not to be taken out of sums: nothing has changed
+            assert pos < floor or self.ctx.policy.startswith("h2o")
+            assert all(map(np.array_equal, before, self.ctx.kept(seq)))
+
+    @rule(src=st.integers(0, N_SEQ - 1))
+    def branch(self, src):
+        dst = 1 - src
+        self.ctx.copy(src, dst)
+        self.steps[dst], self.length[dst] = list(self.steps[src]), self.length[src]
+
+    @rule(seq=st.integers(0, N_SEQ - 1))
+    def clear(self, seq):
+        self.ctx.clear(seq)
+        self.steps[seq], self.length[seq] = [], 0
+
+    @rule()
+    def save(self):
+        self.saved = self.ctx.save(), [list(s) for s in self.steps], list(self.length)
+
+    @precondition(lambda self: self.saved)
+    @rule(fresh=st.booleans())
+    def load(self, fresh):
+        data, steps, length = self.saved
+        if fresh:
+            self.ctx = self.make(N_SEQ)
+        self.ctx.load(data)
+        self.steps, self.length = [list(s) for s in steps], list(length)
+
+    @rule(src=st.integers(0, N_SEQ - 1), dst=st.integers(0, N_SEQ - 1))
+    def move_by_state(self, src, dst):
+        self.ctx.load_seq(self.ctx.save_seq(src), dst)
+        self.steps[dst], self.length[dst] = list(self.steps[src]), self.length[src]
+
+    def do(self, seq, step, arg):
+        apply(self.ctx, seq, step, arg)
+        self.steps[seq].append((step, arg))
+
+    @invariant()
+    def nothing_is_lost(self):
+        if not hasattr(self, "ctx"):
+            return
+        for seq in range(N_SEQ):
+            assert self.ctx.pos_max(seq) == self.length[seq] - 1
+            for kept in self.ctx.kept(seq):
+                assert (np.diff(kept, axis=1) > 0).all() and (kept.size == 0 or (kept[:, -1] == self.length[seq] - 1).all() or self.may_lose_last(seq))
+
+    def may_lose_last(self, seq):  # methods without a recent window may evict the newest token
+        return self.ctx.policy.startswith(("knorm", "keydiff", "random"))
+
+    def teardown(self):
+        if not hasattr(self, "ctx"):
+            return
+        for seq in range(N_SEQ):
+            slow = Slow(self.make, self.steps[seq])
+            assert all(map(np.array_equal, self.ctx.kept(seq), slow.ctx.kept())), self.ctx.policy
+            if 0 < self.length[seq] < self.ctx.n_ctx:
+                probe = np.array([5], np.int32)
+                self.ctx.decode(probe, seq)
+                slow.ctx.decode(probe)
+                assert np.array_equal(self.ctx.logits(), slow.ctx.logits()), self.ctx.policy
+
+
+def test_state_machine(tiny_llama):
+    """PYKVC_FUZZ_STEPS sets how many steps; the default keeps CI short."""
+    CacheMachine.model = _core.Model(str(tiny_llama))
+    n_steps = int(os.environ.get("PYKVC_FUZZ_STEPS", "1000"))
+    run_state_machine_as_test(CacheMachine, settings=settings(
+        max_examples=max(1, n_steps//40), stateful_step_count=40, deadline=None, derandomize="PYKVC_FUZZ_STEPS" not in os.environ, phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck)))

@@ -1,0 +1,81 @@
+"""GGUF models with random weights, a few hundred kilobytes each: architectures to accept or refuse, and to fuzz fast."""
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+N_EMBD, N_HEAD, N_HEAD_KV, HEAD_DIM, N_FF, N_VOCAB = 64, 4, 2, 32, 96, 128
+
+
+def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096) -> Path:
+    """arch: llama | gemma3 (a global layer after five with a window of 32) | qwen2vl (M-RoPE) | mamba (recurrent)."""
+    rng = np.random.default_rng(0)
+    w = gguf.GGUFWriter(path, arch)
+    w.add_context_length(n_ctx)
+    w.add_embedding_length(N_EMBD)
+    w.add_block_count(n_layer)
+    w.add_feed_forward_length(N_FF)
+    w.add_head_count(N_HEAD)
+    w.add_head_count_kv(N_HEAD_KV)
+    w.add_key_length(HEAD_DIM)
+    w.add_value_length(HEAD_DIM)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_vocab_size(N_VOCAB)
+    w.add_tokenizer_model("no_vocab")
+
+    def put(name, *shape, scale=None):  # numpy order: [out, in]
+        scale = 0.7/np.sqrt(shape[-1])*2 if scale is None else scale
+        w.add_tensor(name, (rng.standard_normal(shape)*scale).astype(np.float32))
+
+    def ones(name, n):
+        w.add_tensor(name, np.ones(n, np.float32))
+
+    put("token_embd.weight", N_VOCAB, N_EMBD, scale=1.0)
+    ones("output_norm.weight", N_EMBD)
+    if arch == "mamba":
+        w.add_ssm_conv_kernel(4)
+        w.add_ssm_inner_size(2*N_EMBD)
+        w.add_ssm_state_size(8)
+        w.add_ssm_time_step_rank(4)
+    if arch == "gemma3":
+        w.add_sliding_window(32)
+    if arch == "qwen2vl":
+        w.add_rope_dimension_sections([4, 6, 6, 0])
+
+    for i in range(n_layer):
+        b = f"blk.{i}."
+        ones(b + "attn_norm.weight", N_EMBD)
+        if arch == "mamba":
+            n = 2*N_EMBD
+            put(b + "ssm_in.weight", 2*n, N_EMBD)
+            put(b + "ssm_conv1d.weight", n, 4)
+            put(b + "ssm_conv1d.bias", n)
+            put(b + "ssm_x.weight", 4 + 2*8, n)
+            put(b + "ssm_dt.weight", n, 4)
+            put(b + "ssm_dt.bias", n)
+            w.add_tensor(b + "ssm_a", -np.ones((n, 8), np.float32))
+            ones(b + "ssm_d", n)
+            put(b + "ssm_out.weight", N_EMBD, n)
+            continue
+        put(b + "attn_q.weight", N_HEAD*HEAD_DIM, N_EMBD)
+        put(b + "attn_k.weight", N_HEAD_KV*HEAD_DIM, N_EMBD)
+        put(b + "attn_v.weight", N_HEAD_KV*HEAD_DIM, N_EMBD)
+        put(b + "attn_output.weight", N_EMBD, N_HEAD*HEAD_DIM)
+        if arch == "qwen2vl":
+            put(b + "attn_q.bias", N_HEAD*HEAD_DIM)
+            put(b + "attn_k.bias", N_HEAD_KV*HEAD_DIM)
+            put(b + "attn_v.bias", N_HEAD_KV*HEAD_DIM)
+        if arch == "gemma3":
+            for name in ("attn_q_norm", "attn_k_norm"):
+                ones(b + name + ".weight", HEAD_DIM)
+            for name in ("post_attention_norm", "post_ffw_norm"):
+                ones(b + name + ".weight", N_EMBD)
+        ones(b + "ffn_norm.weight", N_EMBD)
+        put(b + "ffn_gate.weight", N_FF, N_EMBD)
+        put(b + "ffn_up.weight", N_FF, N_EMBD)
+        put(b + "ffn_down.weight", N_EMBD, N_FF)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
