@@ -220,19 +220,23 @@ public:
         else { throw std::invalid_argument("flash_attn '" + fa + "': valid are on, off, auto"); }
 
         begin_call();
-        auto cfg = kvc::config_from_python(policy, kv_budget, kv_decode_budget);
-        spec = cfg ? cfg->spec : "full";
+        const bool env = policy.is_none(); // as any llama.cpp program on this library
+        const auto cfg = env ? nullptr : kvc::config_from_python(policy, kv_budget, kv_decode_budget);
         if (cfg && cfg->need.sums && ggml_is_quantized(cp.type_v)) {
-            throw std::invalid_argument(spec + " runs with flash attention off, which a quantized V cache needs: use type_v f16, bf16 or f32");
+            throw std::invalid_argument(cfg->spec + " runs with flash attention off, which a quantized V cache needs: use type_v f16, bf16 or f32");
         }
         {
             py::gil_scoped_release nogil;
-            kvc::next_context(cfg);
+            if (!env) {
+                kvc::next_context(cfg);
+            }
             ctx.reset(llama_init_from_model(model->ptr.get(), cp));
         }
         if (!ctx) {
-            kvc::no_policy_for_next_context();
             fail("the context cannot be created");
+        }
+        if (auto * e = kvc::engine::of(ctx.get())) {
+            spec = e->conf().spec;
         }
     }
 

@@ -36,10 +36,6 @@ void next_context(std::shared_ptr<const config> cfg) {
     next_set = true;
 }
 
-void no_policy_for_next_context() {
-    next_context(nullptr);
-}
-
 static void check_budgets(const policy & pol, const std::string & name, decode_mode mode, const budget & prompt, const budget & decode) {
     if (decode.kind != budget::none && mode == decode_mode::none) {
         std::string names;

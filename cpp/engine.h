@@ -188,9 +188,8 @@ private:
     int32_t mask_n = 0;
 };
 
-// The policy of the next context this thread creates; null spec: stock whatever the environment says.
+// The policy of the next context this thread creates; null: stock whatever the environment says.
 void next_context(std::shared_ptr<const config> cfg);
-void no_policy_for_next_context();
 
 std::shared_ptr<const config> make_config(const std::string & spec, const std::string & budget, const std::string & decode_budget, bool guess);
 std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, const std::string & name, decode_mode decode,

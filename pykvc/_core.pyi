@@ -70,6 +70,7 @@ class Model:
 
 class Context:
     """A llama_context with its cache. `policy` is a spec string or an object with the Policy protocol (pykvc/policy.py).
+    None: what LLAMA_ARG_KV_POLICY, _BUDGET and _DECODE_BUDGET say, with the prompt's end guessed, as in any llama.cpp program.
     budget, decode_budget: as parse_budget reads them, "" none. ValueError names what is valid."""
     def __init__(self, model: Model, *, n_ctx: int = 0, n_batch: int = 2048, n_ubatch: int = 512, n_seq_max: int = 1,
                  n_threads: int = 0, n_threads_batch: int = 0, type_k: str = "f16", type_v: str = "f16",

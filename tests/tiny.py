@@ -4,12 +4,13 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-N_EMBD, N_HEAD, N_HEAD_KV, HEAD_DIM, N_FF, N_VOCAB = 64, 4, 2, 32, 96, 128
+N_EMBD, N_HEAD, N_HEAD_KV, N_FF, N_VOCAB = 64, 4, 2, 96, 128
 
 
 def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096) -> Path:
     """arch: llama | gemma3 (a global layer after five with a window of 32) | qwen2vl (M-RoPE) | mamba (recurrent)."""
     rng = np.random.default_rng(0)
+    head_dim = 16 if arch == "qwen2vl" else 32  # 32: a block of a quantized cache
     w = gguf.GGUFWriter(path, arch)
     w.add_context_length(n_ctx)
     w.add_embedding_length(N_EMBD)
@@ -17,8 +18,8 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096) 
     w.add_feed_forward_length(N_FF)
     w.add_head_count(N_HEAD)
     w.add_head_count_kv(N_HEAD_KV)
-    w.add_key_length(HEAD_DIM)
-    w.add_value_length(HEAD_DIM)
+    w.add_key_length(head_dim)
+    w.add_value_length(head_dim)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_vocab_size(N_VOCAB)
     w.add_tokenizer_model("no_vocab")
@@ -40,7 +41,7 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096) 
     if arch == "gemma3":
         w.add_sliding_window(32)
     if arch == "qwen2vl":
-        w.add_rope_dimension_sections([4, 6, 6, 0])
+        w.add_rope_dimension_sections([2, 3, 3, 0])
 
     for i in range(n_layer):
         b = f"blk.{i}."
@@ -57,17 +58,17 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096) 
             ones(b + "ssm_d", n)
             put(b + "ssm_out.weight", N_EMBD, n)
             continue
-        put(b + "attn_q.weight", N_HEAD*HEAD_DIM, N_EMBD)
-        put(b + "attn_k.weight", N_HEAD_KV*HEAD_DIM, N_EMBD)
-        put(b + "attn_v.weight", N_HEAD_KV*HEAD_DIM, N_EMBD)
-        put(b + "attn_output.weight", N_EMBD, N_HEAD*HEAD_DIM)
+        put(b + "attn_q.weight", N_HEAD*head_dim, N_EMBD)
+        put(b + "attn_k.weight", N_HEAD_KV*head_dim, N_EMBD)
+        put(b + "attn_v.weight", N_HEAD_KV*head_dim, N_EMBD)
+        put(b + "attn_output.weight", N_EMBD, N_HEAD*head_dim)
         if arch == "qwen2vl":
-            put(b + "attn_q.bias", N_HEAD*HEAD_DIM)
-            put(b + "attn_k.bias", N_HEAD_KV*HEAD_DIM)
-            put(b + "attn_v.bias", N_HEAD_KV*HEAD_DIM)
+            put(b + "attn_q.bias", N_HEAD*head_dim)
+            put(b + "attn_k.bias", N_HEAD_KV*head_dim)
+            put(b + "attn_v.bias", N_HEAD_KV*head_dim)
         if arch == "gemma3":
             for name in ("attn_q_norm", "attn_k_norm"):
-                ones(b + name + ".weight", HEAD_DIM)
+                ones(b + name + ".weight", head_dim)
             for name in ("post_attention_norm", "post_ffw_norm"):
                 ones(b + name + ".weight", N_EMBD)
         ones(b + "ffn_norm.weight", N_EMBD)
