@@ -7,7 +7,9 @@
 // next token takes the same cell in every layer and llama.cpp's one cell table still serves all. Each KV head of a
 // layer keeps rows of its own. Keys keep the RoPE position they were written with.
 //
+//   config.cpp  which policy a context gets, and which models can evict
 //   engine.cpp  hooks: what happened to the cache, and when an eviction is due
+//   update.cpp  where evictions run
 //   signal.cpp  the graph: query window, attention sums, mask views; the score graph
 //   evict.cpp   signals -> scores -> plan -> compaction of one sequence
 //   state.cpp   what a saved state needs beyond llama.cpp's cells
@@ -191,6 +193,7 @@ private:
 // The policy of the next context this thread creates; null: stock whatever the environment says.
 void next_context(std::shared_ptr<const config> cfg);
 
+void check_budgets(const policy & pol, const std::string & name, decode_mode mode, const budget & prompt, const budget & decode);
 std::shared_ptr<const config> make_config(const std::string & spec, const std::string & budget, const std::string & decode_budget, bool guess);
 std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, const std::string & name, decode_mode decode,
         const std::string & budget, const std::string & decode_budget);

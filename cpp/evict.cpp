@@ -65,9 +65,16 @@ bool engine::run(llama_context * lctx, uint32_t s, bool prompt) {
     if (cfg->need.spans) {
         r.spans = q.spans.empty() ? sentences(q) : q.spans;
     }
-    const std::vector<int32_t> n_keep = cfg->pol->budgets(r);
+    std::vector<int32_t> n_keep = cfg->pol->budgets(r);
     if ((int32_t) n_keep.size() != n_layer()) {
         throw std::invalid_argument(cfg->spec + ": budgets() must give one number per layer, " + std::to_string(n_layer()));
+    }
+    if (!ggml_backend_buffer_is_host(kv.layers[0].k->buffer)) {
+        // GPU kernels want views of K, V and mask that begin at multiples of 256 cells: keep a little more
+        const int32_t n_base = *std::max_element(n_keep.begin(), n_keep.end());
+        for (int32_t l = 0; l < n_layer(); ++l) {
+            n_keep[l] = std::min(r.layers[l].n_kv, n_base - (n_base - n_keep[l])/256*256);
+        }
     }
     std::vector<std::vector<int32_t>> slots(n_layer());
     for (int32_t l = 0; l < n_layer(); ++l) {

@@ -1,0 +1,150 @@
+// Which policy a new context gets, and which models can evict.
+
+#include "engine.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <utility>
+
+namespace kvc {
+
+std::string & last_error() {
+    static thread_local std::string text;
+    return text;
+}
+
+static thread_local std::shared_ptr<const config> next_cfg;
+static thread_local bool next_set = false;
+
+void next_context(std::shared_ptr<const config> cfg) {
+    next_cfg = std::move(cfg);
+    next_set = true;
+}
+
+void check_budgets(const policy & pol, const std::string & name, decode_mode mode, const budget & prompt, const budget & decode) {
+    if (decode.kind != budget::none && mode == decode_mode::none) {
+        std::string names;
+        for (const auto & info : policy_table()) {
+            if (info.decode != decode_mode::none) {
+                names += (names.empty() ? "" : ", ") + std::string(info.name);
+            }
+        }
+        throw std::invalid_argument("kv_decode_budget: " + name + " does not evict generated tokens; these do: " + names);
+    }
+    if (prompt.kind == budget::tokens && prompt.value < pol.min_budget()) {
+        throw std::invalid_argument("kv_budget " + prompt.str() + " is below what " + name +
+                " always keeps (sinks, window, one more): at least " + std::to_string(pol.min_budget()) + " tokens");
+    }
+}
+
+std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, const std::string & name, decode_mode decode,
+        const std::string & kv_budget, const std::string & kv_decode_budget) {
+    auto cfg = std::make_shared<config>();
+    cfg->pol           = std::move(pol);
+    cfg->spec          = name;
+    cfg->decode        = decode;
+    cfg->need          = cfg->pol->need();
+    cfg->prompt_budget = parse_budget(kv_budget, "kv_budget");
+    cfg->decode_budget = parse_budget(kv_decode_budget, "kv_decode_budget");
+    cfg->guess         = false;
+    check_budgets(*cfg->pol, name, decode, cfg->prompt_budget, cfg->decode_budget);
+    return cfg;
+}
+
+std::shared_ptr<const config> make_config(const std::string & text, const std::string & kv_budget, const std::string & kv_decode_budget, bool guess) {
+    const spec sp = parse_spec(text);
+    const std::string name = sp.info->name;
+    if (name == "full") {
+        if (!kv_budget.empty() || !kv_decode_budget.empty()) {
+            throw std::invalid_argument("kv_budget: the policy is full, which keeps everything; name one that evicts");
+        }
+        return nullptr;
+    }
+    auto cfg = std::const_pointer_cast<config>(make_config(std::shared_ptr<const policy>(sp.info->make(sp.p)), name,
+            sp.info->decode, kv_budget, kv_decode_budget));
+    cfg->spec          = sp.canonical();
+    cfg->layers_differ = sp.info->layers_differ;
+    cfg->interval      = sp.p.values.count("interval") ? sp.p.i("interval") : cfg->interval;
+    cfg->guess         = guess;
+    return cfg;
+}
+
+std::shared_ptr<const config> engine::configure(const llama_context_params & params, llama_cparams & cparams) {
+    std::shared_ptr<const config> cfg;
+    if (next_set) {
+        cfg = std::move(next_cfg);
+        next_cfg = nullptr;
+        next_set = false;
+    } else if (const char * name = getenv("LLAMA_ARG_KV_POLICY")) {
+        const char * b = getenv("LLAMA_ARG_KV_BUDGET");
+        const char * d = getenv("LLAMA_ARG_KV_DECODE_BUDGET");
+        cfg = make_config(name, b ? b : "", d ? d : "", true);
+    }
+    if (cfg && cfg->need.sums) {
+        if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED) {
+            throw std::invalid_argument(cfg->spec + " sums the attention of every query, which flash attention never forms: "
+                    "use flash_attn off or auto (and a V cache that is not quantized)");
+        }
+        cparams.flash_attn = false;
+        cparams.auto_fa    = false;
+    }
+    return cfg;
+}
+
+llama_kv_cache * cache_of(llama_context * lctx) {
+    auto * mem = lctx->get_memory();
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+        return iswa->get_base();
+    }
+    return dynamic_cast<llama_kv_cache *>(mem);
+}
+
+void flush_copies(llama_context * lctx) {
+    lctx->memory_update(false);
+}
+
+bool uses_flash_attn(llama_context * lctx) {
+    return lctx->get_cparams().flash_attn;
+}
+
+engine * engine::of(llama_context * lctx) {
+    auto * kv = cache_of(lctx);
+    return kv ? kv->kvc.get() : nullptr;
+}
+
+static void refuse_unsupported(const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem, const llama_kv_cache * kv) {
+    const auto & hp = model.hparams;
+    std::string why;
+    if (!mem)                                             { why = "it has no KV cache"; }
+    else if (hp.is_mla())                                 { why = "its latent (MLA) cache has no rows per head"; }
+    else if (!kv)                                         { why = "its memory is recurrent, hybrid or sparse"; }
+    else if (hp.n_pos_per_embd() > 1)                     { why = "M-RoPE positions have more than one component"; }
+    else if (kv->has_cell_ext())                          { why = "it looks up earlier tokens in the cache"; }
+    else if (hp.use_alibi)                                { why = "ALiBi needs the distance to every cell"; }
+    else if (hp.n_layer_kv_from_start >= 0)               { why = "its layers share caches"; }
+    else if (model.arch == LLM_ARCH_GROK)                 { why = "its attention scores are transformed in a way not tested"; }
+    else if (!cparams.causal_attn || cparams.embeddings)  { why = "an embedding context evaluates all its tokens at once"; }
+    if (!why.empty()) {
+        throw std::invalid_argument("this model (" + model.arch_name() + ") cannot evict: " + why);
+    }
+    if (cparams.kv_unified && cparams.n_seq_max > 1) {
+        throw std::invalid_argument("a unified cache of several sequences cannot evict: use one stream per sequence (kv_unified off)");
+    }
+}
+
+void engine::attach(std::shared_ptr<const config> cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem) {
+    if (!cfg) {
+        return;
+    }
+    auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem);
+    auto * kv   = iswa ? iswa->get_base() : dynamic_cast<llama_kv_cache *>(mem);
+    refuse_unsupported(model, cparams, mem, kv);
+    kv->kvc.reset(new engine(std::move(cfg), model, cparams, *kv));
+}
+
+} // namespace kvc

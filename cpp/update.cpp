@@ -1,0 +1,97 @@
+// Evictions run inside llama_context::memory_update(), which drops the graphs of before and reserves again.
+
+#include "engine.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+
+#include <exception>
+#include <utility>
+
+namespace kvc {
+
+void engine::update(llama_context * lctx, const std::vector<uint32_t> & ssrc, const std::vector<uint32_t> & sdst) {
+    // nothing may leave here but by last_error(): llama_decode is C
+    try {
+        lctx_cur = lctx;
+        llama_synchronize(lctx);
+        for (size_t i = 0; i < ssrc.size(); ++i) {
+            for (auto & t : tensors) {
+                for (ggml_tensor * x : { t.win, t.sums }) {
+                    if (!x) {
+                        continue;
+                    }
+                    std::vector<uint8_t> buf(ggml_nbytes(x)/kv.n_stream);
+                    ggml_backend_tensor_get(x, buf.data(), ssrc[i]*buf.size(), buf.size());
+                    ggml_backend_tensor_set(x, buf.data(), sdst[i]*buf.size(), buf.size());
+                }
+            }
+        }
+        for (const auto & fn : std::exchange(jobs, {})) {
+            fn();
+        }
+        for (const auto & j : std::exchange(due, {})) {
+            run(lctx, j.s, j.prompt);
+            if (j.prompt) {
+                end_prompt((llama_seq_id) j.s);
+            }
+        }
+    } catch (const std::exception & e) {
+        last_error() = e.what();
+        LLAMA_LOG_ERROR("%s: %s\n", cfg->spec.c_str(), e.what());
+    }
+    stale = false;
+}
+
+// Runs fn inside a memory update of the context, so that graphs of before are dropped, and rethrows what it threw.
+void engine::in_update(llama_context * lctx, std::function<void()> fn) {
+    std::exception_ptr error;
+    jobs.push_back([&]() {
+        try {
+            fn();
+        } catch (...) {
+            error = std::current_exception();
+        }
+    });
+    lctx->memory_update(true);
+    if (error) {
+        std::rethrow_exception(error);
+    }
+}
+
+bool engine::evict(llama_context * lctx, llama_seq_id seq_id, bool mask_only) {
+    const uint32_t s = stream_of(seq_id);
+    bool res = false;
+    in_update(lctx, [&]() {
+        this->mask_only = mask_only;
+        res = run(lctx, s, true);
+    });
+    return res;
+}
+
+std::vector<layer_signals> engine::signals(llama_context * lctx, llama_seq_id seq_id) {
+    const uint32_t s = stream_of(seq_id);
+    std::vector<layer_signals> res;
+    in_update(lctx, [&]() {
+        for (int32_t l = 0; l < n_layer(); ++l) {
+            res.push_back(read_signals(lctx, s, l));
+        }
+    });
+    return res;
+}
+
+std::vector<std::vector<float>> engine::scores(llama_context * lctx, llama_seq_id seq_id) {
+    const uint32_t s = stream_of(seq_id);
+    std::vector<std::vector<float>> res;
+    in_update(lctx, [&]() {
+        for (int32_t l = 0; l < n_layer(); ++l) {
+            const auto sig = read_signals(lctx, s, l);
+            res.emplace_back(sig.pos.size());
+            cfg->pol->score(sig.view(n_layer()), res.back().data());
+        }
+    });
+    return res;
+}
+
+} // namespace kvc
