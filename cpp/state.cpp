@@ -23,7 +23,9 @@ template <typename T>
 static void put(llama_io_write_i & io, const std::vector<T> & v) {
     const uint64_t n = v.size();
     io.write(&n, sizeof(n));
-    io.write(v.data(), n*sizeof(T));
+    if (n > 0) { // llama.cpp copies from data(), which may be null
+        io.write(v.data(), n*sizeof(T));
+    }
 }
 
 template <typename T>
@@ -34,7 +36,9 @@ static void get(llama_io_read_i & io, std::vector<T> & v) {
         throw std::runtime_error("the state is damaged: an array of " + std::to_string(n) + " elements");
     }
     v.resize(n);
-    io.read(v.data(), n*sizeof(T));
+    if (n > 0) {
+        io.read(v.data(), n*sizeof(T));
+    }
 }
 
 static void put_part(llama_io_write_i & io, ggml_tensor * t, size_t offset, size_t size) {
