@@ -11,7 +11,7 @@ What the table's rows compare, and where kvpress differs from the policy of the 
 
 - keydiff, streaming_llm, tova: the same rule.
 - knorm: the same rule. In layer 0 a key's norm depends on the token alone, for rotation keeps it: equal tokens tie but for
-  the last bit, and which of them stay is a matter of rounding there. That is all that differs.
+  the last bit, and which of them stay is a matter of rounding there.
 - snapkv: the same rule with kvpress' parameters, window 64 and kernel 5.
 - pyramidkv: the selection only. kvpress' budgets take b = B where the authors (and pykvc) take b = B - w, put the window
   inside the pyramid, and fall back to SnapKV unless the last layer keeps at least the window: at b / beta >= 64 or where
@@ -23,6 +23,7 @@ What the table's rows compare, and where kvpress differs from the policy of the 
 """
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -261,7 +262,7 @@ def main() -> None:
     cli.add_argument("--tokens", type=int, default=2000, help="prompt length; a multiple of 20 for 'chunkkv aligned'")
     cli.add_argument("--budgets", default="256,512", help="tokens kept a layer, with commas")
     cli.add_argument("--text", type=Path, help="read the prompt from this file instead of made-up prose")
-    cli.add_argument("--work", type=Path, default=Path("/tmp/compare_kvpress"), help="folder of the F32 GGUF and the capture")
+    cli.add_argument("--work", type=Path, default=Path(tempfile.gettempdir())/"compare_kvpress", help="folder of the F32 GGUF and the capture")
     cli.add_argument("--capture", action="store_true", help="the torch half only")
     cli.add_argument("--resume", action="store_true", help="the pykvc half only, from the capture")
     args = cli.parse_args()
