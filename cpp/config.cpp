@@ -96,12 +96,15 @@ std::shared_ptr<const config> engine::configure(const llama_context_params & par
     return cfg;
 }
 
-llama_kv_cache * cache_of(llama_context * lctx) {
-    auto * mem = lctx->get_memory();
+static llama_kv_cache * cache_of(llama_memory_i * mem) {
     if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
         return iswa->get_base();
     }
     return dynamic_cast<llama_kv_cache *>(mem);
+}
+
+llama_kv_cache * cache_of(llama_context * lctx) {
+    return cache_of(lctx->get_memory());
 }
 
 void flush_copies(llama_context * lctx) {
@@ -141,8 +144,7 @@ void engine::attach(std::shared_ptr<const config> cfg, const llama_model & model
     if (!cfg) {
         return;
     }
-    auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem);
-    auto * kv   = iswa ? iswa->get_base() : dynamic_cast<llama_kv_cache *>(mem);
+    auto * kv = cache_of(mem);
     refuse_unsupported(model, cparams, mem, kv);
     kv->kvc.reset(new engine(std::move(cfg), model, cparams, *kv));
 }

@@ -144,7 +144,7 @@ private:
     bool     over_budget(uint32_t s, int32_t n_new) const;
     bool     run(llama_context * lctx, uint32_t s, bool prompt);
     void     compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep);
-    void     compact_rows(ggml_tensor * t, uint32_t s, bool trans, int32_t n_rows_head, uint32_t src0, int32_t n_src,
+    void     compact_rows(ggml_tensor * t, bool trans, int32_t n_head_dim, uint32_t src0, int32_t n_src,
                           uint32_t dst0, int32_t n_dst, const int32_t * slots) const;
     void     compact_sums(int32_t ikv, uint32_t s, uint32_t src0, int32_t n_src, uint32_t dst0, int32_t n_dst, const int32_t * slots) const;
     void     clear_sums(uint32_t s, uint32_t c0, uint32_t c1);
@@ -170,7 +170,6 @@ private:
     std::vector<job>    due;
     std::vector<std::function<void()>> jobs;
     bool stale = false;           // cells a layer reads changed outside an update: graphs must go
-    llama_context * lctx_cur = nullptr;
 
     // what build_attn was given, for the score graph
     struct layer_attn { ggml_tensor * sinks = nullptr; float scale = 0; };

@@ -124,8 +124,8 @@ void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots
         const int32_t n_kv = n_slots(s, l), n = n_keep[l];
         const uint32_t src0 = q.n_base - q.n_kept[l], dst0 = n_base - n;
 
-        compact_rows(layer.k_stream[s], s, false,      model.hparams.n_embd_head_k(layer.il), src0, n_kv, dst0, n, slots[l].data());
-        compact_rows(layer.v_stream[s], s, kv.v_trans, model.hparams.n_embd_head_v(layer.il), src0, n_kv, dst0, n, slots[l].data());
+        compact_rows(layer.k_stream[s], false,      model.hparams.n_embd_head_k(layer.il), src0, n_kv, dst0, n, slots[l].data());
+        compact_rows(layer.v_stream[s], kv.v_trans, model.hparams.n_embd_head_v(layer.il), src0, n_kv, dst0, n, slots[l].data());
         if (tensors[l].sums) {
             compact_sums(l, s, src0, n_kv, dst0, n, slots[l].data());
         }
@@ -158,9 +158,8 @@ void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots
 }
 
 // K or V of one stream, any type: whole rows of a head are moved as bytes, so nothing is quantized twice.
-void engine::compact_rows(ggml_tensor * t, uint32_t s, bool trans, int32_t n_head_dim, uint32_t src0, int32_t n_src,
+void engine::compact_rows(ggml_tensor * t, bool trans, int32_t n_head_dim, uint32_t src0, int32_t n_src,
         uint32_t dst0, int32_t n_dst, const int32_t * slots) const {
-    GGML_UNUSED(s);
     if (trans) { // [kv_size] of each channel lie together
         const size_t es = ggml_type_size(t->type), n_size = kv.get_size();
         std::vector<uint8_t> src(n_src*es), dst(n_dst*es);

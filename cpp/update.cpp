@@ -14,7 +14,6 @@ namespace kvc {
 void engine::update(llama_context * lctx, const std::vector<uint32_t> & ssrc, const std::vector<uint32_t> & sdst) {
     // nothing may leave here but by last_error(): llama_decode is C
     try {
-        lctx_cur = lctx;
         llama_synchronize(lctx);
         for (size_t i = 0; i < ssrc.size(); ++i) {
             for (auto & t : tensors) {

@@ -63,7 +63,6 @@ class CacheMachine(RuleBasedStateMachine):
         self.steps = [[] for _ in range(N_SEQ)]  # what counts, by sequence
         self.length = [0]*N_SEQ
         self.saved = None
-        self.limit = (int(budget), int(decode_budget)) if budget.isdigit() and decode_budget.isdigit() else None
 
     @rule(seq=st.integers(0, N_SEQ - 1), tokens=st.lists(st.integers(0, tiny.N_VOCAB - 1), min_size=1, max_size=40))
     def prefill(self, seq, tokens):
