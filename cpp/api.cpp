@@ -70,9 +70,17 @@ const char * kvc_last_error(void) {
     return last_error().c_str();
 }
 
-int32_t kvc_next_context(const char * policy, const char * budget, const char * decode_budget, bool guess_prompt_end) {
+int32_t kvc_next_context(const char * policy, const char * budget, const char * decode_budget, const char * cells, bool guess_prompt_end) {
     return guarded([&]() {
-        next_context(policy ? make_config(policy, budget ? budget : "", decode_budget ? decode_budget : "", guess_prompt_end) : nullptr);
+        const auto text = [](const char * s) { return std::string(s ? s : ""); };
+        next_context(policy ? make_config(policy, text(budget), text(decode_budget), text(cells), guess_prompt_end) : nullptr);
+        return 0;
+    });
+}
+
+int32_t kvc_set_budget(llama_context * ctx, llama_seq_id seq_id, const char * budget, const char * decode_budget) {
+    return guarded([&]() {
+        need_engine(ctx).set_budget(seq_id, parse_budget(budget ? budget : "", "kv_budget"), parse_budget(decode_budget ? decode_budget : "", "kv_decode_budget"));
         return 0;
     });
 }
@@ -142,6 +150,9 @@ int32_t kvc_get_usage(llama_context * ctx, kvc_usage * out) {
         const auto layers = kv.get_layer_ids();
         *out = {};
         out->n_cells = (int32_t) kv.get_size();
+        if (auto * e = engine::of(ctx)) {
+            out->n_cells = e->is_bounded() ? e->conf().n_cells : out->n_cells;
+        }
         out->n_layer = (int32_t) layers.size();
         out->n_head_kv = (int32_t) hp.n_head_kv(layers.at(0));
         for (const uint32_t il : layers) {
@@ -166,12 +177,36 @@ int32_t kvc_get_usage(llama_context * ctx, kvc_usage * out) {
             }
             out->bytes_full += (kv.get_cells((llama_seq_id) s).seq_pos_max((llama_seq_id) s) + 1)*row_bytes(kv, hp);
         }
-        out->bytes_allocated += e->window_bytes();
+        out->bytes_signals    = e->signal_bytes();
+        out->bytes_allocated += out->bytes_signals;
         out->n_evictions = e->st.n_evictions;
         out->n_evicted   = e->st.n_evicted;
         out->score_ms    = e->st.score_ms;
         out->plan_ms     = e->st.plan_ms;
         out->compact_ms  = e->st.compact_ms;
+        return 0;
+    });
+}
+
+int32_t kvc_get_seq_usage(llama_context * ctx, llama_seq_id seq_id, kvc_seq_usage * out) {
+    return guarded([&]() {
+        auto & kv = need_cache(ctx, seq_id);
+        const auto & hp = ctx->get_model().hparams;
+        *out = {};
+        out->n_tokens   = kv.get_cells(seq_id).seq_pos_max(seq_id) + 1;
+        out->bytes_full = out->n_tokens*row_bytes(kv, hp);
+        auto * e = engine::of(ctx);
+        if (!e) {
+            out->n_cells    = out->n_tokens;
+            out->bytes_used = out->bytes_full;
+            return 0;
+        }
+        const uint32_t s = kv.get_n_stream() > 1 ? (uint32_t) seq_id : 0;
+        for (int32_t l = 0; l < e->n_layer(); ++l) {
+            out->n_cells     = std::max(out->n_cells, e->n_slots(s, l));
+            out->bytes_used += e->n_slots(s, l)*e->row_bytes(l);
+        }
+        e->count_evictions(s, out->n_evictions, out->n_evicted);
         return 0;
     });
 }

@@ -29,7 +29,7 @@ public:
 
     Context(std::shared_ptr<Model> m, uint32_t n_ctx, uint32_t n_batch, uint32_t n_ubatch, uint32_t n_seq_max, int n_threads_, int n_threads_batch,
             const std::string & type_k, const std::string & type_v, const std::string & fa, bool offload_kqv, const py::object & policy,
-            const std::string & kv_budget, const std::string & kv_decode_budget) : model(std::move(m)) {
+            const std::string & kv_budget, const std::string & kv_decode_budget, const std::string & kv_cells) : model(std::move(m)) {
         if (n_batch < 1 || n_ubatch < 1) {
             throw std::invalid_argument("n_batch and n_ubatch are tokens, at least 1");
         }
@@ -57,7 +57,7 @@ public:
 
         begin_call();
         const bool env = policy.is_none(); // as any llama.cpp program on this library
-        const auto cfg = env ? nullptr : config_from_python(policy, kv_budget, kv_decode_budget);
+        const auto cfg = env ? nullptr : config_from_python(policy, kv_budget, kv_decode_budget, kv_cells);
         if (cfg && cfg->need.sums && ggml_is_quantized(cp.type_v)) {
             throw std::invalid_argument(cfg->spec + " runs with flash attention off, which a quantized V cache needs: use type_v f16, bf16 or f32");
         }
@@ -228,6 +228,38 @@ public:
         return evictor().evict(ctx.get(), seq, mask_only);
     }
 
+    // Evaluates a probe after what the sequence holds, lets the policy see what it attends to of positions [begin, end), and
+    // takes it out again. However it ends, the probe is gone.
+    void ask(const i32_array & tokens, int32_t seq, int32_t begin, int32_t end) {
+        const llama_pos p0 = pos_max(seq) + 1;
+        const int32_t n = (int32_t) tokens.size();
+        if (n > std::min<int64_t>(evictor().conf().need.window, llama_n_ubatch(ctx.get()))) {
+            throw std::invalid_argument("a probe of " + std::to_string(n) + " tokens: at most the policy's window, " +
+                    std::to_string(evictor().conf().need.window) + ", and n_ubatch, " + std::to_string(llama_n_ubatch(ctx.get())));
+        }
+        if (!evictor().has_room(seq, n)) {
+            throw std::invalid_argument("there is no room for a probe of " + std::to_string(n) + " tokens");
+        }
+        try {
+            decode(tokens, seq, "none");
+            py::gil_scoped_release nogil;
+            evictor().ask(ctx.get(), seq, n, begin, end < 0 ? p0 : end);
+        } catch (...) {
+            if (pos_max(seq) >= p0) {
+                remove_tail(p0, seq);
+            }
+            throw;
+        }
+        n_rows = 0;
+    }
+
+    void make_room(int32_t n, int32_t seq) {
+        check_seq(seq);
+        begin_call();
+        py::gil_scoped_release nogil;
+        evictor().make_room(ctx.get(), seq, n);
+    }
+
     py::list kept(int32_t seq) const {
         check_seq(seq);
         kvc_usage u = usage();
@@ -276,6 +308,7 @@ public:
             d["attn"] = f32(s.attn, { s.n_head, s.n_kv });
             d["sums"] = f32(s.sums, { s.n_head_kv, s.n_kv });
             d["keys"] = f32(s.keys, { s.n_head_kv, s.n_kv, s.head_dim });
+            d["probed"] = f32(s.probed, { s.n_head_kv, s.n_kv });
             res.append(d);
         }
         return res;
@@ -306,10 +339,28 @@ public:
         }
         py::dict d;
         d["cells_used"] = cells; d["cells_allocated"] = u.n_cells; d["kept"] = kept;
-        d["bytes_allocated"] = u.bytes_allocated; d["bytes_used"] = u.bytes_used; d["bytes_full"] = u.bytes_full;
+        d["bytes_allocated"] = u.bytes_allocated; d["bytes_signals"] = u.bytes_signals; d["bytes_used"] = u.bytes_used; d["bytes_full"] = u.bytes_full;
         d["n_evictions"] = u.n_evictions; d["n_evicted"] = u.n_evicted;
         d["score_ms"] = u.score_ms; d["plan_ms"] = u.plan_ms; d["compact_ms"] = u.compact_ms;
         d["prefill_ms"] = prefill_ms; d["decode_ms"] = decode_ms;
+        return d;
+    }
+
+    py::dict seq_stats(int32_t seq) const {
+        check_seq(seq);
+        begin_call();
+        kvc_seq_usage u;
+        if (kvc_get_seq_usage(ctx.get(), seq, &u) < 0) {
+            fail("no usage");
+        }
+        py::list kept;
+        for (int32_t l = 0; l < usage().n_layer; ++l) {
+            kept.append(kvc_kept(ctx.get(), seq, l, nullptr));
+        }
+        py::dict d;
+        d["n_tokens"] = u.n_tokens; d["cells"] = u.n_cells; d["kept"] = kept;
+        d["bytes_used"] = u.bytes_used; d["bytes_full"] = u.bytes_full;
+        d["n_evictions"] = u.n_evictions; d["n_evicted"] = u.n_evicted;
         return d;
     }
 

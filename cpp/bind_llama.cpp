@@ -150,9 +150,9 @@ void bind_llama(py::module_ & m) {
 
     py::class_<Context>(m, "Context", "A llama_context with its cache.")
         .def(py::init<std::shared_ptr<Model>, uint32_t, uint32_t, uint32_t, uint32_t, int, int, const std::string &, const std::string &, const std::string &,
-                bool, const py::object &, const std::string &, const std::string &>(), "model"_a, py::kw_only(), "n_ctx"_a = 0, "n_batch"_a = 2048,
+                bool, const py::object &, const std::string &, const std::string &, const std::string &>(), "model"_a, py::kw_only(), "n_ctx"_a = 0, "n_batch"_a = 2048,
                 "n_ubatch"_a = 512, "n_seq_max"_a = 1, "n_threads"_a = 0, "n_threads_batch"_a = 0, "type_k"_a = "f16", "type_v"_a = "f16",
-                "flash_attn"_a = "auto", "offload_kqv"_a = true, "policy"_a = "full", "budget"_a = "", "decode_budget"_a = "")
+                "flash_attn"_a = "auto", "offload_kqv"_a = true, "policy"_a = "full", "budget"_a = "", "decode_budget"_a = "", "cells"_a = "")
         .def_property_readonly("n_ctx", &Context::n_ctx)
         .def_property_readonly("n_batch", [](const Context & c) { return llama_n_batch(c.ctx.get()); })
         .def_property_readonly("n_ubatch", [](const Context & c) { return llama_n_ubatch(c.ctx.get()); })
@@ -168,9 +168,12 @@ void bind_llama(py::module_ & m) {
         .def("remove_tail", &Context::remove_tail, "pos"_a, "seq"_a = 0, "Removes [pos, end); False and unchanged below the floor.")
         .def("clear", &Context::clear, "seq"_a = -1)
         .def("copy", &Context::copy, "src"_a, "dst"_a)
-        .def("set_budget", [](Context & c, const std::string & b, const std::string & d) {
-            c.evictor().set_budget(kvc::parse_budget(b, "kv_budget"), kvc::parse_budget(d, "kv_decode_budget"));
+        .def("check_budget", [](const Context & c, const std::string & b, const std::string & d) {
+            c.evictor().check_budget(kvc::parse_budget(b, "kv_budget"), kvc::parse_budget(d, "kv_decode_budget"));
         }, "budget"_a, "decode_budget"_a)
+        .def("set_budget", [](Context & c, const std::string & b, const std::string & d, int32_t seq) {
+            c.evictor().set_budget(seq, kvc::parse_budget(b, "kv_budget"), kvc::parse_budget(d, "kv_decode_budget"));
+        }, "budget"_a, "decode_budget"_a, "seq"_a = 0)
         .def("set_spans", [](Context & c, const std::vector<std::pair<int32_t, int32_t>> & spans, int32_t seq) {
             std::vector<kvc::span> v;
             for (const auto & s : spans) {
@@ -181,10 +184,14 @@ void bind_llama(py::module_ & m) {
         .def("begin_prompt", [](Context & c, int32_t seq) { c.evictor().begin_prompt(seq); }, "seq"_a = 0)
         .def("end_prompt", [](Context & c, int32_t seq) { c.evictor().end_prompt(seq); }, "seq"_a = 0)
         .def("evict", &Context::evict, "seq"_a = 0, "mask_only"_a = false, "Prompt eviction now; mask_only (tests): the keep sets as a mask, nothing is freed.")
+        .def("ask", &Context::ask, "tokens"_a, "seq"_a = 0, "begin"_a = 0, "end"_a = -1)
+        .def("has_room", [](const Context & c, int32_t n, int32_t seq) { c.check_seq(seq); return c.evictor().has_room(seq, n); }, "n"_a, "seq"_a = 0)
+        .def("make_room", &Context::make_room, "n"_a, "seq"_a = 0)
         .def("kept", &Context::kept, "seq"_a = 0)
         .def("scores", &Context::scores, "seq"_a = 0)
         .def("signals", &Context::signals, "seq"_a = 0)
         .def("stats", &Context::stats)
+        .def("seq_stats", &Context::seq_stats, "seq"_a = 0)
         .def("save", [](Context & c) { return c.save(-1); })
         .def("load", [](Context & c, const std::string & d) { c.load(d, -1); }, "data"_a)
         .def("save_seq", &Context::save, "seq"_a = 0)

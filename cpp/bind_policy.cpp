@@ -43,6 +43,7 @@ static py::dict request_dict(const request & r) {
     }
     py::dict res;
     res["prompt"] = r.prompt;
+    res["room"]   = r.room;
     res["budget"] = r.budget;
     res["layers"] = layers;
     res["spans"]  = spans;
@@ -131,12 +132,13 @@ private:
     bool    has_budgets = false, has_keep = false;
 };
 
-std::shared_ptr<const config> config_from_python(const py::object & pol, const std::string & kv_budget, const std::string & kv_decode_budget) {
+std::shared_ptr<const config> config_from_python(const py::object & pol, const std::string & kv_budget, const std::string & kv_decode_budget,
+        const std::string & kv_cells) {
     if (py::isinstance<py::str>(pol)) {
-        return make_config(pol.cast<std::string>(), kv_budget, kv_decode_budget, false);
+        return make_config(pol.cast<std::string>(), kv_budget, kv_decode_budget, kv_cells, false);
     }
     return make_config(std::make_shared<py_policy>(pol), pol.attr("name").cast<std::string>(), decode_from(pol.attr("decode").cast<std::string>()),
-            kv_budget, kv_decode_budget);
+            kv_budget, kv_decode_budget, kv_cells);
 }
 
 static py::list table() {
@@ -145,6 +147,7 @@ static py::list table() {
         const auto nd = info.make(parse_spec(info.name).p)->need();
         py::dict d, n;
         n["window"] = nd.window; n["newest"] = nd.newest; n["sums"] = nd.sums; n["keys"] = nd.keys; n["spans"] = nd.spans;
+        n["probe"] = nd.probe == probe::none ? "none" : nd.probe == probe::mean ? "mean" : "max";
         py::list params;
         for (const auto & p : info.params()) {
             py::dict x;
@@ -166,12 +169,12 @@ static void check_2d(const py::array & a, const char * name) {
 }
 
 static py::array_t<float> score(const std::string & text, const i32_array & pos, int32_t il, int32_t n_layer, int32_t n_head, int32_t n_query,
-        int32_t head_dim, const py::object & attn, const py::object & sums, const py::object & keys) {
+        int32_t head_dim, const py::object & attn, const py::object & sums, const py::object & keys, const py::object & probed) {
     check_2d(pos, "pos");
     const auto sp = parse_spec(text);
     const auto pol = sp.info->make(sp.p);
     const int32_t n_hkv = (int32_t) pos.shape(0), n_kv = (int32_t) pos.shape(1);
-    f32_array a, s, k;
+    f32_array a, s, k, p;
     const auto ptr = [](const py::object & o, f32_array & hold, size_t n, const char * name) -> const float * {
         if (o.is_none()) {
             return nullptr;
@@ -186,8 +189,9 @@ static py::array_t<float> score(const std::string & text, const i32_array & pos,
     head_dim = head_dim > 0 ? head_dim : keys.is_none() ? 0     : (int32_t) keys.cast<f32_array>().shape(2);
     const auto nd = pol->need();
     layer_view v = { il, n_layer, n_kv, n_head, n_hkv, head_dim, n_query > 0 ? n_query : nd.window, pos.data(),
-        ptr(attn, a, (size_t) n_head*n_kv, "attn"), ptr(sums, s, (size_t) n_hkv*n_kv, "sums"), ptr(keys, k, (size_t) n_hkv*n_kv*head_dim, "keys") };
-    if ((nd.window > 0 && !v.attn) || (nd.sums && !v.sums) || (nd.keys && !v.keys)) {
+        ptr(attn, a, (size_t) n_head*n_kv, "attn"), ptr(sums, s, (size_t) n_hkv*n_kv, "sums"), ptr(keys, k, (size_t) n_hkv*n_kv*head_dim, "keys"),
+        ptr(probed, p, (size_t) n_hkv*n_kv, "probed") };
+    if ((nd.window > 0 && !v.attn && !v.probed) || (nd.sums && !v.sums) || (nd.keys && !v.keys)) {
         throw std::invalid_argument(text + " needs " + (nd.window > 0 ? "attn " : "") + (nd.sums ? "sums " : "") + (nd.keys ? "keys" : ""));
     }
     f32_array out({ (py::ssize_t) n_hkv, (py::ssize_t) n_kv });
@@ -196,7 +200,7 @@ static py::array_t<float> score(const std::string & text, const i32_array & pos,
 }
 
 static py::list plan(const std::string & text, const std::vector<i32_array> & pos, const std::vector<f32_array> & score, int32_t budget, bool prompt,
-        const py::object & n_frozen, const std::vector<std::pair<int32_t, int32_t>> & spans) {
+        const py::object & n_frozen, const std::vector<std::pair<int32_t, int32_t>> & spans, bool room) {
     const auto sp = parse_spec(text);
     const auto pol = sp.info->make(sp.p);
     if (pos.empty() || pos.size() != score.size()) {
@@ -205,6 +209,7 @@ static py::list plan(const std::string & text, const std::vector<i32_array> & po
     const auto frozen = n_frozen.is_none() ? std::vector<int32_t>(pos.size(), 0) : n_frozen.cast<std::vector<int32_t>>();
     request r;
     r.prompt = prompt;
+    r.room   = room;
     r.budget = budget;
     r.n_head_kv = (int32_t) pos[0].shape(0);
     for (size_t l = 0; l < pos.size(); ++l) {
@@ -241,7 +246,8 @@ void bind_policy(py::module_ & m) {
         return py::make_tuple(b.kind == budget::none ? "none" : b.kind == budget::tokens ? "tokens" : "ratio", b.value);
     }, "text"_a, "name"_a = "kv_budget", "('none' | 'tokens' | 'ratio', value).");
     m.def("score", &score, "spec"_a, "pos"_a, py::kw_only(), "il"_a = 0, "n_layer"_a = 1, "n_head"_a = 0, "n_query"_a = 0, "head_dim"_a = 0,
-            "attn"_a = py::none(), "sums"_a = py::none(), "keys"_a = py::none(), "score() of a policy over host arrays: F32 [n_head_kv, n_kv].");
+            "attn"_a = py::none(), "sums"_a = py::none(), "keys"_a = py::none(), "probed"_a = py::none(),
+            "score() of a policy over host arrays: F32 [n_head_kv, n_kv].");
     m.def("plan", &plan, "spec"_a, "pos"_a, "score"_a, "budget"_a, py::kw_only(), "prompt"_a = true, "n_frozen"_a = py::none(),
-            "spans"_a = std::vector<std::pair<int32_t, int32_t>>(), "budgets() and keep() of a policy: slots kept a layer, I32 [n_head_kv, n_keep].");
+            "spans"_a = std::vector<std::pair<int32_t, int32_t>>(), "room"_a = false, "budgets() and keep() of a policy: slots kept a layer, I32 [n_head_kv, n_keep].");
 }

@@ -11,7 +11,8 @@ using i32_array = pybind11::array_t<int32_t, pybind11::array::c_style | pybind11
 using f32_array = pybind11::array_t<float,   pybind11::array::c_style | pybind11::array::forcecast>;
 
 // A spec string, or an object with pykvc.Policy's protocol, and its budgets.
-std::shared_ptr<const config> config_from_python(const pybind11::object & policy, const std::string & budget, const std::string & decode_budget);
+std::shared_ptr<const config> config_from_python(const pybind11::object & policy, const std::string & budget, const std::string & decode_budget,
+        const std::string & cells);
 
 template <typename T>
 pybind11::array_t<T> to_numpy(const std::vector<T> & v, std::vector<pybind11::ssize_t> shape) {

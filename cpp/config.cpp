@@ -43,7 +43,7 @@ void check_budgets(const policy & pol, const std::string & name, decode_mode mod
 }
 
 std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, const std::string & name, decode_mode decode,
-        const std::string & kv_budget, const std::string & kv_decode_budget) {
+        const std::string & kv_budget, const std::string & kv_decode_budget, const std::string & kv_cells) {
     auto cfg = std::make_shared<config>();
     cfg->pol           = std::move(pol);
     cfg->spec          = name;
@@ -51,22 +51,25 @@ std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, con
     cfg->need          = cfg->pol->need();
     cfg->prompt_budget = parse_budget(kv_budget, "kv_budget");
     cfg->decode_budget = parse_budget(kv_decode_budget, "kv_decode_budget");
+    cfg->cells_text    = kv_cells;
     cfg->guess         = false;
     check_budgets(*cfg->pol, name, decode, cfg->prompt_budget, cfg->decode_budget);
     return cfg;
 }
 
-std::shared_ptr<const config> make_config(const std::string & text, const std::string & kv_budget, const std::string & kv_decode_budget, bool guess) {
+std::shared_ptr<const config> make_config(const std::string & text, const std::string & kv_budget, const std::string & kv_decode_budget,
+        const std::string & kv_cells, bool guess) {
     const spec sp = parse_spec(text);
     const std::string name = sp.info->name;
     if (name == "full") {
-        if (!kv_budget.empty() || !kv_decode_budget.empty()) {
-            throw std::invalid_argument("kv_budget: the policy is full, which keeps everything; name one that evicts");
+        if (!kv_budget.empty() || !kv_decode_budget.empty() || !kv_cells.empty()) {
+            throw std::invalid_argument(std::string(kv_cells.empty() ? "kv_budget" : "kv_cells") +
+                    ": the policy is full, which keeps everything; name one that evicts");
         }
         return nullptr;
     }
     auto cfg = std::const_pointer_cast<config>(make_config(std::shared_ptr<const policy>(sp.info->make(sp.p)), name,
-            sp.info->decode, kv_budget, kv_decode_budget));
+            sp.info->decode, kv_budget, kv_decode_budget, kv_cells));
     cfg->spec          = sp.canonical();
     cfg->layers_differ = sp.info->layers_differ;
     cfg->interval      = sp.p.values.count("interval") ? sp.p.i("interval") : cfg->interval;
@@ -74,7 +77,7 @@ std::shared_ptr<const config> make_config(const std::string & text, const std::s
     return cfg;
 }
 
-std::shared_ptr<const config> engine::configure(const llama_context_params & params, llama_cparams & cparams) {
+std::shared_ptr<const config> engine::configure(const llama_model & model, const llama_context_params & params, llama_cparams & cparams) {
     std::shared_ptr<const config> cfg;
     if (next_set) {
         cfg = std::move(next_cfg);
@@ -83,7 +86,8 @@ std::shared_ptr<const config> engine::configure(const llama_context_params & par
     } else if (const char * name = getenv("LLAMA_ARG_KV_POLICY")) {
         const char * b = getenv("LLAMA_ARG_KV_BUDGET");
         const char * d = getenv("LLAMA_ARG_KV_DECODE_BUDGET");
-        cfg = make_config(name, b ? b : "", d ? d : "", true);
+        const char * c = getenv("LLAMA_ARG_KV_CELLS");
+        cfg = make_config(name, b ? b : "", d ? d : "", c ? c : "", true);
     }
     if (cfg && cfg->need.sums) {
         if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED) {
@@ -93,7 +97,7 @@ std::shared_ptr<const config> engine::configure(const llama_context_params & par
         cparams.flash_attn = false;
         cparams.auto_fa    = false;
     }
-    return cfg;
+    return bound(std::move(cfg), model, params, cparams);
 }
 
 static llama_kv_cache * cache_of(llama_memory_i * mem) {
@@ -120,7 +124,7 @@ engine * engine::of(llama_context * lctx) {
     return kv ? kv->kvc.get() : nullptr;
 }
 
-static void refuse_unsupported(const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem, const llama_kv_cache * kv) {
+static void refuse_unsupported(const config & cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem, const llama_kv_cache * kv) {
     const auto & hp = model.hparams;
     std::string why;
     if (!mem)                                             { why = "it has no KV cache"; }
@@ -135,17 +139,21 @@ static void refuse_unsupported(const llama_model & model, const llama_cparams & 
     if (!why.empty()) {
         throw std::invalid_argument("this model (" + model.arch_name() + ") cannot evict: " + why);
     }
+    if (cfg.need.probe != probe::none && hp.swa_type != LLAMA_SWA_TYPE_NONE) {
+        throw std::invalid_argument(cfg.spec + " takes probes out of the cache again, which a sliding window does not allow");
+    }
     if (cparams.kv_unified && cparams.n_seq_max > 1) {
         throw std::invalid_argument("a unified cache of several sequences cannot evict: use one stream per sequence (kv_unified off)");
     }
 }
 
 void engine::attach(std::shared_ptr<const config> cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem) {
+    forget_rows();
     if (!cfg) {
         return;
     }
     auto * kv = cache_of(mem);
-    refuse_unsupported(model, cparams, mem, kv);
+    refuse_unsupported(*cfg, model, cparams, mem, kv);
     kv->kvc.reset(new engine(std::move(cfg), model, cparams, *kv));
 }
 

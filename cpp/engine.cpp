@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 
 namespace kvc {
@@ -46,7 +47,10 @@ void engine::reset(stream & q) const {
     q = stream();
     q.n_kept.assign(kv.layers.size(), 0);
     q.kept.resize(kv.layers.size());
+    q.probed.resize(kv.layers.size());
     q.win_pos.assign(cfg->need.window, -1);
+    q.prompt_budget = cfg->prompt_budget;
+    q.decode_budget = cfg->decode_budget;
 }
 
 int32_t engine::n_layer() const {
@@ -103,7 +107,12 @@ size_t engine::row_bytes(int32_t ikv) const {
            ggml_row_size(layer.v->type, model.hparams.n_embd_v_gqa(layer.il));
 }
 
-size_t engine::window_bytes() const {
+void engine::count_evictions(uint32_t s, int64_t & n_evictions, int64_t & n_evicted) const {
+    n_evictions = streams[s].n_evictions;
+    n_evicted   = streams[s].n_evicted;
+}
+
+size_t engine::signal_bytes() const {
     size_t res = 0;
     for (const auto & it : ctxs_bufs) {
         res += ggml_backend_buffer_get_size(it.second.get());
@@ -161,7 +170,7 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         due.erase(std::remove_if(due.begin(), due.end(), [&](const job & j) { return j.s == r.s; }), due.end());
         stale = true;
         if (r.end == 0) {
-            clear_sums(r.s, 0, n_cells(r.s));
+            clear_sums(r.s);
             reset(q);
             continue;
         }
@@ -178,6 +187,9 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
             q.kept[l]   = std::move(kept);
             q.n_kept[l] = n_new;
         }
+        for (int32_t l = 0; l < n_layer(); ++l) {
+            q.probed[l].resize(std::min(q.probed[l].size(), (size_t) (n_left - q.n_base + q.n_kept[l] + n_rm)*n_hkv));
+        }
         q.n_base -= n_rm;
         q.tokens.resize(r.end);
         q.gen = r.end <= q.gen ? -1 : q.gen;
@@ -189,7 +201,10 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 }
 
 void engine::on_seq_cp(uint32_t s0, uint32_t s1) {
+    const budget prompt = streams[s1].prompt_budget, decode = streams[s1].decode_budget; // a sequence's own
     streams[s1] = streams[s0];
+    streams[s1].prompt_budget = prompt;
+    streams[s1].decode_budget = decode;
     stale = true;
 }
 
@@ -226,36 +241,45 @@ void engine::on_ubatch(const llama_ubatch & ubatch) {
 // when
 //
 
-// Slots the mean layer keeps; n_frozen: of a layer's first slots, those that stay.
-int32_t engine::target(uint32_t s, bool prompt, std::vector<int32_t> & n_frozen) const {
+// Of a layer's first slots those that stay: a frozen prompt, while generated tokens are evicted.
+std::vector<int32_t> engine::frozen(uint32_t s, cause why) const {
+    const auto & q = streams[s];
+    std::vector<int32_t> res(n_layer(), 0);
+    for (int32_t l = 0; why != cause::prompt && q.gen >= 0 && cfg->decode == decode_mode::generated && l < n_layer(); ++l) {
+        const auto pos = slot_pos(s, l);
+        res[l] = std::lower_bound(pos.begin(), pos.begin() + n_slots(s, l), q.gen) - pos.begin();
+    }
+    return res;
+}
+
+// Slots the mean layer keeps.
+int32_t engine::target(uint32_t s, cause why, int32_t n_new, const std::vector<int32_t> & n_frozen) const {
     const auto & q = streams[s];
     const int32_t n_tokens = (int32_t) q.tokens.size();
-    n_frozen.assign(n_layer(), 0);
-    if (prompt) {
+    const int32_t n_most = is_bounded() ? cfg->n_cells - n_to_free(s, n_new) : std::numeric_limits<int32_t>::max();
+    if (why == cause::room) {
+        return n_most;
+    }
+    if (why == cause::prompt) {
         // a ratio of a short prompt is not below what the policy always keeps; a number of tokens was checked when it was given
-        return cfg->prompt_budget.kind == budget::none ? std::numeric_limits<int32_t>::max() :
-            std::max(cfg->prompt_budget.of(n_tokens), cfg->pol->min_budget());
+        return q.prompt_budget.kind == budget::none ? std::numeric_limits<int32_t>::max() :
+            std::min(std::max(q.prompt_budget.of(n_tokens), cfg->pol->min_budget()), n_most);
     }
-    const int32_t n_decode = cfg->decode_budget.of(n_tokens - q.gen);
+    const int32_t n_decode = q.decode_budget.of(n_tokens - q.gen);
     if (cfg->decode == decode_mode::whole) {
-        return q.n_prompt + n_decode;
+        return std::min(q.n_prompt + n_decode, n_most);
     }
-    int64_t sum = 0;
-    for (int32_t l = 0; l < n_layer(); ++l) {
-        const auto pos = slot_pos(s, l);
-        n_frozen[l] = std::lower_bound(pos.begin(), pos.begin() + n_slots(s, l), q.gen) - pos.begin();
-        sum += n_frozen[l];
-    }
-    return (int32_t) std::lround((double) sum/n_layer()) + n_decode;
+    const int64_t sum = std::accumulate(n_frozen.begin(), n_frozen.end(), (int64_t) 0);
+    return std::min((int32_t) std::lround((double) sum/n_layer()) + n_decode, n_most);
 }
 
 // Would n_new more tokens take a sequence that generates over its limit and one interval, and is there anything to evict?
 bool engine::over_budget(uint32_t s, int32_t n_new) const {
     const auto & q = streams[s];
-    if (cfg->decode_budget.kind == budget::none || q.gen < 0) {
+    if (q.decode_budget.kind == budget::none || q.gen < 0) {
         return false;
     }
-    const int32_t n_decode = cfg->decode_budget.of(std::max(1, (int32_t) q.tokens.size() - q.gen));
+    const int32_t n_decode = q.decode_budget.of(std::max(1, (int32_t) q.tokens.size() - q.gen));
     int64_t n = 0;
     for (int32_t l = 0; l < n_layer(); ++l) {
         n += n_slots(s, l);
@@ -264,37 +288,44 @@ bool engine::over_budget(uint32_t s, int32_t n_new) const {
     return n_gen > n_decode && n_gen + n_new > n_decode + cfg->interval;
 }
 
-bool engine::is_due(const std::vector<llama_ubatch> & ubatches) {
+bool engine::is_due(const llama_ubatch & ubatch) {
     due.clear();
-    if (ubatches.empty()) {
-        return false;
-    }
-    const auto & ub = ubatches[0];
-    const uint32_t n_tps = ub.n_tokens/(kv.n_stream > 1 ? ub.n_seqs_unq : 1);
-    for (uint32_t i = 0; i < ub.n_seqs_unq; ++i) {
-        const llama_seq_id seq_id = ub.seq_id_unq[i];
+    const int32_t n_new = (int32_t) (ubatch.n_tokens/(kv.n_stream > 1 ? ubatch.n_seqs_unq : 1)); // of each sequence
+    for (uint32_t i = 0; i < ubatch.n_seqs_unq; ++i) {
+        const llama_seq_id seq_id = ubatch.seq_id_unq[i];
         const uint32_t s = kv.seq_to_stream[seq_id];
         auto & q = streams[s];
         if (q.tokens.empty()) {
             continue;
         }
-        if (cfg->guess && q.gen < 0 && n_tps == 1) {
-            std::vector<int32_t> n_frozen;
-            int32_t n_max = 0;
-            for (int32_t l = 0; l < n_layer(); ++l) {
-                n_max = std::max(n_max, n_slots(s, l));
+        if (cfg->guess && q.gen < 0 && n_new == 1) {
+            if (is_over(s, cause::prompt, n_new, target(s, cause::prompt, n_new, {}))) {
+                due.push_back({ s, cause::prompt, n_new });
+            } else {
+                end_prompt(seq_id);
             }
-            if (n_max > target(s, true, n_frozen)) {
-                due.push_back({ s, true });
-                continue;
-            }
-            end_prompt(seq_id);
         }
-        if (over_budget(s, (int32_t) n_tps)) {
-            due.push_back({ s, false });
+        if (over_budget(s, n_new)) {
+            due.push_back({ s, cause::decode, n_new });
+        }
+        if (is_bounded() && !has_room(s, n_new)) { // if the evictions before it did not make it
+            due.push_back({ s, cause::room, n_new });
         }
     }
     return !due.empty();
+}
+
+// Is there anything to evict?
+bool engine::is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) const {
+    if (why == cause::room) {
+        return !has_room(s, n_new);
+    }
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        if (n_slots(s, l) > n_target) {
+            return true;
+        }
+    }
+    return false;
 }
 
 void engine::begin_prompt(llama_seq_id seq_id) {
@@ -315,12 +346,19 @@ void engine::end_prompt(llama_seq_id seq_id) {
     q.n_prompt = (int32_t) std::lround((double) n/n_layer());
 }
 
-void engine::set_budget(const budget & prompt, const budget & decode) {
+void engine::check_budget(const budget & prompt, const budget & decode) const {
     check_budgets(*cfg->pol, cfg->spec, cfg->decode, prompt, decode);
-    auto c = std::make_shared<config>(*cfg);
-    c->prompt_budget = prompt;
-    c->decode_budget = decode;
-    cfg = std::move(c);
+    if (is_bounded() && prompt.kind == budget::tokens && prompt.value > cfg->n_cells - cfg->n_reserve) {
+        throw std::invalid_argument("kv_budget " + prompt.str() + ": kv_cells leave it at most " +
+                std::to_string(cfg->n_cells - cfg->n_reserve));
+    }
+}
+
+void engine::set_budget(llama_seq_id seq_id, const budget & prompt, const budget & decode) {
+    auto & q = streams[stream_of(seq_id)];
+    check_budget(prompt, decode);
+    q.prompt_budget = is_bounded() && prompt.kind == budget::none ? cfg->prompt_budget : prompt;
+    q.decode_budget = decode;
 }
 
 void engine::set_spans(llama_seq_id seq_id, std::vector<span> spans) {

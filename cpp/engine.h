@@ -3,12 +3,14 @@
 // The engine: one per llama_kv_cache that evicts. llama.cpp's side is hooks (third_party/patches/0001-kvc-hooks.patch);
 // what they call is here.
 //
-// After an eviction layer l holds n_kept[l] rows in cells [n_base - n_kept[l], n_base): right-aligned, so that the
-// next token takes the same cell in every layer and llama.cpp's one cell table still serves all. Each KV head of a
-// layer keeps rows of its own. Keys keep the RoPE position they were written with.
+// After an eviction layer l holds n_kept[l] rows, which stand for cells [n_base - n_kept[l], n_base): right-aligned, so
+// that the next token takes the same cell in every layer and llama.cpp's one cell table still serves all. The rows
+// themselves begin at 0 of the layer's tensors: row = cell - cell_begin(layer). Each KV head of a layer keeps rows of
+// its own. Keys keep the RoPE position they were written with.
 //
 //   config.cpp  which policy a context gets, and which models can evict
 //   engine.cpp  hooks: what happened to the cache, and when an eviction is due
+//   cells.cpp   fewer cells than tokens: how many rows a layer gets, and room before each ubatch
 //   update.cpp  where evictions run
 //   signal.cpp  the graph: query window, attention sums, mask views; the score graph
 //   evict.cpp   signals -> scores -> plan -> compaction of one sequence
@@ -45,7 +47,13 @@ struct config {
     budget      prompt_budget;
     budget      decode_budget;
     bool        guess = true;      // a caller that knows nothing of us: find the prompt's end from the batches
+    std::string cells_text;        // kv_cells as it was given
+    int32_t     n_cells   = 0;     // cells of the mean layer and a sequence; 0: as many as the context has tokens
+    int32_t     n_reserve = 0;     // of them, those that an eviction of the prompt leaves free: n_ubatch
 };
+
+// Why a sequence is evicted: its prompt ended; its generated tokens are over their budget; the next tokens have no room.
+enum class cause { prompt, decode, room };
 
 struct stats {
     int64_t n_evictions = 0;
@@ -60,6 +68,7 @@ struct layer_signals {
     std::vector<float>   attn; // F32 [n_head, n_kv]
     std::vector<float>   sums; // F32 [n_head_kv, n_kv]
     std::vector<float>   keys; // F32 [n_head_kv, n_kv, head_dim]
+    std::vector<float>   probed; // F32 [n_head_kv, n_kv]
 
     layer_view view(int32_t n_layer) const;
 };
@@ -70,7 +79,8 @@ public:
 
     // the policy of the context that is being created: of this thread's next_context(), else of the environment;
     // null: stock. Turns flash attention off where the policy needs attention sums and the user did not ask for it.
-    static std::shared_ptr<const config> configure(const llama_context_params & params, llama_cparams & cparams);
+    static std::shared_ptr<const config> configure(const llama_model & model, const llama_context_params & params, llama_cparams & cparams);
+    static llama_cparams memory_cparams(const std::shared_ptr<const config> & cfg, const llama_cparams & cparams); // what the cache is built from
     static void attach(std::shared_ptr<const config> cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem);
 
     // -- what happened to the cache
@@ -82,15 +92,21 @@ public:
     llama_pos pos_min(uint32_t s, llama_pos p0) const;
 
     // -- evictions happen in llama_context::memory_update(), which knows to drop the graphs of before
-    bool is_due(const std::vector<llama_ubatch> & ubatches);
+    bool is_due(const llama_ubatch & ubatch);
+    bool is_bounded() const;
+    bool has_room(const llama_ubatch & ubatch) const;
     bool wants_update() const { return stale || !jobs.empty() || !due.empty(); }
+    static void before_ubatch(llama_context * lctx, const llama_ubatch & ubatch);
     void update(llama_context * lctx, const std::vector<uint32_t> & ssrc, const std::vector<uint32_t> & sdst);
 
     // -- the graph
-    uint32_t cell_begin(int32_t ikv) const; // first cell layer ikv reads
+    uint32_t cell_begin(int32_t ikv) const;            // first cell layer ikv reads, its row 0
+    uint32_t n_rows(int32_t ikv, uint32_t n_kv) const; // rows it reads of the first n_kv cells
+    void build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, ggml_tensor *& v_idxs) const;
     void build_mask(llm_graph_result * res, int il, ggml_tensor *& kq_mask, ggml_tensor *& kq_b) const;
     void build_tap (llm_graph_result * res, int il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cur,
                     ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale);
+    void set_cache_rows(ggml_tensor * rows, const llama_ubatch * ubatch, int32_t ikv, bool trans) const;
     void set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch) const;
     void set_bias(ggml_tensor * bias, int32_t ikv) const;
 
@@ -98,14 +114,23 @@ public:
     uint32_t state_tag(uint32_t n_stream) const;
     void     state_write(llama_io_write_i & io, llama_seq_id seq_id) const;
     void     state_read (llama_io_read_i  & io, llama_seq_id seq_id);
+    void     state_write_rows(llama_io_write_i & io, uint32_t s) const;
+    bool     state_read_rows (llama_io_read_i  & io, uint32_t s);
+    void     clear_rows(uint32_t s);
 
     // -- callers of ours (include/kvc.h, bindings). All throw.
     static engine * of(llama_context * lctx); // null: the context does not evict
-    void set_budget(const budget & prompt, const budget & decode);
+    void check_budget(const budget & prompt, const budget & decode) const;
+    void set_budget(llama_seq_id seq_id, const budget & prompt, const budget & decode); // until the sequence is emptied
     void set_spans(llama_seq_id seq_id, std::vector<span> spans);
     void begin_prompt(llama_seq_id seq_id); // another prompt follows: what was generated belongs to it
     void end_prompt(llama_seq_id seq_id);
     bool evict(llama_context * lctx, llama_seq_id seq_id, bool mask_only = false); // false: nothing was over budget
+    // The last n_probe tokens of a sequence were a probe: what its queries gave the slots of positions [begin, end) is kept
+    // for the policy, and the probe is removed.
+    void ask(llama_context * lctx, llama_seq_id seq_id, int32_t n_probe, llama_pos begin, llama_pos end);
+    void make_room(llama_context * lctx, llama_seq_id seq_id, int32_t n_new);
+    bool has_room(llama_seq_id seq_id, int32_t n_new) const;
     std::vector<layer_signals>      signals(llama_context * lctx, llama_seq_id seq_id);
     std::vector<std::vector<float>> scores (llama_context * lctx, llama_seq_id seq_id);
     std::vector<int32_t>            kept(llama_seq_id seq_id, int32_t ikv) const; // I32 [n_head_kv, n] positions
@@ -114,7 +139,8 @@ public:
     int32_t   n_head_kv() const { return n_hkv; }
     int32_t   n_slots(uint32_t s, int32_t ikv) const; // cells of layer ikv in use
     size_t    row_bytes(int32_t ikv) const;           // K and V of one cell
-    size_t    window_bytes() const;
+    size_t    signal_bytes() const;
+    void      count_evictions(uint32_t s, int64_t & n_evictions, int64_t & n_evicted) const;
 
     const config & conf() const { return *cfg; }
     stats st;
@@ -130,32 +156,50 @@ private:
         llama_pos floor = 0;                    // every head of every layer holds [floor, end)
         llama_pos gen   = -1;                   // first generated position; -1: still the prompt
         int32_t   n_prompt = 0;                 // slots of the mean layer when generation began
+        std::vector<std::vector<float>> probed; // a layer F32 [n_probed, n_head_kv]: of its first slots
         std::vector<llama_token> tokens;        // [end] by position
         std::vector<span>        spans;
+        budget    prompt_budget;                // of the configuration, or set_budget()'s
+        budget    decode_budget;
+        int64_t   n_evictions = 0;
+        int64_t   n_evicted   = 0;              // slots of the mean layer
         std::vector<llama_pos>   win_pos;       // [window] position of the query in each ring row, -1: none
     };
 
-    struct job { uint32_t s; bool prompt; };
+    struct job { uint32_t s; cause why; int32_t n_new; };
+
+    // cells.cpp
+    static std::shared_ptr<const config> bound(std::shared_ptr<const config> cfg, const llama_model & model,
+                                               const llama_context_params & params, const llama_cparams & cparams);
+    static void forget_rows();
+    int32_t n_rows_max(int32_t ikv) const;
+    bool    has_room(uint32_t s, int32_t n_new) const;
+    int32_t n_to_free(uint32_t s, int32_t n_new) const;
 
     // evict.cpp
     int32_t  n_cells(uint32_t s) const;
     std::vector<int32_t> slot_pos(uint32_t s, int32_t ikv) const;
-    int32_t  target(uint32_t s, bool prompt, std::vector<int32_t> & n_frozen) const;
+    std::vector<int32_t> frozen(uint32_t s, cause why) const;
+    int32_t  target(uint32_t s, cause why, int32_t n_new, const std::vector<int32_t> & n_frozen) const;
+    bool     is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) const;
     bool     over_budget(uint32_t s, int32_t n_new) const;
-    bool     run(llama_context * lctx, uint32_t s, bool prompt);
+    bool     run(llama_context * lctx, const job & j);
     void     compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep);
-    void     compact_rows(ggml_tensor * t, bool trans, int32_t n_head_dim, uint32_t src0, int32_t n_src,
-                          uint32_t dst0, int32_t n_dst, const int32_t * slots) const;
-    void     compact_sums(int32_t ikv, uint32_t s, uint32_t src0, int32_t n_src, uint32_t dst0, int32_t n_dst, const int32_t * slots) const;
-    void     clear_sums(uint32_t s, uint32_t c0, uint32_t c1);
+    void     compact_rows(ggml_tensor * t, bool trans, int32_t n_head_dim, int32_t n_src, int32_t n_dst, const int32_t * slots) const;
+    void     compact_sums(int32_t ikv, uint32_t s, int32_t n_src, int32_t n_dst, const int32_t * slots) const;
+    void     clear_sums(uint32_t s);
     std::vector<span> sentences(const stream & q) const;
 
     // signal.cpp
     void alloc_signals(const llama_cparams & cparams);
     layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const;
+    ggml_tensor * build_attn(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<std::pair<llama_pos, int32_t>> & queries,
+                             const std::vector<float> * weight) const;
     void read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const;
+    std::vector<float> read_probe(llama_context * lctx, uint32_t s, int32_t ikv, int32_t n_probe) const;
     void read_keys(uint32_t s, layer_signals & sig) const;
     void read_sums(uint32_t s, layer_signals & sig) const;
+    void read_probed(uint32_t s, layer_signals & sig) const;
 
     void reset(stream & q) const;
     uint32_t stream_of(llama_seq_id seq_id) const; // throws
@@ -189,13 +233,17 @@ private:
     int32_t mask_n = 0;
 };
 
+// Rows of a layer of the cache that is being created: n_cells, or what kv_cells leaves it.
+uint32_t rows_of_layer(uint32_t il, uint32_t n_cells);
+
 // The policy of the next context this thread creates; null: stock whatever the environment says.
 void next_context(std::shared_ptr<const config> cfg);
 
 void check_budgets(const policy & pol, const std::string & name, decode_mode mode, const budget & prompt, const budget & decode);
-std::shared_ptr<const config> make_config(const std::string & spec, const std::string & budget, const std::string & decode_budget, bool guess);
+std::shared_ptr<const config> make_config(const std::string & spec, const std::string & budget, const std::string & decode_budget,
+        const std::string & cells, bool guess);
 std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, const std::string & name, decode_mode decode,
-        const std::string & budget, const std::string & decode_budget);
+        const std::string & budget, const std::string & decode_budget, const std::string & cells);
 
 // The last sentence an engine of this thread had to say where no exception could pass (llama_decode, state loading).
 std::string & last_error();

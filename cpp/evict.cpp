@@ -9,6 +9,7 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
@@ -32,22 +33,19 @@ static void check_plan(const std::string & who, int32_t il, int32_t n_kv, int32_
     }
 }
 
-bool engine::run(llama_context * lctx, uint32_t s, bool prompt) {
+bool engine::run(llama_context * lctx, const job & j) {
+    const uint32_t s = j.s;
     auto & q = streams[s];
-    request r;
-    r.prompt    = prompt;
-    r.n_head_kv = n_hkv;
-
-    std::vector<int32_t> n_frozen;
-    const int32_t n_target = target(s, prompt, n_frozen);
-    bool over = false;
-    for (int32_t l = 0; l < n_layer(); ++l) {
-        over = over || n_slots(s, l) > n_target;
-    }
-    if (q.tokens.empty() || !over) {
+    const auto    n_frozen = frozen(s, j.why);
+    const int32_t n_target = target(s, j.why, j.n_new, n_frozen);
+    if (q.tokens.empty() || !is_over(s, j.why, j.n_new, n_target)) {
         return false;
     }
-    r.budget = n_target;
+    request r;
+    r.prompt    = j.why == cause::prompt || q.gen < 0;
+    r.room      = j.why == cause::room;
+    r.n_head_kv = n_hkv;
+    r.budget    = n_target;
 
     int64_t t0 = ggml_time_us();
     std::vector<std::vector<int32_t>> pos(n_layer());
@@ -65,16 +63,29 @@ bool engine::run(llama_context * lctx, uint32_t s, bool prompt) {
     if (cfg->need.spans) {
         r.spans = q.spans.empty() ? sentences(q) : q.spans;
     }
-    std::vector<int32_t> n_keep = cfg->pol->budgets(r);
+    std::vector<int32_t> n_keep = j.why == cause::room ? std::vector<int32_t>(n_layer(), n_target) : cfg->pol->budgets(r);
     if ((int32_t) n_keep.size() != n_layer()) {
         throw std::invalid_argument(cfg->spec + ": budgets() must give one number per layer, " + std::to_string(n_layer()));
     }
-    if (!ggml_backend_buffer_is_host(kv.layers[0].k->buffer)) {
-        // GPU kernels want views of K, V and mask that begin at multiples of 256 cells: keep a little more
-        const int32_t n_base = *std::max_element(n_keep.begin(), n_keep.end());
-        for (int32_t l = 0; l < n_layer(); ++l) {
-            n_keep[l] = std::min(r.layers[l].n_kv, n_base - (n_base - n_keep[l])/256*256);
+    const int32_t n_block = ggml_backend_buffer_is_host(kv.layers[0].k->buffer) ? 1 : 256;
+    for (int32_t l = 0; is_bounded() && l < n_layer(); ++l) {
+        const int32_t n_most = n_rows_max(l) - n_to_free(s, j.n_new) - (cfg->layers_differ ? n_block - 1 : 0);
+        if (j.why != cause::room && !cfg->layers_differ && n_keep[l] > n_most) {
+            throw std::invalid_argument(cfg->spec + ": budgets() gives layer " + std::to_string(l) + " " + std::to_string(n_keep[l]) +
+                    " slots, kv_cells leaves it " + std::to_string(n_most));
         }
+        n_keep[l] = std::min(j.why == cause::room ? n_most : std::min(n_keep[l], n_most), r.layers[l].n_kv);
+        if (r.layers[l].n_frozen > n_keep[l]) { // a prompt that was never compressed leaves no room beside it: it is not frozen
+            for (auto & layer : r.layers) {
+                layer.n_frozen = 0;
+            }
+            r.prompt = true;
+        }
+    }
+    // GPU kernels want views of K, V and mask of whole blocks: keep a little more
+    const int32_t n_base = *std::max_element(n_keep.begin(), n_keep.end());
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        n_keep[l] = std::min(r.layers[l].n_kv, n_base - (n_base - n_keep[l])/n_block*n_block);
     }
     std::vector<std::vector<int32_t>> slots(n_layer());
     for (int32_t l = 0; l < n_layer(); ++l) {
@@ -105,16 +116,19 @@ bool engine::run(llama_context * lctx, uint32_t s, bool prompt) {
     }
     compact(s, slots, n_keep);
     st.compact_ms += ms_since(t0);
+    const int64_t n_evicted = (n_before - n_after)/n_layer();
     st.n_evictions++;
-    st.n_evicted += (n_before - n_after)/n_layer();
+    st.n_evicted += n_evicted;
+    q.n_evictions++;
+    q.n_evicted += n_evicted;
     return true;
 }
 
-// Moves the kept rows of every layer to cells [n_base - n_keep, n_base) and rewrites the cell table to match.
+// Moves the kept rows of every layer to its rows [0, n_keep), cells [n_base - n_keep, n_base), and rewrites the cell
+// table to match.
 void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep) {
     auto & q = streams[s];
     const int32_t n_base = *std::max_element(n_keep.begin(), n_keep.end());
-    const int32_t n_used = n_cells(s);
     const llama_pos last = (llama_pos) q.tokens.size() - 1;
 
     int32_t n_exact = n_base; // trailing slots in which all heads of all layers hold the same, newest positions
@@ -122,12 +136,11 @@ void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots
         const auto & layer = kv.layers[l];
         const auto   pos   = slot_pos(s, l);
         const int32_t n_kv = n_slots(s, l), n = n_keep[l];
-        const uint32_t src0 = q.n_base - q.n_kept[l], dst0 = n_base - n;
 
-        compact_rows(layer.k_stream[s], false,      model.hparams.n_embd_head_k(layer.il), src0, n_kv, dst0, n, slots[l].data());
-        compact_rows(layer.v_stream[s], kv.v_trans, model.hparams.n_embd_head_v(layer.il), src0, n_kv, dst0, n, slots[l].data());
+        compact_rows(layer.k_stream[s], false,      model.hparams.n_embd_head_k(layer.il), n_kv, n, slots[l].data());
+        compact_rows(layer.v_stream[s], kv.v_trans, model.hparams.n_embd_head_v(layer.il), n_kv, n, slots[l].data());
         if (tensors[l].sums) {
-            compact_sums(l, s, src0, n_kv, dst0, n, slots[l].data());
+            compact_sums(l, s, n_kv, n, slots[l].data());
         }
 
         std::vector<int32_t> kept((size_t) n_hkv*n);
@@ -140,6 +153,16 @@ void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots
             n_exact = std::min(n_exact, n_tail);
         }
         q.kept[l] = std::move(kept);
+
+        std::vector<float> probed; // inf: nobody has asked for this one
+        const int32_t n_probed = (int32_t) q.probed[l].size()/n_hkv;
+        for (int32_t i = 0; n_probed > 0 && i < n; ++i) {
+            for (int32_t h = 0; h < n_hkv; ++h) {
+                const int32_t j = slots[l][(size_t) h*n + i];
+                probed.push_back(j < n_probed ? q.probed[l][(size_t) j*n_hkv + h] : INFINITY);
+            }
+        }
+        q.probed[l] = std::move(probed);
     }
     q.n_kept = n_keep;
     q.n_base = n_base;
@@ -154,54 +177,52 @@ void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots
         cells.seq_add(c, seq_id);
     }
     kv.v_heads[s] = n_base;
-    clear_sums(s, n_base, n_used);
 }
 
 // K or V of one stream, any type: whole rows of a head are moved as bytes, so nothing is quantized twice.
-void engine::compact_rows(ggml_tensor * t, bool trans, int32_t n_head_dim, uint32_t src0, int32_t n_src,
-        uint32_t dst0, int32_t n_dst, const int32_t * slots) const {
-    if (trans) { // [kv_size] of each channel lie together
-        const size_t es = ggml_type_size(t->type), n_size = kv.get_size();
+void engine::compact_rows(ggml_tensor * t, bool trans, int32_t n_head_dim, int32_t n_src, int32_t n_dst, const int32_t * slots) const {
+    if (trans) { // the rows' values of each channel lie together
+        const size_t es = ggml_type_size(t->type), n_rows = t->ne[1];
         std::vector<uint8_t> src(n_src*es), dst(n_dst*es);
         for (int32_t j = 0; j < n_hkv*n_head_dim; ++j) {
             const int32_t * keep = slots + (size_t) (j/n_head_dim)*n_dst;
-            ggml_backend_tensor_get(t, src.data(), (j*n_size + src0)*es, src.size());
+            ggml_backend_tensor_get(t, src.data(), j*n_rows*es, src.size());
             for (int32_t i = 0; i < n_dst; ++i) {
                 memcpy(&dst[i*es], &src[keep[i]*es], es);
             }
-            ggml_backend_tensor_set(t, dst.data(), (j*n_size + dst0)*es, dst.size());
+            ggml_backend_tensor_set(t, dst.data(), j*n_rows*es, dst.size());
         }
         return;
     }
     const size_t n_row = t->nb[1], n_head = ggml_row_size(t->type, n_head_dim);
     std::vector<uint8_t> src(n_src*n_row), dst(n_dst*n_row);
-    ggml_backend_tensor_get(t, src.data(), src0*n_row, src.size());
+    ggml_backend_tensor_get(t, src.data(), 0, src.size());
     for (int32_t i = 0; i < n_dst; ++i) {
         for (int32_t h = 0; h < n_hkv; ++h) {
             memcpy(&dst[i*n_row + h*n_head], &src[slots[(size_t) h*n_dst + i]*n_row + h*n_head], n_head);
         }
     }
-    ggml_backend_tensor_set(t, dst.data(), dst0*n_row, dst.size());
+    ggml_backend_tensor_set(t, dst.data(), 0, dst.size());
 }
 
-void engine::compact_sums(int32_t ikv, uint32_t s, uint32_t src0, int32_t n_src, uint32_t dst0, int32_t n_dst, const int32_t * slots) const {
+// Free rows have a sum of 0: the graph only adds.
+void engine::compact_sums(int32_t ikv, uint32_t s, int32_t n_src, int32_t n_dst, const int32_t * slots) const {
     auto * t = tensors[ikv].sums;
-    std::vector<float> src(n_src), dst(n_dst);
+    std::vector<float> src(n_src), dst(n_src, 0.0f);
     for (int32_t h = 0; h < n_hkv; ++h) {
         const size_t offs = s*t->nb[2] + h*t->nb[1];
-        ggml_backend_tensor_get(t, src.data(), offs + src0*sizeof(float), src.size()*sizeof(float));
+        ggml_backend_tensor_get(t, src.data(), offs, src.size()*sizeof(float));
         for (int32_t i = 0; i < n_dst; ++i) {
             dst[i] = src[slots[(size_t) h*n_dst + i]];
         }
-        ggml_backend_tensor_set(t, dst.data(), offs + dst0*sizeof(float), dst.size()*sizeof(float));
+        ggml_backend_tensor_set(t, dst.data(), offs, dst.size()*sizeof(float));
     }
 }
 
-// Free cells have a sum of 0: the graph only adds.
-void engine::clear_sums(uint32_t s, uint32_t c0, uint32_t c1) {
+void engine::clear_sums(uint32_t s) {
     for (auto & t : tensors) {
-        for (int32_t h = 0; t.sums && c0 < c1 && h < n_hkv; ++h) {
-            ggml_backend_tensor_memset(t.sums, 0, s*t.sums->nb[2] + h*t.sums->nb[1] + c0*sizeof(float), (c1 - c0)*sizeof(float));
+        if (t.sums) {
+            ggml_backend_tensor_memset(t.sums, 0, s*t.sums->nb[2], t.sums->nb[2]);
         }
     }
 }

@@ -19,11 +19,16 @@
 
 namespace kvc {
 
+// A probe is a text that is evaluated after the context to see what it attends to, and taken out again: what the cells
+// of the context got from its queries and a KV head's query heads, on average or at most.
+enum class probe { none, mean, max };
+
 struct needs {
     int32_t window = 0;     // attention of the last `window` queries
     float   newest = 1.0f;  // their weights in the mean: 1 for the oldest, linear up to this for the newest
     bool    sums   = false; // attention summed over every query so far (runs with flash attention off)
     bool    keys   = false; // the keys themselves
+    kvc::probe probe = kvc::probe::none;
     bool    spans  = false; // units given by the caller; sentences when none are given
 };
 
@@ -41,6 +46,7 @@ struct layer_view {
     const float   * attn; // F32 [n_head, n_kv] weighted mean over the window of softmax(scale * Q K^T + mask), or null
     const float   * sums; // F32 [n_head_kv, n_kv] attention summed over all queries, mean over the group's heads, or null
     const float   * keys; // F32 [n_head_kv, n_kv, head_dim], rotated as they lie in the cache, or null
+    const float   * probed; // F32 [n_head_kv, n_kv] what a probe's queries gave each slot, inf where none has asked; null: no probe
 };
 
 struct span { int32_t begin, end; }; // original positions [begin, end)
@@ -54,7 +60,8 @@ struct layer_plan {
 };
 
 struct request {
-    bool    prompt;          // the prompt ended; false: generated tokens are over their budget
+    bool    prompt;          // tokens of the prompt are evicted; false: generated tokens are over their budget
+    bool    room = false;    // because the cells are full, maybe in mid-prompt: what is always kept has to give way
     int32_t n_head_kv;
     int32_t budget;          // slots to keep in a layer on average, the frozen ones included
     std::vector<layer_plan> layers;

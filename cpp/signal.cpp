@@ -20,7 +20,7 @@ namespace kvc {
 
 layer_view layer_signals::view(int32_t n_layer) const {
     const auto ptr = [](const std::vector<float> & v) { return v.empty() ? nullptr : v.data(); };
-    return { il, n_layer, n_kv, n_head, n_head_kv, head_dim, n_query, pos.data(), ptr(attn), ptr(sums), ptr(keys) };
+    return { il, n_layer, n_kv, n_head, n_head_kv, head_dim, n_query, pos.data(), ptr(attn), ptr(sums), ptr(keys), ptr(probed) };
 }
 
 void engine::alloc_signals(const llama_cparams & cparams) {
@@ -43,7 +43,7 @@ void engine::alloc_signals(const llama_cparams & cparams) {
             ggml_format_name(t.win, "kvc_window_l%d", layer.il);
         }
         if (cfg->need.sums) {
-            t.sums = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, kv.get_size(), n_hkv, kv.n_stream);
+            t.sums = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, layer.k->ne[1], n_hkv, kv.n_stream);
             t.ones = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, (int64_t) cparams.n_ubatch*hp.n_head(layer.il));
             ggml_format_name(t.sums, "kvc_sums_l%d", layer.il);
             ggml_set_name(t.ones, "1");
@@ -82,6 +82,20 @@ private:
     int64_t        n_tokens;
 };
 
+class rows_input : public llm_graph_input_i {
+public:
+    rows_input(const engine * e, ggml_tensor * rows, int64_t n_tokens, int32_t ikv, bool trans) :
+        e(e), rows(rows), n_tokens(n_tokens), ikv(ikv), trans(trans) {}
+    void set_input(const llama_ubatch * ubatch) override { e->set_cache_rows(rows, ubatch, ikv, trans); }
+    bool can_reuse(const llm_graph_params & params) override { return params.ubatch.n_tokens == n_tokens; }
+private:
+    const engine * e;
+    ggml_tensor  * rows; // I64 [n_tokens], or [n_embd_v_gqa, n_tokens] of a transposed V
+    int64_t        n_tokens;
+    int32_t        ikv;
+    bool           trans;
+};
+
 class bias_input : public llm_graph_input_i {
 public:
     bias_input(const engine * e, ggml_tensor * bias, int32_t ikv) : e(e), bias(bias), ikv(ikv) {}
@@ -95,6 +109,34 @@ private:
 
 } // namespace
 
+// Where the new tokens' rows go: llama.cpp's cells where a layer's rows are the cells, else inputs of our own, one for
+// all layers that agree.
+void engine::build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, ggml_tensor *& v_idxs) const {
+    auto * ctx = res->get_ctx();
+    const int32_t ikv = kv.map_layer_ids.at(il);
+    const int64_t n_tokens = k_idxs->ne[0];
+
+    const auto rows = [&](bool trans) {
+        char name[GGML_MAX_NAME];
+        snprintf(name, sizeof(name), "kvc_rows_%d_%d", (int) cell_begin(ikv), trans ? n_rows_max(ikv) : 0);
+        auto * t = ggml_get_tensor(ctx, name);
+        if (!t) {
+            t = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, trans ? v_idxs->ne[0] : n_tokens);
+            ggml_set_input(t);
+            ggml_set_name(t, name);
+            res->add_input(std::make_unique<rows_input>(this, t, n_tokens, ikv, trans));
+        }
+        return t;
+    };
+    if (cell_begin(ikv) > 0) {
+        k_idxs = rows(false);
+        v_idxs = kv.v_trans ? v_idxs : k_idxs;
+    }
+    if (kv.v_trans && (cell_begin(ikv) > 0 || n_rows_max(ikv) != (int32_t) kv.get_size())) {
+        v_idxs = rows(true);
+    }
+}
+
 void engine::build_mask(llm_graph_result * res, int il, ggml_tensor *& kq_mask, ggml_tensor *& kq_b) const {
     auto * ctx = res->get_ctx();
     const int32_t ikv = kv.map_layer_ids.at(il);
@@ -105,16 +147,16 @@ void engine::build_mask(llm_graph_result * res, int il, ggml_tensor *& kq_mask, 
         res->add_input(std::make_unique<bias_input>(this, kq_b, ikv));
         return;
     }
-    const int64_t i0 = cell_begin(ikv);
-    if (i0 == 0) {
+    const int64_t i0 = cell_begin(ikv), n = n_rows(ikv, kq_mask->ne[0]);
+    if (n == kq_mask->ne[0]) {
         return;
     }
-    // one copy for all layers that begin at the same cell: attention wants a contiguous mask
+    // one copy for all layers that read the same cells: attention wants a contiguous mask
     char name[GGML_MAX_NAME];
-    snprintf(name, sizeof(name), "kvc_mask_%d", (int) i0);
+    snprintf(name, sizeof(name), "kvc_mask_%d_%d", (int) i0, (int) n);
     auto * mask = ggml_get_tensor(ctx, name);
     if (!mask) {
-        mask = ggml_view_4d(ctx, kq_mask, kq_mask->ne[0] - i0, kq_mask->ne[1], kq_mask->ne[2], kq_mask->ne[3],
+        mask = ggml_view_4d(ctx, kq_mask, n, kq_mask->ne[1], kq_mask->ne[2], kq_mask->ne[3],
                 kq_mask->nb[1], kq_mask->nb[2], kq_mask->nb[3], i0*ggml_element_size(kq_mask));
         mask = ggml_cont(ctx, mask);
         ggml_set_name(mask, name);
@@ -161,9 +203,22 @@ void engine::build_tap(llm_graph_result * res, int il, ggml_tensor * q, ggml_ten
         auto * ones = ggml_view_4d(ctx, t.ones, 1, n_q, n_hkv, n_seqs, sizeof(float), n_q*sizeof(float), n_q*n_hkv*sizeof(float), 0);
         auto * add  = ggml_out_prod(ctx, kq, ones); // F32 [n_kv, 1, n_head_kv, n_seqs]
         auto * sums = ggml_view_4d(ctx, t.sums, n_kv, 1, n_hkv, n_seqs, t.sums->nb[1], t.sums->nb[1], t.sums->nb[2],
-                s0*t.sums->nb[2] + cell_begin(ikv)*sizeof(float));
+                s0*t.sums->nb[2]);
         ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_add(ctx, add, sums), sums));
     }
+}
+
+// Only layers of one sequence have rows of their own.
+void engine::set_cache_rows(ggml_tensor * rows, const llama_ubatch * ubatch, int32_t ikv, bool trans) const {
+    const int64_t first = n_cells(0) - (int64_t) streams[0].tokens.size() - cell_begin(ikv); // row of position 0, were it there
+    const int64_t n_embd = trans ? model.hparams.n_embd_v_gqa_max() : 1, stride = n_rows_max(ikv);
+    std::vector<int64_t> data(n_embd*ubatch->n_tokens);
+    for (int64_t i = 0; i < (int64_t) ubatch->n_tokens; ++i) {
+        for (int64_t j = 0; j < n_embd; ++j) {
+            data[i*n_embd + j] = j*stride + first + ubatch->pos[i];
+        }
+    }
+    ggml_backend_tensor_set(rows, data.data(), 0, ggml_nbytes(rows));
 }
 
 void engine::set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch) const {
@@ -202,23 +257,82 @@ void engine::set_bias(ggml_tensor * bias, int32_t ikv) const {
 layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const {
     const auto & hp = model.hparams;
     const uint32_t il = kv.layers[ikv].il;
-    layer_signals sig = { ikv, n_slots(s, ikv), (int32_t) hp.n_head(il), n_hkv, (int32_t) hp.n_embd_head_k(il), 0, slot_pos(s, ikv), {}, {}, {} };
+    layer_signals sig = { ikv, n_slots(s, ikv), (int32_t) hp.n_head(il), n_hkv, (int32_t) hp.n_embd_head_k(il), 0, slot_pos(s, ikv), {}, {}, {}, {} };
     if (sig.n_kv == 0) {
         throw std::invalid_argument("the sequence is empty");
     }
-    if (cfg->need.window > 0) { read_attn(lctx, s, sig); }
+    const bool probed = !streams[s].probed[ikv].empty(); // its queries have taken the place of the last ones
+    if (cfg->need.window > 0 && !probed) { read_attn(lctx, s, sig); }
     if (cfg->need.sums)       { read_sums(s, sig); }
     if (cfg->need.keys)       { read_keys(s, sig); }
+    if (probed)               { read_probed(s, sig); }
     return sig;
 }
 
-// softmax(scale * Q K^T + mask) of the window, averaged over its queries, in one small graph per layer.
-void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const {
-    const auto & q     = streams[s];
+// softmax(scale * Q K^T + mask) of some queries of the ring, computed in one small graph of the layer and summed with
+// `weight` [window], a number for each row of the ring: F32 [n_kv, 1, n_head]. Without weights F32 [n_kv, window, n_head].
+ggml_tensor * engine::build_attn(llama_context * lctx, uint32_t s, const layer_signals & sig,
+        const std::vector<std::pair<llama_pos, int32_t>> & queries, const std::vector<float> * weight) const {
     const auto & hp    = model.hparams;
     const auto & layer = kv.layers[sig.il];
     const int32_t n_window = cfg->need.window;
-    const int32_t c0 = q.n_base - q.n_kept[sig.il];
+
+    std::vector<float> mask((size_t) sig.n_kv*n_window, 0.0f); // F32 [n_kv, n_window]
+    for (const auto & query : queries) {
+        // positions of head 0: from the floor on all heads agree
+        for (int32_t j = sig.n_kv - 1; j >= 0 && sig.pos[j] > query.first; --j) {
+            mask[(size_t) query.second*sig.n_kv + j] = -INFINITY;
+        }
+    }
+
+    auto * sched = lctx->get_sched();
+    auto * res   = lctx->get_gf_res_reserve();
+    ggml_backend_sched_reset(sched);
+    res->reset();
+    auto * ctx = res->get_ctx();
+    auto * gf  = res->get_gf();
+
+    auto * k = layer.k;
+    k = ggml_view_3d(ctx, k, sig.head_dim, n_hkv, sig.n_kv, ggml_row_size(k->type, sig.head_dim), k->nb[1], s*k->nb[2]);
+    auto * win = tensors[sig.il].win;
+    auto * qw = ggml_view_3d(ctx, win, sig.head_dim, sig.n_head, n_window, sig.head_dim*sizeof(float), win->nb[1], (size_t) s*n_window*win->nb[1]);
+    auto * m  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, sig.n_kv, n_window);
+    ggml_set_input(m);
+
+    auto * out = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, qw, 0, 2, 1, 3)); // [n_kv, n_window, n_head]
+    ggml_prec_set_acc(out, GGML_PREC_F32);
+    if (hp.attn_soft_cap) {
+        out = ggml_scale(ctx, out, 1.0f/hp.f_attn_logit_softcapping);
+        out = ggml_scale(ctx, ggml_tanh(ctx, out), hp.f_attn_logit_softcapping);
+    }
+    out = ggml_soft_max_ext(ctx, out, m, attn[sig.il].scale, 0.0f);
+    ggml_soft_max_add_sinks(out, attn[sig.il].sinks);
+    ggml_tensor * w = nullptr;
+    if (weight) {
+        w = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_window, sig.n_head);
+        ggml_set_input(w);
+        out = ggml_out_prod(ctx, out, w);
+    }
+    ggml_set_output(out);
+    ggml_build_forward_expand(gf, out);
+
+    if (!ggml_backend_sched_alloc_graph(sched, gf)) {
+        throw std::runtime_error("no memory for the score graph");
+    }
+    ggml_backend_tensor_set(m, mask.data(), 0, ggml_nbytes(m));
+    for (int32_t h = 0; w && h < sig.n_head; ++h) {
+        ggml_backend_tensor_set(w, weight->data(), h*w->nb[2], weight->size()*sizeof(float));
+    }
+    if (lctx->graph_compute(gf, true) != GGML_STATUS_SUCCESS) {
+        throw std::runtime_error("the score graph failed");
+    }
+    llama_synchronize(lctx);
+    return out;
+}
+
+void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const {
+    const auto & q = streams[s];
+    const int32_t n_window = cfg->need.window;
 
     // Heads disagree on what lies below the floor. Queries from the floor on see all of that; earlier ones are left out.
     std::vector<std::pair<llama_pos, int32_t>> queries; // position, ring row
@@ -233,72 +347,64 @@ void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
         throw std::invalid_argument("the queries of the window were removed with the tail: at least one token has to be evaluated after it");
     }
 
-    std::vector<float> weight(n_window, 0.0f);                    // F32 [n_window] a row each, 0: not in the window
-    std::vector<float> mask((size_t) sig.n_kv*n_window, 0.0f);    // F32 [n_kv, n_window]
+    std::vector<float> weight(n_window, 0.0f); // 0: not in the window
     float total = 0;
     for (size_t i = 0; i < queries.size(); ++i) {
         const float x = queries.size() > 1 ? (float) i/(queries.size() - 1) : 1.0f;
         total += weight[queries[i].second] = 1.0f + (cfg->need.newest - 1.0f)*x;
-        // positions of head 0: from the floor on all heads agree
-        for (int32_t j = sig.n_kv - 1; j >= 0 && sig.pos[j] > queries[i].first; --j) {
-            mask[(size_t) queries[i].second*sig.n_kv + j] = -INFINITY;
-        }
     }
     for (auto & w : weight) {
         w /= total;
     }
-
-    auto * sched = lctx->get_sched();
-    auto * res   = lctx->get_gf_res_reserve();
-    ggml_backend_sched_reset(sched);
-    res->reset();
-    auto * ctx = res->get_ctx();
-    auto * gf  = res->get_gf();
-
-    auto * k = layer.k;
-    k = ggml_view_3d(ctx, k, sig.head_dim, n_hkv, sig.n_kv, ggml_row_size(k->type, sig.head_dim), k->nb[1], s*k->nb[2] + c0*k->nb[1]);
-    auto * win = tensors[sig.il].win;
-    auto * qw = ggml_view_3d(ctx, win, sig.head_dim, sig.n_head, n_window, sig.head_dim*sizeof(float), win->nb[1], (size_t) s*n_window*win->nb[1]);
-    auto * m  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, sig.n_kv, n_window);
-    auto * w  = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_window, sig.n_head);
-    ggml_set_input(m);
-    ggml_set_input(w);
-
-    auto * kq = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, qw, 0, 2, 1, 3)); // [n_kv, n_window, n_head]
-    ggml_prec_set_acc(kq, GGML_PREC_F32);
-    if (hp.attn_soft_cap) {
-        kq = ggml_scale(ctx, kq, 1.0f/hp.f_attn_logit_softcapping);
-        kq = ggml_scale(ctx, ggml_tanh(ctx, kq), hp.f_attn_logit_softcapping);
-    }
-    kq = ggml_soft_max_ext(ctx, kq, m, attn[sig.il].scale, 0.0f);
-    ggml_soft_max_add_sinks(kq, attn[sig.il].sinks);
-    auto * out = ggml_out_prod(ctx, kq, w); // F32 [n_kv, 1, n_head]
-    ggml_set_output(out);
-    ggml_build_forward_expand(gf, out);
-
-    if (!ggml_backend_sched_alloc_graph(sched, gf)) {
-        throw std::runtime_error("no memory for the score graph");
-    }
-    std::vector<float> ws;
-    for (int32_t h = 0; h < sig.n_head; ++h) {
-        ws.insert(ws.end(), weight.begin(), weight.end());
-    }
-    ggml_backend_tensor_set(m, mask.data(), 0, ggml_nbytes(m));
-    ggml_backend_tensor_set(w, ws.data(), 0, ggml_nbytes(w));
-    if (lctx->graph_compute(gf, true) != GGML_STATUS_SUCCESS) {
-        throw std::runtime_error("the score graph failed");
-    }
-    llama_synchronize(lctx);
+    auto * out = build_attn(lctx, s, sig, queries, &weight);
     sig.attn.resize((size_t) sig.n_kv*sig.n_head);
     ggml_backend_tensor_get(out, sig.attn.data(), 0, ggml_nbytes(out));
 }
 
+// What the last n_probe queries gave each slot, over a KV head's query heads: F32 [n_kv, n_head_kv].
+std::vector<float> engine::read_probe(llama_context * lctx, uint32_t s, int32_t ikv, int32_t n_probe) const {
+    const auto & q  = streams[s];
+    const auto & hp = model.hparams;
+    const uint32_t il = kv.layers[ikv].il;
+    const layer_signals sig = { ikv, n_slots(s, ikv), (int32_t) hp.n_head(il), n_hkv, (int32_t) hp.n_embd_head_k(il), 0, slot_pos(s, ikv), {}, {}, {}, {} };
+
+    std::vector<std::pair<llama_pos, int32_t>> queries;
+    for (int32_t r = 0; r < cfg->need.window; ++r) {
+        if (q.win_pos[r] >= (llama_pos) q.tokens.size() - n_probe) {
+            queries.emplace_back(q.win_pos[r], r);
+        }
+    }
+    const bool    mean = cfg->need.probe == probe::mean;
+    const int32_t n_group = sig.n_head/n_hkv;
+    std::vector<float> weight(cfg->need.window, 0.0f);
+    for (const auto & query : queries) {
+        weight[query.second] = 1.0f/queries.size()/n_group;
+    }
+    auto * out = build_attn(lctx, s, sig, queries, mean ? &weight : nullptr);
+    std::vector<float> attn(ggml_nelements(out)); // F32 [n_kv, 1 or n_window, n_head]
+    ggml_backend_tensor_get(out, attn.data(), 0, ggml_nbytes(out));
+
+    std::vector<float> res((size_t) sig.n_kv*n_hkv, 0.0f);
+    for (int32_t h = 0; h < sig.n_head; ++h) {
+        for (const auto & query : queries) {
+            const float * row = attn.data() + ((size_t) h*out->ne[1] + (mean ? 0 : query.second))*sig.n_kv;
+            for (int32_t j = 0; j < sig.n_kv; ++j) {
+                float & x = res[(size_t) j*n_hkv + h/n_group];
+                x = mean ? x + row[j] : std::max(x, row[j]);
+            }
+            if (mean) {
+                break; // the graph has summed them
+            }
+        }
+    }
+    return res;
+}
+
 void engine::read_keys(uint32_t s, layer_signals & sig) const {
     const auto * k = kv.layers[sig.il].k;
-    const int32_t c0 = streams[s].n_base - streams[s].n_kept[sig.il];
     const size_t n_embd = (size_t) sig.head_dim*n_hkv;
     std::vector<uint8_t> raw(sig.n_kv*k->nb[1]);
-    ggml_backend_tensor_get(k, raw.data(), s*k->nb[2] + c0*k->nb[1], raw.size());
+    ggml_backend_tensor_get(k, raw.data(), s*k->nb[2], raw.size());
 
     std::vector<float> rows(n_embd*sig.n_kv); // F32 [n_kv, n_head_kv, head_dim]
     if (k->type == GGML_TYPE_F32) {
@@ -314,12 +420,19 @@ void engine::read_keys(uint32_t s, layer_signals & sig) const {
     }
 }
 
+void engine::read_probed(uint32_t s, layer_signals & sig) const {
+    const auto & probed = streams[s].probed[sig.il];
+    sig.probed.assign((size_t) n_hkv*sig.n_kv, INFINITY);
+    for (size_t i = 0; i < probed.size(); ++i) {
+        sig.probed[(i % n_hkv)*sig.n_kv + i/n_hkv] = probed[i];
+    }
+}
+
 void engine::read_sums(uint32_t s, layer_signals & sig) const {
     auto * t = tensors[sig.il].sums;
-    const int32_t c0 = streams[s].n_base - streams[s].n_kept[sig.il];
     sig.sums.resize((size_t) sig.n_kv*n_hkv);
     for (int32_t h = 0; h < n_hkv; ++h) {
-        ggml_backend_tensor_get(t, &sig.sums[(size_t) h*sig.n_kv], s*t->nb[2] + h*t->nb[1] + c0*sizeof(float), sig.n_kv*sizeof(float));
+        ggml_backend_tensor_get(t, &sig.sums[(size_t) h*sig.n_kv], s*t->nb[2] + h*t->nb[1], sig.n_kv*sizeof(float));
     }
 }
 

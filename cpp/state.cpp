@@ -3,6 +3,7 @@
 
 #include "engine.h"
 
+#include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
@@ -12,7 +13,7 @@
 namespace kvc {
 
 static const uint32_t STATE_TAG     = 0x4b560000; // "KV"
-static const uint32_t STATE_VERSION = 1;
+static const uint32_t STATE_VERSION = 3;
 static const uint64_t N_MAX         = 1u << 28;   // no array of a real state is longer
 
 uint32_t engine::state_tag(uint32_t n_stream) const {
@@ -60,6 +61,59 @@ static void get_part(llama_io_read_i & io, ggml_tensor * t, size_t offset, size_
     }
 }
 
+// K and V of a stream, where llama.cpp writes rows by cell: each layer has a number of its own.
+void engine::state_write_rows(llama_io_write_i & io, uint32_t s) const {
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        const uint32_t n = n_slots(s, l);
+        io.write(&n, sizeof(n));
+        for (ggml_tensor * t : { kv.layers[l].k_stream[s], kv.layers[l].v_stream[s] }) {
+            const bool trans = kv.v_trans && t == kv.layers[l].v_stream[s];
+            const int32_t head[] = { t->type, (int32_t) t->ne[0], trans };
+            io.write(head, sizeof(head));
+            const size_t es = ggml_type_size(t->type);
+            for (int64_t j = 0; trans && j < t->ne[0]; ++j) {
+                io.write_tensor(t, j*t->ne[1]*es, n*es);
+            }
+            if (!trans) {
+                io.write_tensor(t, 0, n*t->nb[1]);
+            }
+        }
+    }
+}
+
+bool engine::state_read_rows(llama_io_read_i & io, uint32_t s) {
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        uint32_t n;
+        io.read(&n, sizeof(n));
+        for (ggml_tensor * t : { kv.layers[l].k_stream[s], kv.layers[l].v_stream[s] }) {
+            const bool trans = kv.v_trans && t == kv.layers[l].v_stream[s];
+            int32_t head[3];
+            io.read(head, sizeof(head));
+            if (n > t->ne[1] || head[0] != t->type || head[1] != t->ne[0] || head[2] != trans) {
+                LLAMA_LOG_ERROR("%s: layer %d of the state has other rows than this context\n", __func__, l);
+                return false;
+            }
+            const size_t es = ggml_type_size(t->type);
+            for (int64_t j = 0; trans && j < t->ne[0]; ++j) {
+                io.read_tensor(t, j*t->ne[1]*es, n*es);
+            }
+            if (!trans) {
+                io.read_tensor(t, 0, n*t->nb[1]);
+            }
+        }
+    }
+    return true;
+}
+
+// What a failed restore may have left behind: attention reads free rows, too, and NaN is not masked away.
+void engine::clear_rows(uint32_t s) {
+    for (const auto & layer : kv.layers) {
+        for (ggml_tensor * t : { layer.k_stream[s], layer.v_stream[s] }) {
+            ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
+        }
+    }
+}
+
 void engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
     io.write(&STATE_VERSION, sizeof(STATE_VERSION));
     io.write_string(cfg->spec);
@@ -75,6 +129,9 @@ void engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
         put(io, q.n_kept);
         for (const auto & kept : q.kept) {
             put(io, kept);
+        }
+        for (const auto & probed : q.probed) {
+            put(io, probed);
         }
         put(io, q.win_pos);
         for (const auto & t : tensors) {
@@ -110,6 +167,9 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         for (auto & kept : q.kept) {
             get(io, kept);
         }
+        for (auto & probed : q.probed) {
+            get(io, probed);
+        }
         get(io, q.win_pos);
 
         if (q.tokens.empty() && seq_id >= 0) {
@@ -122,7 +182,9 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
             q.n_base >= 0 && q.n_base <= n_used && q.tokens.size() <= N_MAX && q.floor >= 0 && q.floor <= (llama_pos) q.tokens.size() &&
             (llama_pos) q.tokens.size() == kv.v_cells[s].seq_pos_max((llama_seq_id) s) + 1;
         for (size_t l = 0; ok && l < q.n_kept.size(); ++l) {
-            ok = q.n_kept[l] >= 0 && q.n_kept[l] <= q.n_base && q.kept[l].size() == (size_t) n_hkv*q.n_kept[l];
+            ok = q.n_kept[l] >= 0 && q.n_kept[l] <= q.n_base && q.kept[l].size() == (size_t) n_hkv*q.n_kept[l] &&
+                n_used - q.n_base + q.n_kept[l] <= n_rows_max((int32_t) l) && q.probed[l].size() % n_hkv == 0 &&
+                (int64_t) q.probed[l].size()/n_hkv <= n_used - q.n_base + q.n_kept[l];
         }
         if (!ok) {
             throw std::runtime_error("the state is damaged: what it kept does not fit its cells");

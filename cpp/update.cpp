@@ -6,7 +6,9 @@
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
 
+#include <cmath>
 #include <exception>
+#include <stdexcept>
 #include <utility>
 
 namespace kvc {
@@ -31,8 +33,8 @@ void engine::update(llama_context * lctx, const std::vector<uint32_t> & ssrc, co
             fn();
         }
         for (const auto & j : std::exchange(due, {})) {
-            run(lctx, j.s, j.prompt);
-            if (j.prompt) {
+            run(lctx, j);
+            if (j.why == cause::prompt) {
                 end_prompt((llama_seq_id) j.s);
             }
         }
@@ -64,9 +66,44 @@ bool engine::evict(llama_context * lctx, llama_seq_id seq_id, bool mask_only) {
     bool res = false;
     in_update(lctx, [&]() {
         this->mask_only = mask_only;
-        res = run(lctx, s, true);
+        res = run(lctx, { s, cause::prompt, 0 });
     });
     return res;
+}
+
+void engine::make_room(llama_context * lctx, llama_seq_id seq_id, int32_t n_new) {
+    const uint32_t s = stream_of(seq_id);
+    if (is_bounded() && !has_room(s, n_new)) {
+        in_update(lctx, [&]() { run(lctx, { s, cause::room, n_new }); });
+    }
+}
+
+void engine::ask(llama_context * lctx, llama_seq_id seq_id, int32_t n_probe, llama_pos begin, llama_pos end) {
+    const uint32_t s = stream_of(seq_id);
+    auto & q = streams[s];
+    const llama_pos n_context = (llama_pos) q.tokens.size() - n_probe; // tokens before the probe
+    if (cfg->need.probe == probe::none || n_probe < 1 || n_context < 1) {
+        throw std::invalid_argument(cfg->spec + ": nothing to ask for");
+    }
+    std::vector<std::vector<float>> probed(n_layer());
+    in_update(lctx, [&]() {
+        for (int32_t l = 0; l < n_layer(); ++l) {
+            const auto pos  = slot_pos(s, l);
+            const auto attn = read_probe(lctx, s, l, n_probe);
+            const int32_t n = n_slots(s, l), n_old = (int32_t) q.probed[l].size()/n_hkv;
+            for (int32_t j = 0; j < n - n_probe; ++j) {
+                for (int32_t h = 0; h < n_hkv; ++h) {
+                    const llama_pos p = pos[(size_t) h*n + j];
+                    probed[l].push_back(p >= begin && p < end ? attn[(size_t) j*n_hkv + h] :
+                            j < n_old ? q.probed[l][(size_t) j*n_hkv + h] : INFINITY);
+                }
+            }
+        }
+    });
+    if (!llama_memory_seq_rm(llama_get_memory(lctx), seq_id, n_context, -1)) {
+        throw std::runtime_error("the probe cannot be taken out");
+    }
+    q.probed = std::move(probed);
 }
 
 std::vector<layer_signals> engine::signals(llama_context * lctx, llama_seq_id seq_id) {

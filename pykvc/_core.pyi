@@ -19,11 +19,12 @@ def parse_budget(text: str, name: str = "kv_budget") -> tuple[str, float]:
     """('none' | 'tokens' | 'ratio', value)."""
 
 def score(spec: str, pos: I32, *, il: int = 0, n_layer: int = 1, n_head: int = ..., n_query: int = ..., head_dim: int = ...,
-          attn: F32 | None = None, sums: F32 | None = None, keys: F32 | None = None) -> F32:
-    """score() of a policy: pos [n_head_kv, n_kv], attn [n_head, n_kv], sums [n_head_kv, n_kv], keys [n_head_kv, n_kv, head_dim] -> [n_head_kv, n_kv]."""
+          attn: F32 | None = None, sums: F32 | None = None, keys: F32 | None = None, probed: F32 | None = None) -> F32:
+    """score() of a policy: pos [n_head_kv, n_kv], attn [n_head, n_kv], sums [n_head_kv, n_kv], keys [n_head_kv, n_kv, head_dim],
+    probed [n_head_kv, n_kv] -> [n_head_kv, n_kv]."""
 
 def plan(spec: str, pos: Sequence[I32], score: Sequence[F32], budget: int, *, prompt: bool = True,
-         n_frozen: Sequence[int] | None = None, spans: Sequence[tuple[int, int]] = ()) -> list[I32]:
+         n_frozen: Sequence[int] | None = None, spans: Sequence[tuple[int, int]] = (), room: bool = False) -> list[I32]:
     """budgets() and keep() of a policy: pos, score a layer [n_head_kv, n_kv] -> slots kept a layer, I32 [n_head_kv, n_keep]."""
 
 # -- llama.cpp ------------------------------------------------------------------------------------------------------
@@ -71,11 +72,12 @@ class Model:
 class Context:
     """A llama_context with its cache. `policy` is a spec string or an object with the Policy protocol (pykvc/policy.py).
     None: what LLAMA_ARG_KV_POLICY, _BUDGET and _DECODE_BUDGET say, with the prompt's end guessed, as in any llama.cpp program.
-    budget, decode_budget: as parse_budget reads them, "" none. ValueError names what is valid."""
+    budget, decode_budget: as parse_budget reads them, "" none. cells: "2048" of a sequence or "512MiB" of all, "" n_ctx.
+    ValueError names what is valid."""
     def __init__(self, model: Model, *, n_ctx: int = 0, n_batch: int = 2048, n_ubatch: int = 512, n_seq_max: int = 1,
                  n_threads: int = 0, n_threads_batch: int = 0, type_k: str = "f16", type_v: str = "f16",
                  flash_attn: str = "auto", offload_kqv: bool = True, policy: Any = "full", budget: str = "",
-                 decode_budget: str = "") -> None: ...
+                 decode_budget: str = "", cells: str = "") -> None: ...
     @property
     def n_ctx(self) -> int: """logical positions of one sequence"""
     @property
@@ -102,15 +104,20 @@ class Context:
     def clear(self, seq: int = -1) -> None: ...
     def copy(self, src: int, dst: int) -> None: ...
 
-    def set_budget(self, budget: str, decode_budget: str) -> None: ...
+    def check_budget(self, budget: str, decode_budget: str) -> None: """ValueError where set_budget() would refuse."""
+    def set_budget(self, budget: str, decode_budget: str, seq: int = 0) -> None: """Of one sequence, until it is cleared."""
     def set_spans(self, spans: Sequence[tuple[int, int]], seq: int = 0) -> None: """original positions; ValueError where they overlap"""
     def begin_prompt(self, seq: int = 0) -> None: """Another prompt follows: what was generated belongs to it."""
     def end_prompt(self, seq: int = 0) -> None: """Tokens from here on are generated ones."""
     def evict(self, seq: int = 0, mask_only: bool = False) -> bool:
         """Prompt eviction now. False: nothing was over budget. mask_only (tests): the keep sets as a mask, nothing is freed."""
+    def ask(self, tokens: I32, seq: int = 0, begin: int = 0, end: int = -1) -> None:
+        """Evaluates a probe after the sequence, lets the policy see what it attends to of positions [begin, end), and takes it out."""
+    def has_room(self, n: int, seq: int = 0) -> bool: ...
+    def make_room(self, n: int, seq: int = 0) -> None: """With kv_cells: evicts if n more tokens do not fit."""
     def kept(self, seq: int = 0) -> list[I32]: """a layer [n_head_kv, n_kept], original positions ascending"""
     def scores(self, seq: int = 0) -> list[F32]: """a layer [n_head_kv, n_kv], what the policy would rank by now"""
-    def signals(self, seq: int = 0) -> list[dict[str, Any]]: """a layer: pos, attn, sums, keys, n_query (those the policy needs)"""
+    def signals(self, seq: int = 0) -> list[dict[str, Any]]: """a layer: pos, attn, sums, keys, probed, n_query (those the policy needs)"""
     def stats(self) -> dict[str, Any]:
         """cells_used [n_seq_max], cells_allocated (a sequence), kept [n_layer_kv] (sequence 0), bytes_allocated, bytes_used, bytes_full
         (what the evaluated tokens would take), n_evictions, n_evicted (cells of the mean layer), score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""

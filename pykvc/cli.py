@@ -85,6 +85,8 @@ def generate(
     kv_policy: Annotated[str, _flag("--kv-policy", env="KV_POLICY", help="NAME[:key=value,...]; `pykvc policies` lists them.")] = "full",
     kv_budget: Annotated[Optional[str], _flag("--kv-budget", env="KV_BUDGET", help="Cells a layer keeps of the prompt: 512, 25% or 0.25.")] = None,
     kv_decode_budget: Annotated[Optional[str], _flag("--kv-decode-budget", env="KV_DECODE_BUDGET", help="The same of the generated tokens.")] = None,
+    kv_cells: Annotated[Optional[str], _flag("--kv-cells", env="KV_CELLS", help="Allocate this many cells, or bytes (512MiB), and evict whenever they are full.")] = None,
+    kv_query: Annotated[Optional[str], _flag("--kv-query", help="What finch asks after each chunk of the prompt. Default: --question.")] = None,
     segment: Annotated[Optional[str], _flag("--segment", help='Units for policies on spans: sentence, sep:SEPARATOR or re:REGEX.')] = None,
     stop: Annotated[Optional[list[str]], _flag("--stop", help="A string that ends the answer; may be repeated.")] = None,
     as_json: Annotated[bool, _flag("--json", help="Print one object instead of the text.")] = False,
@@ -96,13 +98,15 @@ def generate(
     text = _prompt(prompt, file)
     with LLM(model or hf_repo, n_ctx=ctx_size, n_batch=batch_size, n_ubatch=ubatch_size, n_threads=threads,
              n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v, flash_attn=flash_attn, seed=seed,
-             kv_policy=kv_policy, kv_budget=kv_budget or None, kv_decode_budget=kv_decode_budget or None) as llm:
+             kv_policy=kv_policy, kv_budget=kv_budget or None, kv_decode_budget=kv_decode_budget or None,
+             kv_cells=kv_cells or None) as llm:
         sampling = dict(max_tokens=n_predict, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, stop=_escaped(stop), stream=True)
         if question is None:
-            stream = llm.generate(text, segment=_unescape(segment), **sampling)
+            stream = llm.generate(text, segment=_unescape(segment), kv_query=kv_query, **sampling)
         else:
-            llm.prefill(text, segment=_unescape(segment))
-            if kv_budget:
+            asks = llm.policy.startswith("finch")
+            llm.prefill(text, segment=_unescape(segment), kv_query=kv_query or (question if asks else None))
+            if kv_budget or kv_cells:
                 llm.compress()
             stream = llm.generate(question, reset=False, **sampling)
         for piece in stream:

@@ -1,5 +1,5 @@
 """The loop of an answer: prefill, sample, evict, decode on."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Iterator
 
@@ -57,6 +57,7 @@ class Request:
     stop: list[str]
     sampler: "_core.Sampler"
     echo: str                     # text to begin with
+    query: list[int] = field(default_factory=list)  # for a policy that asks; empty: as before
 
 
 def answer(session: Session, request: Request) -> Iterator[str]:
@@ -64,6 +65,7 @@ def answer(session: Session, request: Request) -> Iterator[str]:
     turn = session.turn
     if request.reset:
         session.clear()
+    session.query = request.query or session.query
     if request.ids or session.pending is not None:
         session.feed(request.ids, request.spans)
 
@@ -107,9 +109,12 @@ def answer(session: Session, request: Request) -> Iterator[str]:
     stats = session.ctx.stats()
     kv = {"cells": int(stats["cells_used"][0]), "kept": list(session.kept), "evictions": stats["n_evictions"],
           **{key: stats[key] for key in ("bytes_allocated", "bytes_used", "bytes_full")}}
-    timings = {"prefill_ms": work.prefill_ms, "evict_ms": work.evict_ms, "decode_ms": decode_ms,
-               "prefill_tps": _per_second(work.n_prompt, work.prefill_ms), "decode_tps": _per_second(n_decoded, decode_ms)}
-    return Generation("".join(pieces), tokens, work.n_prompt, len(tokens), reason, kv, timings)
+    return Generation("".join(pieces), tokens, work.n_prompt, len(tokens), reason, kv, timings_of(work, decode_ms, n_decoded))
+
+
+def timings_of(work: Work, decode_ms: float, n_decoded: int) -> dict[str, float]:
+    return {"prefill_ms": work.prefill_ms, "evict_ms": work.evict_ms, "decode_ms": decode_ms,
+            "prefill_tps": _per_second(work.n_prompt, work.prefill_ms), "decode_tps": _per_second(n_decoded, decode_ms)}
 
 
 def _per_second(n: int, ms: float) -> float:

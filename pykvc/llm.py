@@ -8,13 +8,14 @@ see the question, and the compressed context can be asked again and again:
 
     llm.prefill(context); llm.compress(); llm.generate(question, reset=False)
 
-One LLM is one conversation (sequence 0) and belongs to one thread at a time.
+One LLM is one conversation (sequence 0) and belongs to one thread at a time; generate_batch() uses all n_seq_max sequences.
 """
 import os
 import sys
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
-from . import _core, models, options, prompts, spans as units
+from . import _core, models, options, prompts as prompts_of, spans as units
+from .batch import Prefix, answers
 from .generation import Generation, Request, Stream, answer
 from .policy import F32, I32, Policy
 from .session import Session
@@ -29,21 +30,26 @@ class LLM:
     kv_policy: "name:key=value,..." (`pykvc policies` lists them) or an instance of pykvc.Policy.
     kv_budget, kv_decode_budget: cells a layer keeps of the prompt and of the generated tokens: an int is tokens, a
     float in (0, 1] the retained ratio, a string either ("512", "25%"). n_ctx 0: the model's own, at most 8192.
+
+    kv_cells: fewer cells than n_ctx has tokens, for a sequence (an int, rounded up to 256), or bytes for all of them
+    ("512MiB"): a prompt that is longer is evaluated n_ubatch tokens at a time, and evicted before each; an answer goes
+    on until n_ctx. kv_budget is then at most kv_cells - n_ubatch, and that if not given.
     ValueError names what is valid."""
 
     def __init__(self, model: str | os.PathLike | None = None, *, n_ctx: int = 0, n_batch: int = 512, n_ubatch: int = 512,
                  n_threads: int | None = None, n_gpu_layers: int = 0, type_k: str = "f16", type_v: str = "f16",
                  flash_attn: bool | str = "auto", n_seq_max: int = 1, seed: int = 0, kv_policy: str | Policy = "full",
                  kv_budget: int | float | str | None = None, kv_decode_budget: int | float | str | None = None,
-                 chat_template: str | None = None, verbose: bool = False) -> None:
+                 kv_cells: int | str | None = None, chat_template: str | None = None, verbose: bool = False) -> None:
         budget = options.budget("kv_budget", kv_budget)
         decode_budget = options.budget("kv_decode_budget", kv_decode_budget)
-        policy = options.policy(kv_policy, budget, decode_budget)
+        cells = options.cells(kv_cells)
+        policy = options.policy(kv_policy, budget, decode_budget, cells)
         context = dict(n_batch=options.whole("n_batch", n_batch, 1), n_ubatch=options.whole("n_ubatch", n_ubatch, 1),
                        n_seq_max=options.whole("n_seq_max", n_seq_max, 1, 256),
                        n_threads=0 if n_threads is None else options.whole("n_threads", n_threads, 1, 512),
                        type_k=options.cache_type("type_k", type_k), type_v=options.cache_type("type_v", type_v),
-                       flash_attn=options.flash_attn(flash_attn), policy=policy, budget=budget, decode_budget=decode_budget)
+                       flash_attn=options.flash_attn(flash_attn), policy=policy, budget=budget, decode_budget=decode_budget, cells=cells)
         n_ctx, n_gpu_layers = options.whole("n_ctx", n_ctx, 0), options.whole("n_gpu_layers", n_gpu_layers, -1)
         self.seed = options.whole("seed", seed, 0, 2**32 - 1)
         self.chat_template = chat_template
@@ -53,21 +59,21 @@ class LLM:
         loaded = _core.Model(str(self.path), n_gpu_layers=n_gpu_layers)
         ctx = _core.Context(loaded, n_ctx=n_ctx or min(loaded.n_ctx_train, 8192), **context)
         setup = {"arch": loaded.arch, "model": loaded.desc, "n_params": loaded.n_params, "n_vocab": loaded.n_vocab,
-                 "kv_policy": ctx.policy, "kv_budget": budget, "kv_decode_budget": decode_budget, "n_ctx": ctx.n_ctx,
+                 "kv_policy": ctx.policy, "kv_budget": budget, "kv_decode_budget": decode_budget, "kv_cells": cells, "n_ctx": ctx.n_ctx,
                  "type_k": type_k, "type_v": type_v, "flash_attn": ctx.flash_attn, "n_seq_max": n_seq_max}
         name = policy.name if isinstance(policy, Policy) else policy.partition(":")[0]
-        needs_spans = policy.spans if isinstance(policy, Policy) else _needs(name)["spans"]
-        self._opened: Session | None = Session(loaded, ctx, setup, evicts=name != "full", needs_spans=needs_spans)
+        needs = {"spans": policy.spans, "probe": "none"} if isinstance(policy, Policy) else _needs(name)
+        self._opened: Session | None = Session(loaded, ctx, setup, name != "full", needs["spans"], needs["probe"], options.window(ctx.policy))
 
     # -- text -------------------------------------------------------------------------------------------------------
 
     def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids. add_special: with BOS where the model wants it; parse_special: "<|im_start|>" is one token."""
-        return prompts.tokenize(self._session.model, text, add_special, parse_special)
+        return prompts_of.tokenize(self._session.model, text, add_special, parse_special)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The tokens' text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
-        return self._session.model.detokenize(prompts.check_ids(self._session.model, tokens)).decode("utf-8", "replace")
+        return self._session.model.detokenize(prompts_of.check_ids(self._session.model, tokens)).decode("utf-8", "replace")
 
     def apply_chat_template(self, messages: Sequence[Message], add_assistant: bool = True) -> str:
         """The prompt of a chat. messages: dicts of role and content. ValueError if the model brings no template."""
@@ -82,16 +88,20 @@ class LLM:
     # -- the cache --------------------------------------------------------------------------------------------------
 
     def prefill(self, text: str | None = None, *, tokens: Sequence[int] | None = None, spans: Sequence[units.Span] | None = None,
-                span_unit: str = "tokens", segment: str | None = None) -> int:
-        """Appends text or tokens to the cache, evicts nothing, and returns how many tokens that were. Spans: as generate()."""
-        ids, found = prompts.encode(self._session.model, self._session.needs_spans, text, tokens, spans, span_unit, segment, first=self.n_tokens == 0)
+                span_unit: str = "tokens", segment: str | None = None, kv_query: str | None = None) -> int:
+        """Appends text or tokens to the cache, evicts nothing (but for kv_cells), and returns how many tokens that were.
+        Spans, kv_query: as generate()."""
+        ids, found = prompts_of.encode(self._session.model, self._session.needs_spans, text, tokens, spans, span_unit, segment, first=self.n_tokens == 0)
         self._session.check_room(len(ids), self.n_tokens, spare=0)
+        query = self._query(kv_query)
         self._session.turn += 1
+        self._session.query = query or self._session.query
         self._session.feed(ids, found)
         return len(ids)
 
-    def compress(self) -> bool:
-        """Evicts down to kv_budget, now. False: nothing was over it. ValueError if no kv_budget was given."""
+    def compress(self, kv_query: str | None = None) -> bool:
+        """Evicts down to kv_budget, now. False: nothing was over it. ValueError if no kv_budget was given. kv_query: as generate()."""
+        self._session.query = self._query(kv_query) or self._session.query
         return self._session.compress()
 
     def reset(self) -> None:
@@ -121,8 +131,8 @@ class LLM:
                  tokens: Sequence[int] | None = None, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40,
                  top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, seed: int | None = None,
                  stop: str | Sequence[str] | None = None, spans: Sequence[units.Span] | None = None, span_unit: str = "tokens",
-                 segment: str | None = None, stream: bool = False, reset: bool = True, compress: bool | None = None,
-                 echo: bool = False) -> Generation | Stream:
+                 segment: str | None = None, kv_query: str | None = None, stream: bool = False, reset: bool = True,
+                 compress: bool | None = None, echo: bool = False) -> Generation | Stream:
         """Evaluates a prompt and goes on from it: a Generation, or with stream=True a Stream of its text.
 
         The prompt: a string, `tokens`, or `shots` + `question`, where each shot is a span. None with reset=False goes
@@ -131,21 +141,23 @@ class LLM:
 
         spans: (begin, end) of the prompt, in `span_unit` "tokens" or "chars"; or segment= "sentence", a separator,
         "sep:...", "re:...". Policies that do not work on spans pass them over; those that do take sentences if there
-        are none. reset=False appends to the cache. compress: evict down to kv_budget when the prompt was evaluated
+        are none. kv_query: the text that a policy which asks (finch) evaluates after each chunk and takes out again; without
+        one, `question`. It stays until the next reset. reset=False appends to the cache. compress: evict down to kv_budget when the prompt was evaluated
         and its first token sampled; None: unless that, or compress(), happened since the last reset.
 
         ValueError for every mistake, before anything is evaluated. Ctrl-C leaves the LLM usable."""
         if shots is not None or question is not None:
             if any(given is not None for given in (prompt, tokens, spans, segment)):
                 raise ValueError("shots and question are the prompt and its spans: give no prompt, tokens, spans or segment beside them")
-            prompt, spans = prompts.join(shots, question)
+            prompt, spans = prompts_of.join(shots, question)
             span_unit = "chars"
         session = self._session
+        query = self._query(kv_query or (question if session.probe.kind == "mean" else None))
         n_before = 0 if reset else session.n_tokens
         goes_on = prompt is None and tokens is None and n_before > 0
         if goes_on and session.pending is None and not session.can_sample:
             raise ValueError("there is nothing to go on from since the cache was truncated: give a prompt")
-        ids, found = ([], []) if goes_on else prompts.encode(
+        ids, found = ([], []) if goes_on else prompts_of.encode(
             session.model, session.needs_spans, prompt, tokens, spans, span_unit, segment, first=n_before == 0)
         max_tokens = options.whole("max_tokens", max_tokens, -1)
         session.check_room(len(ids), n_before, spare=1 if max_tokens else 0)
@@ -153,7 +165,7 @@ class LLM:
             session.check_compress()
         echoed = "" if not echo else prompt if prompt is not None else self.detokenize(ids)
         request = Request(ids, found, reset, compress, max_tokens, check_stop(stop),
-                          options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed)
+                          options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed, query)
         session.turn += 1
         pieces = Stream(answer(session, request))
         if stream:
@@ -162,11 +174,61 @@ class LLM:
             pass
         return pieces.result
 
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, prefix: str | None = None, shots: Sequence[str] | None = None,
+                       max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05,
+                       repeat_penalty: float = 1.0, seed: int | None = None, stop: str | Sequence[str] | None = None,
+                       spans: Sequence[units.Span] | None = None, span_unit: str = "tokens", segment: str | None = None,
+                       kv_budget: int | float | str | Sequence[int | float | str | None] | None = None, kv_query: str | None = None,
+                       compress: bool | None = None, stream: bool = False) -> list[Generation] | Iterator[tuple[int, Generation]]:
+        """Answers many prompts, n_seq_max of them at a time: their Generations in order, or with stream=True
+        (index, Generation) as they are done. prompts: strings or token ids. The conversation before is over.
+
+        prefix, or shots (each of them a span): what all prompts begin with, evaluated and compressed once. spans, span_unit
+        segment and kv_query: of the prefix; a prompt without one is segmented by `segment`. kv_budget: of every prompt, or a list of
+        one for each. compress None: every prompt where there is no prefix, else only the prefix (question-out).
+        temperature and so on: as generate(). ValueError for every mistake, before anything is evaluated."""
+        session, model = self._session, self._session.model
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError("prompts is a list of strings or of lists of token ids, and not empty")
+        if shots is not None:
+            if any(given is not None for given in (prefix, spans, segment)):
+                raise ValueError("shots are the prefix and its spans: give no prefix, spans or segment beside them")
+            prefix, spans = prompts_of.join(shots, "")
+            span_unit = "chars"
+        elif spans is not None and prefix is None:
+            raise ValueError("spans are those of the prefix: give prefix, or segment for every prompt")
+        if session.probe.kind != "none" and prefix is None:
+            raise ValueError("a policy that asks probes one context: give it as prefix or shots")
+        shared = None if prefix is None else Prefix(
+            *prompts_of.encode(model, session.needs_spans, prefix, None, spans, span_unit, segment, first=True), self._query(kv_query))
+        n_before = len(shared.ids) if shared else 0
+        budgets = options.budgets(kv_budget, len(prompts), session)
+        max_tokens = options.whole("max_tokens", max_tokens, -1)
+        requests = []
+        for prompt in prompts:
+            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+            ids, found = prompts_of.encode(model, session.needs_spans, text, ids, None, "tokens", None if shared else segment, first=not shared)
+            session.check_fits(len(ids), n_before, spare=1 if max_tokens else 0)
+            requests.append(Request(ids, [] if shared else found, True, compress, max_tokens, check_stop(stop),
+                                    options.sampler(model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), ""))
+        if compress and not any(budgets):
+            session.check_compress()
+        session.turn += 1
+        done = answers(session, requests, budgets, shared)
+        if stream:
+            return done
+        return [generation for _, generation in sorted(done, key=lambda pair: pair[0])]
+
     def chat(self, messages: Sequence[Message], **how: Any) -> Generation | Stream:
         """generate() on a chat. Each message is a span, but for system messages and the last one."""
         prompt = self.apply_chat_template(messages)
         spans = units.message_spans(messages, lambda head: self.apply_chat_template(head, add_assistant=False))
         return self.generate(prompt, spans=spans, span_unit="chars", **how)
+
+    def _query(self, text: str | None) -> list[int]:
+        ids = prompts_of.tokenize(self._session.model, text, add_special=False) if text else []
+        self._session.probe.check(ids)
+        return ids
 
     # -- what there is to see ---------------------------------------------------------------------------------------
 
@@ -198,8 +260,8 @@ class LLM:
         return self._session.ctx.scores()
 
     def stats(self) -> dict[str, Any]:
-        """n_tokens; cells (in use), cells_allocated, kept [n_layer]; bytes_allocated, bytes_used, bytes_full (without
-        eviction); n_evictions, n_evicted (cells of the mean layer); score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
+        """n_tokens; cells (in use), cells_allocated, kept [n_layer]; bytes_allocated, of them bytes_signals (the window
+        of queries, the sums), bytes_used, bytes_full (without eviction); n_evictions, n_evicted (cells of the mean layer); score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
         stats = self._session.ctx.stats()
         return {"n_tokens": self.n_tokens, "cells": int(stats["cells_used"][0]), **stats}
 

@@ -1,10 +1,13 @@
 """What LLM and generate() accept, checked once at the door. Every function raises ValueError naming what is valid."""
 import math
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import _core
 from .policy import Policy
+
+if TYPE_CHECKING:
+    from .session import Session
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
@@ -41,7 +44,29 @@ def budget(name: str, value: int | float | str | None) -> str:
     return "" if kind == "none" else f"{int(amount)}" if kind == "tokens" else "100%" if amount == 1 else f"{amount:.12g}"
 
 
-def policy(value: str | Policy, kv_budget: str, kv_decode_budget: str) -> str | Policy:
+def budgets(value: Any, n: int, session: "Session") -> list[str]:
+    """kv_budget of n prompts: one for all, or a list of them; "" is the context's own."""
+    values = [value]*n if value is None or isinstance(value, (int, float, str)) else list(value)
+    if len(values) != n:
+        raise ValueError(f"kv_budget is one value or a list of {n}, one for each prompt, not of {len(values)}")
+    found = [budget("kv_budget", v) for v in values]
+    if any(found) and not session.evicts:
+        raise ValueError("kv_budget: the policy is full, which keeps everything; name one that evicts when the LLM is made")
+    for given in filter(None, set(found)):
+        session.ctx.check_budget(given, session.setup["kv_decode_budget"])
+    return found
+
+
+def cells(value: int | str | None) -> str:
+    """As the engine reads it: "" as many as n_ctx, "2048" cells of a sequence, "512MiB" of all of them."""
+    if value is None or value == "":
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    return str(whole("kv_cells", value, 1))
+
+
+def policy(value: str | Policy, kv_budget: str, kv_decode_budget: str, kv_cells: str = "") -> str | Policy:
     """The canonical spec, or the instance. A policy that no budget would ever let evict is refused."""
     if isinstance(value, str):
         checked = _core.parse_spec(value)
@@ -53,10 +78,16 @@ def policy(value: str | Policy, kv_budget: str, kv_decode_budget: str) -> str | 
             raise ValueError(f"{type(value).__name__}.name is {name!r}, which is a built-in policy: choose another")
     else:
         raise ValueError(f"kv_policy is a spec such as 'snapkv:window=32' or an instance of pykvc.Policy, not {value!r}")
-    if name != "full" and not kv_budget and not kv_decode_budget:
+    if name != "full" and not kv_budget and not kv_decode_budget and not kv_cells:
         raise ValueError(f"kv_policy {name!r} evicts nothing without a budget: give kv_budget (tokens, or a retained ratio "
-                         "in (0, 1]) or kv_decode_budget")
+                         "in (0, 1]), kv_decode_budget or kv_cells")
     return checked
+
+
+def window(policy: str) -> int:
+    """The parameter of that name, of a canonical spec; 0 without one."""
+    values = dict(item.split("=") for item in policy.partition(":")[2].split(",") if "=" in item)
+    return int(values.get("window", 0))
 
 
 def flash_attn(value: bool | str) -> str:

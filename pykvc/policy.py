@@ -51,7 +51,8 @@ class LayerPlan:
 @dataclass(frozen=True)
 class Request:
     """What is to be evicted."""
-    prompt: bool      # the prompt ended; False: generated tokens are over their budget
+    prompt: bool      # tokens of the prompt are evicted; False: generated tokens are over their budget
+    room: bool        # because kv_cells are full, maybe in mid-prompt
     budget: int       # slots to keep in a layer, the mean over layers, frozen ones included
     layers: list[LayerPlan]
     spans: list[tuple[int, int]]  # original positions [begin, end), ascending, disjoint; empty unless Policy.spans
@@ -159,4 +160,4 @@ def _record(cls: type, view: dict[str, Any]) -> Any:
 
 def _request(view: dict[str, Any]) -> Request:
     layers = [_record(LayerPlan, layer) for layer in view["layers"]]
-    return Request(view["prompt"], view["budget"], layers, [tuple(span) for span in view["spans"]])
+    return Request(view["prompt"], view["room"], view["budget"], layers, [tuple(span) for span in view["spans"]])

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import _core, state
 from .policy import F32
+from .probe import Probe
 from .spans import Span
 
 
@@ -25,15 +26,19 @@ class Work:
 class Session:
     """Sequence 0 of a context. setup: what a saved state must have the same of."""
 
-    def __init__(self, model: "_core.Model", ctx: "_core.Context", setup: dict[str, Any], evicts: bool, needs_spans: bool) -> None:
+    def __init__(self, model: "_core.Model", ctx: "_core.Context", setup: dict[str, Any], evicts: bool, needs_spans: bool,
+                 probe: str, window: int) -> None:
         self.model, self.ctx, self.setup, self.evicts, self.needs_spans = model, ctx, setup, evicts, needs_spans
         self.turn = 0  # counts what makes a stream of before stale
         self._forget()
+        self.probe = Probe(probe, window, self)
 
     def _forget(self) -> None:
         self.tokens: list[int] = []           # evaluated, by position
         self.pending: int | None = None       # sampled, to be evaluated first
         self.spans: list[Span] = []           # by position
+        self.query: list[int] = []            # what a policy that asks is given
+        self.n_probed = 0                     # tokens that have repeated themselves
         self.compressed = False               # since the last clear()
         self.kept: list[int] = []             # [n_layer] cells when decoding began
         self.work = Work()
@@ -54,7 +59,9 @@ class Session:
 
     def check_room(self, n_new: int, n_before: int, spare: int) -> None:
         """ValueError if n_new tokens after n_before, and `spare` ones of the answer, are more than n_ctx."""
-        n_before += n_before > 0 and self.pending is not None
+        self.check_fits(n_new, n_before + (n_before > 0 and self.pending is not None), spare)
+
+    def check_fits(self, n_new: int, n_before: int, spare: int) -> None:
         if n_before + n_new + spare > self.n_ctx:
             there = f" after the {n_before} that are there" if n_before else ""
             raise ValueError(f"the prompt has {n_new} tokens{there}, but n_ctx is {self.n_ctx}"
@@ -70,9 +77,20 @@ class Session:
         if self.evicts and ids:
             self.ctx.begin_prompt()
         begin = perf_counter()
-        self.decode(pending + ids)
+        self._decode_prompt(pending + ids)
         self.work.prefill_ms += 1e3*(perf_counter() - begin)
         self.work.n_prompt += len(ids)
+
+    def _decode_prompt(self, ids: list[int]) -> None:
+        if not (self.setup["kv_cells"] and self.probe.asks):
+            self.decode(ids)
+            return
+        for i in range(0, len(ids), self.probe.step):  # what is to be evicted is asked for first
+            chunk = ids[i:i + self.probe.step]
+            if not self.ctx.has_room(len(chunk) + self.probe.n_tokens):
+                self.probe.ask()
+                self.ctx.make_room(len(chunk) + self.probe.n_tokens)
+            self.decode(chunk)
 
     def decode(self, ids: list[int]) -> None:
         """Evaluates tokens, the pending one first."""
@@ -107,12 +125,19 @@ class Session:
     # -- eviction ---------------------------------------------------------------------------------------------------
 
     def check_compress(self) -> None:
-        if self.evicts and not self.setup["kv_budget"]:
+        if self.evicts and not self.has_budget:
             raise ValueError("there is nothing to compress to: give LLM(kv_budget=...)")
+
+    @property
+    def has_budget(self) -> bool:
+        return bool(self.setup["kv_budget"] or self.setup["kv_cells"])
 
     def compress(self) -> bool:
         self.check_compress()
         begin = perf_counter()
+        if self.probe.asks and self.n_tokens:
+            self._logits, self._fresh = self.logits() if self.can_sample else None, False  # the probe leaves its own
+            self.probe.ask()
         evicted = bool(self.evicts and self.ctx.evict())
         self.work.evict_ms += 1e3*(perf_counter() - begin)
         self.compressed, self.kept = True, self._kept_now()
@@ -120,7 +145,7 @@ class Session:
 
     def end_prompt(self, compress: bool | None) -> None:
         """compress None: once since the last clear(), if there is a budget."""
-        if compress or (compress is None and not self.compressed and self.evicts and self.setup["kv_budget"]):
+        if compress or (compress is None and not self.compressed and self.evicts and self.has_budget):
             self.compress()
         elif not self.compressed:
             self.kept = self._kept_now()
@@ -138,6 +163,7 @@ class Session:
                 raise ValueError(f"the cache was compressed: it can be truncated to {self.ctx.pos_floor()} tokens or more, "
                                  f"or to 0, not to {n_tokens}")
             self._cut(n_tokens, fresh=False)
+            self.n_probed = min(self.n_probed, n_tokens)
             self.spans = [span for span in self.spans if span[1] <= n_tokens]
         self.pending = None
 
@@ -145,7 +171,7 @@ class Session:
 
     def save(self, path: str | os.PathLike) -> None:
         session = {"tokens": self.tokens, "pending": self.pending, "spans": self.spans,
-                   "compressed": self.compressed, "kept": self.kept}
+                   "compressed": self.compressed, "kept": self.kept, "query": self.query, "n_probed": self.n_probed}
         state.write(path, self.setup, session, self.logits() if self.can_sample else None, self.ctx.save())
 
     def load(self, path: str | os.PathLike) -> None:
@@ -161,5 +187,6 @@ class Session:
         self.tokens, self.pending, self._logits = session["tokens"], session["pending"], logits
         self.spans = [tuple(span) for span in session["spans"]]
         self.compressed, self.kept = session["compressed"], session["kept"]
+        self.query, self.n_probed = session["query"], session["n_probed"]
         if self.needs_spans and self.spans:
             self.ctx.set_spans(self.spans)

@@ -241,6 +241,32 @@ class chunkkv(Policy):
         return np.array([sorted(out)] * len(score), dtype=np.int32)
 
 
+class finch(Policy):
+    """2408.00167: what the question's tokens give each cell, mean over them and the group; pooled along the keys."""
+    def __init__(self, window=64, recent=32, kernel=5, pool="none"):
+        self.recent, self.kernel, self.pool = recent, kernel, pool
+
+    def n_recent(self, n_keep):
+        return min(n_keep, self.recent)
+
+    def score(self, layer, il=0, n_layer=1):
+        probed = layer.get("probed")
+        score = over_group(layer["attn"], len(layer["pos"])) if probed is None else probed.astype(float)
+        return score if self.pool == "none" else np.array([pooled(row, self.kernel, self.pool) for row in score])
+
+
+class kvzip(Policy):
+    """2505.23416: the most that any token of the repetition gives each cell. The most of them is the probe's own."""
+    def __init__(self, window=512, sinks=4, recent=32):
+        self.n_sink, self.recent = sinks, recent
+
+    def n_recent(self, n_keep):
+        return min(n_keep, self.recent)
+
+    def score(self, layer, il=0, n_layer=1):
+        return layer["probed"].astype(float)
+
+
 class shotkv(Policy):
     """2502.01941: whole shots in descending mean attention per token, summed over the heads; the prompt is then frozen and
     generated tokens compete among themselves. fit: a shot that does not fit is skipped for the next that does, or ends
@@ -295,5 +321,5 @@ class random_shot(shotkv):
         return None
 
 
-POLICIES = {c.__name__: c for c in (full, random, streaming_llm, h2o, tova, knorm, keydiff, snapkv, pyramidkv, pyramidinfer, chunkkv, shotkv,
+POLICIES = {c.__name__: c for c in (full, random, streaming_llm, h2o, tova, knorm, keydiff, snapkv, pyramidkv, pyramidinfer, chunkkv, finch, kvzip, shotkv,
                                     random_shot)}

@@ -12,7 +12,7 @@ TABLE = {p["name"]: p for p in _core.policies()}
 NAMES = list(TABLE)
 VARIANTS = ["h2o:recent=0.25", "streaming_llm:sinks=0", "snapkv:window=16,kernel=7,pool=max", "snapkv:kernel=1",
             "pyramidkv:window=8,beta=3", "pyramidkv:beta=1", "pyramidinfer:recent=0.5,decay=0.5,sinks=2", "chunkkv:chunk=7,window=9",
-            "chunkkv:pool=avg,chunk=20", "chunkkv:pool=max,kernel=3", "chunkkv:reuse=2", "shotkv:fit=trim", "shotkv:queries=all",
+            "chunkkv:pool=avg,chunk=20", "chunkkv:pool=max,kernel=3", "chunkkv:reuse=2", "finch:pool=avg,kernel=7,recent=3", "finch:pool=max", "kvzip:sinks=0", "shotkv:fit=trim", "shotkv:queries=all",
             "shotkv:layers=shared", "random_shot:fit=trim,seed=3", "random:seed=7"]
 SPECS = NAMES + VARIANTS
 
@@ -41,7 +41,8 @@ def make_layers(seed, n, window=32, newest=1.0):
         q = rng.standard_normal((w, N_HEAD_KV * GROUP, HEAD_DIM)).astype(np.float32)
         attn = oracle.window_mean(oracle.attention(q, keys.swapaxes(0, 1), 1.0, pos[0, -w:], pos), newest)
         sums = rng.gamma(0.5, size=(N_HEAD_KV, n))
-        out.append({"pos": pos, "attn": attn.astype(np.float32), "sums": sums.astype(np.float32), "keys": keys, "n_query": w})
+        out.append({"pos": pos, "attn": attn.astype(np.float32), "sums": sums.astype(np.float32), "keys": keys, "n_query": w,
+                    "probed": rng.gamma(0.3, size=(N_HEAD_KV, n)).astype(np.float32)})
     return out
 
 
@@ -56,7 +57,8 @@ def make_spans(seed, n):
 
 def core_scores(spec, layers):
     return [_core.score(spec, x["pos"], il=il, n_layer=len(layers), n_head=N_HEAD_KV * GROUP, n_query=x["n_query"], head_dim=HEAD_DIM,
-                        attn=x["attn"], sums=x["sums"], keys=x["keys"]) for il, x in enumerate(layers)]
+                        attn=x["attn"], sums=x["sums"], keys=x["keys"],
+                        probed=x["probed"]) for il, x in enumerate(layers)]
 
 
 def signals_for(spec, seed, n):

@@ -45,6 +45,8 @@ def test_evict_keeps_what_the_oracle_keeps(model, name, type_k):
     if name == "shotkv":
         ctx.set_spans(spans)
     ctx.decode(tokens)
+    if name in ("finch", "kvzip"):
+        ctx.ask(tokens[-30:])
     layers, scores = ctx.signals(), ctx.scores()
     policy = oracle.POLICIES[name]()
 
@@ -73,3 +75,28 @@ def test_window_attention_is_the_attention_of_the_last_queries(model, window):
         np.testing.assert_allclose(layer["attn"].sum(axis=1), 1, atol=2e-3)
         newest = layer["attn"][:, N - window:]
         assert (newest >= 0).all() and (newest[:, -1] <= 1 / window + 1e-3).all()  # only the last query sees the last token
+
+
+@pytest.mark.parametrize("name", ["finch", "kvzip"])
+def test_a_probe_leaves_only_what_it_attended_to(model, name):
+    """finch: the mean attention of the probe's queries, as snapkv's window sees it where the probe stays. kvzip: at least that."""
+    tokens, probe = story_tokens(model)[:400], story_tokens(model)[400:440]
+    how = dict(n_ctx=1024, budget=str(BUDGET))
+    ctx, stays, never = (_core.Context(model, policy=p, **how) for p in (name, "snapkv:window=40", name))
+    for c in (ctx, stays, never):
+        c.decode(tokens)
+    stays.decode(probe)
+    ctx.ask(probe)
+    assert ctx.pos_max() == 399
+    for layer, full in zip(ctx.signals(), stays.signals()):
+        mean = oracle.over_group(full["attn"], model.n_head_kv)[:, :400]
+        if name == "finch":
+            np.testing.assert_allclose(layer["probed"], mean, rtol=1e-4, atol=1e-7)
+        else:
+            assert (layer["probed"] >= mean*(1 - 1e-4)).all() and layer["probed"].max() <= 1 + 1e-5
+    more = story_tokens(model)[440:450]
+    for c in (ctx, never):
+        c.decode(more)
+    assert np.array_equal(ctx.logits(), never.logits())  # nothing of the probe is left
+    assert all(np.isinf(x["probed"][:, 400:]).all() and np.isfinite(x["probed"][:, :400]).all() for x in ctx.signals())
+    assert ctx.evict() and all((k[:, -10:] == np.arange(400, 410)).all() for k in ctx.kept())

@@ -6,13 +6,14 @@
 //   - kvc_next_context(), called on the thread that then calls llama_init_from_model();
 //   - the environment, for programs that know nothing of this header:
 //     LLAMA_ARG_KV_POLICY=snapkv:window=32  LLAMA_ARG_KV_BUDGET=512|25%  LLAMA_ARG_KV_DECODE_BUDGET=...
+//     LLAMA_ARG_KV_CELLS=2048|512MiB
 //
 // Functions that can fail return a negative number and leave the reason in kvc_last_error() of the calling thread; a
 // llama_decode() that returns 1 because an eviction failed does too. Not thread-safe per context, as llama.h is not.
 
 #include "llama.h"
 
-#define KVC_API_VERSION 1
+#define KVC_API_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -21,10 +22,11 @@ extern "C" {
 struct kvc_span { int32_t begin, end; }; // original positions [begin, end)
 
 struct kvc_usage {
-    int32_t n_cells;          // cells of one sequence that are allocated
+    int32_t n_cells;          // cells of one sequence that are allocated, in the mean layer
     int32_t n_layer;          // layers that may evict
     int32_t n_head_kv;        // of those layers; 0 where they differ
-    size_t  bytes_allocated;  // all KV buffers, and the window of queries
+    size_t  bytes_allocated;  // all KV buffers, and the signals
+    size_t  bytes_signals;    // of them, what a policy looks at: the window of queries, the sums
     size_t  bytes_used;       // rows held by the sequences
     size_t  bytes_full;       // rows they would hold without eviction
     int64_t n_evictions;
@@ -35,9 +37,22 @@ struct kvc_usage {
 LLAMA_API int32_t      kvc_version(void);
 LLAMA_API const char * kvc_last_error(void); // "" if nothing failed
 
+struct kvc_seq_usage {
+    int32_t n_tokens;         // evaluated, evicted ones too
+    int32_t n_cells;          // of the layer that holds most
+    size_t  bytes_used, bytes_full;
+    int64_t n_evictions;      // since the sequence was emptied
+    int64_t n_evicted;        // rows of the mean layer
+};
+
 // The policy of the next context this thread creates, whatever the environment says. "full" or NULL: stock.
-// guess_prompt_end: evict at the first single token after a prompt; otherwise the caller says so with kvc_evict().
-LLAMA_API int32_t kvc_next_context(const char * policy, const char * budget, const char * decode_budget, bool guess_prompt_end);
+// cells: NULL, or fewer than the context has tokens, of one sequence (or bytes of all: 512MiB): evictions make room before
+// each ubatch. guess_prompt_end: evict at the first single token after a prompt; otherwise the caller says so with kvc_evict().
+LLAMA_API int32_t kvc_next_context(const char * policy, const char * budget, const char * decode_budget,
+                                         const char * cells, bool guess_prompt_end);
+
+// Budgets of one sequence, until it is emptied.
+LLAMA_API int32_t      kvc_set_budget(struct llama_context * ctx, llama_seq_id seq_id, const char * budget, const char * decode_budget);
 
 // Units of the prompt for policies that need them: ascending, disjoint.
 LLAMA_API int32_t kvc_set_spans(struct llama_context * ctx, llama_seq_id seq_id, const struct kvc_span * spans, size_t n_spans);
@@ -55,6 +70,9 @@ LLAMA_API llama_pos kvc_floor(struct llama_context * ctx, llama_seq_id seq_id);
 LLAMA_API int32_t kvc_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t * out);
 
 LLAMA_API int32_t kvc_get_usage(struct llama_context * ctx, struct kvc_usage * out);
+
+// Of one sequence, its rows in the layers that evict.
+LLAMA_API int32_t kvc_get_seq_usage(struct llama_context * ctx, llama_seq_id seq_id, struct kvc_seq_usage * out);
 
 #ifdef __cplusplus
 }

@@ -16,6 +16,8 @@ const std::vector<policy_info> & policy_table() {
         pyramidkv_info,
         pyramidinfer_info,
         chunkkv_info,
+        finch_info,
+        kvzip_info,
         shotkv_info,
         random_shot_info,
     };

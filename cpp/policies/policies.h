@@ -18,6 +18,8 @@ extern const policy_info snapkv_info;
 extern const policy_info pyramidkv_info;
 extern const policy_info pyramidinfer_info;
 extern const policy_info chunkkv_info;
+extern const policy_info finch_info;
+extern const policy_info kvzip_info;
 extern const policy_info shotkv_info;
 extern const policy_info random_shot_info;
 
@@ -39,6 +41,9 @@ struct pool_params {
 
     explicit pool_params(const params & p);
 };
+
+// One head's scores, F32 [n], pooled along the keys; infinite ones stay what they are and add nothing to the others.
+void pool_row(float * row, int32_t n, const pool_params & pool);
 
 // SnapKV's score, F32 [n_head_kv, n_kv]: the attention each cell before the last `window` ones got, pooled along the
 // keys for each query head, then averaged over the group. The last `window` cells get the greatest score of the layer.

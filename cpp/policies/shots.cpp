@@ -48,17 +48,29 @@ void shot_policy::keep(const request & r, int32_t il, int32_t n_keep, int32_t * 
         // The slots of a span are neighbours: positions ascend, and all heads hold the same ones.
         std::vector<unit> shots;
         const int32_t *   pos = lp.pos;
-        mark_range(marks, 0, lp.n_kv);
         for (const span & s : r.spans) {
             const int32_t begin = (int32_t) (std::lower_bound(pos, pos + lp.n_kv, s.begin) - pos);
             const int32_t end   = (int32_t) (std::lower_bound(pos, pos + lp.n_kv, s.end)   - pos);
             shots.push_back({ begin, end, 0 });
-            std::fill(marks.begin() + begin, marks.begin() + end, 0);
         }
-        const int32_t n_outside = count_marked(marks);
-        mark_range(marks, 0, std::max(sinks, lp.n_frozen));
-        mark_range(marks, lp.n_kv - window, lp.n_kv);
-
+        int32_t n_outside = 0;
+        const auto mark_always = [&](bool outside, bool unfinished) {
+            marks.assign(lp.n_kv, outside);
+            for (size_t i = 0; i < shots.size(); ++i) {
+                const bool grows = unfinished && r.spans[i].end > pos[lp.n_kv - 1] + 1;
+                std::fill(marks.begin() + shots[i].begin, marks.begin() + shots[i].end, grows);
+            }
+            n_outside = count_marked(marks);
+            mark_range(marks, 0, std::max(sinks, lp.n_frozen));
+            mark_range(marks, lp.n_kv - window, lp.n_kv);
+            return count_marked(marks) <= n_keep;
+        };
+        // In mid-prompt a shot whose end is still to come is kept if it fits; then what is outside every shot, if that fits.
+        if (!(r.room && mark_always(true, true)) && !mark_always(true, false) && r.room) {
+            mark_always(false, false);
+            shots.clear();
+            mark_best(marks, token.data(), 0, lp.n_kv, n_keep - count_marked(marks));
+        }
         const int32_t n_left = count_left(marks, n_keep, std::to_string(n_outside) + " outside every span, the first " +
             std::to_string(sinks) + " and the last " + std::to_string(window));
 

@@ -9,6 +9,7 @@
 #include "policies.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <stdexcept>
 
@@ -22,27 +23,42 @@ pool_params::pool_params(const params & p) : kernel(p.i("kernel")) {
     }
 }
 
+void pool_row(float * row, int32_t n, const pool_params & pool) {
+    if (pool.kind == pooling::none) {
+        return;
+    }
+    const int32_t half = pool.kernel / 2;
+    std::vector<float> padded(n + 2 * half, 0.0f); // attention is not negative: zeros pad a maximum as well as a sum
+    for (int32_t j = 0; j < n; ++j) {
+        padded[j + half] = std::isinf(row[j]) ? 0.0f : row[j];
+    }
+    for (int32_t j = 0; j < n; ++j) {
+        if (std::isinf(row[j])) {
+            continue;
+        }
+        float pooled = padded[j];
+        for (int32_t k = 1; k <= 2 * half; ++k) {
+            pooled = pool.kind == pooling::max ? std::max(pooled, padded[j + k]) : pooled + padded[j + k];
+        }
+        row[j] = pool.kind == pooling::avg ? pooled / pool.kernel : pooled;
+    }
+}
+
 void pooled_window_score(const layer_view & v, int32_t window, const pool_params & pool, float * out) {
     const int32_t n       = std::max(v.n_kv - window, 0); // cells that are scored
     const int32_t n_group = v.n_head / v.n_head_kv;
-    const int32_t half    = pool.kind == pooling::none ? 0 : pool.kernel / 2;
 
-    std::vector<float> padded(n + 2 * half);
+    std::vector<float> pooled(n);
     float best = n > 0 ? -std::numeric_limits<float>::infinity() : 0.0f;
     for (int32_t h = 0; h < v.n_head_kv; ++h) {
         float * score = out + (size_t) h * v.n_kv;
         std::fill(score, score + n, 0.0f);
         for (int32_t g = 0; g < n_group; ++g) {
-            // Attention is not negative, so zeros pad a maximum as well as they pad a sum.
             const float * attn = v.attn + (size_t) (h * n_group + g) * v.n_kv;
-            std::fill(padded.begin(), padded.end(), 0.0f);
-            std::copy(attn, attn + n, padded.begin() + half);
+            std::copy(attn, attn + n, pooled.begin());
+            pool_row(pooled.data(), n, pool);
             for (int32_t j = 0; j < n; ++j) {
-                float pooled = padded[j];
-                for (int32_t k = 1; k <= 2 * half; ++k) {
-                    pooled = pool.kind == pooling::max ? std::max(pooled, padded[j + k]) : pooled + padded[j + k];
-                }
-                score[j] += pool.kind == pooling::avg ? pooled / pool.kernel : pooled;
+                score[j] += pooled[j];
             }
         }
         for (int32_t j = 0; j < n; ++j) {

@@ -1,0 +1,176 @@
+// kv_cells: a cache of fewer cells than the context has tokens. Evictions make room before each ubatch.
+//
+// Layers whose budgets differ are allocated at their own length: a layer of budget B_l has B_l + n_ubatch rows, and all
+// of them together n_layer * kv_cells. A layer's rows begin at 0, so row = cell - cell_begin(layer).
+
+#include "engine.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <limits>
+#include <stdexcept>
+
+namespace kvc {
+
+static const uint32_t N_PAD = 256; // as llama.cpp pads n_ctx
+
+static thread_local std::vector<uint32_t> next_rows; // [n_layer] of the context that is being created, 0: as llama.cpp wants
+
+uint32_t rows_of_layer(uint32_t il, uint32_t n_cells) {
+    return il < next_rows.size() && next_rows[il] > 0 ? next_rows[il] : n_cells;
+}
+
+// "1536" cells of a sequence, or "512MiB" of all sequences and layers that evict.
+static int64_t parse_cells(const std::string & text, size_t bytes_per_cell) {
+    size_t used = 0;
+    double value = 0;
+    try {
+        value = std::stod(text, &used);
+    } catch (const std::exception &) {
+    }
+    const std::string unit = text.substr(std::min(used, text.size()));
+    const double scale = unit == "KiB" ? 1 << 10 : unit == "MiB" ? 1 << 20 : unit == "GiB" ? 1 << 30 : 0;
+    if (used == 0 || !(value > 0 && value < 1e12) || (!unit.empty() && scale == 0) || (unit.empty() && value != (double) (int64_t) value)) {
+        throw std::invalid_argument("kv_cells '" + text + "': a number of cells, or of bytes with KiB, MiB or GiB");
+    }
+    if (unit.empty()) {
+        return GGML_PAD((int64_t) value, N_PAD);
+    }
+    return (int64_t) (value*scale/bytes_per_cell)/N_PAD*N_PAD;
+}
+
+static bool on_gpu(const llama_model & model, const llama_cparams & cparams, uint32_t il) {
+    return cparams.offload_kqv && ggml_backend_dev_type(model.dev_layer(il)) != GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
+std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, const llama_model & model,
+        const llama_context_params & params, const llama_cparams & cparams) {
+    next_rows.clear();
+    if (!cfg || cfg->cells_text.empty()) {
+        return cfg;
+    }
+    const auto & hp = model.hparams;
+    std::vector<uint32_t> layers; // those that evict
+    size_t bytes = 0;
+    for (uint32_t il = 0; il < hp.n_layer(); ++il) {
+        if (hp.has_kv(il) && !hp.is_swa(il)) {
+            layers.push_back(il);
+            bytes += ggml_row_size(params.type_k, hp.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hp.n_embd_v_gqa(il));
+        }
+    }
+    if (layers.empty()) {
+        return cfg; // refused with a reason when the engine is attached
+    }
+    const int64_t n_cells = parse_cells(cfg->cells_text, bytes*cparams.n_seq_max);
+    if (n_cells >= cparams.n_ctx_seq) {
+        return cfg;
+    }
+    const int64_t n_budget = cfg->prompt_budget.kind == budget::tokens ? (int64_t) cfg->prompt_budget.value : cfg->pol->min_budget();
+    if (n_cells < n_budget + cparams.n_ubatch) {
+        throw std::invalid_argument("kv_cells " + cfg->cells_text + " is " + std::to_string(n_cells) + " cells of a sequence: it has to hold "
+                "the budget of " + std::to_string(n_budget) + " tokens and n_ubatch " + std::to_string(cparams.n_ubatch) + " new ones");
+    }
+
+    auto c = std::make_shared<config>(*cfg);
+    c->n_cells  = (int32_t) n_cells;
+    c->n_reserve = (int32_t) cparams.n_ubatch;
+    if (c->prompt_budget.kind == budget::none) {
+        c->prompt_budget = { budget::tokens, (double) (n_cells - cparams.n_ubatch) };
+    }
+    request r;
+    r.prompt    = true;
+    r.n_head_kv = (int32_t) hp.n_head_kv(layers[0]);
+    r.budget    = (int32_t) (n_cells - cparams.n_ubatch);
+    for (size_t i = 0; i < layers.size(); ++i) {
+        r.layers.push_back({ (int32_t) cparams.n_ctx_seq, 0, nullptr, nullptr });
+    }
+    const auto n_keep = c->layers_differ ? c->pol->budgets(r) : std::vector<int32_t>(layers.size(), r.budget);
+
+    next_rows.resize(hp.n_layer(), 0);
+    for (size_t i = 0; i < layers.size(); ++i) {
+        uint32_t n = (uint32_t) n_keep[i] + cparams.n_ubatch;
+        if (c->layers_differ && on_gpu(model, cparams, layers[i])) {
+            n = GGML_PAD(n, N_PAD) + N_PAD; // kernels want whole blocks, and run() keeps up to one block more
+        }
+        next_rows[layers[i]] = std::min(n, cparams.n_ctx_seq);
+    }
+    const uint32_t n_max = *std::max_element(next_rows.begin(), next_rows.end());
+    if (hp.swa_type != LLAMA_SWA_TYPE_NONE && n_max < hp.n_swa + cparams.n_ubatch) {
+        throw std::invalid_argument("kv_cells " + cfg->cells_text + ": this model's sliding window takes " +
+                std::to_string(hp.n_swa + cparams.n_ubatch) + " cells, and llama.cpp gives it no more than the global layers have");
+    }
+    return c;
+}
+
+llama_cparams engine::memory_cparams(const std::shared_ptr<const config> & cfg, const llama_cparams & cparams) {
+    llama_cparams res = cparams;
+    if (cfg && cfg->n_cells > 0) {
+        res.n_ctx_seq = *std::max_element(next_rows.begin(), next_rows.end());
+    }
+    return res;
+}
+
+void engine::forget_rows() {
+    next_rows.clear();
+}
+
+//
+// while it runs
+//
+
+bool engine::is_bounded() const {
+    return cfg->n_cells > 0;
+}
+
+int32_t engine::n_rows_max(int32_t ikv) const {
+    return (int32_t) kv.layers[ikv].k->ne[1];
+}
+
+uint32_t engine::n_rows(int32_t ikv, uint32_t n_kv) const {
+    return std::min(n_kv - cell_begin(ikv), (uint32_t) n_rows_max(ikv));
+}
+
+bool engine::has_room(uint32_t s, int32_t n_new) const {
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        if (n_slots(s, l) + n_new > n_rows_max(l)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool engine::has_room(llama_seq_id seq_id, int32_t n_new) const {
+    return has_room(stream_of(seq_id), n_new);
+}
+
+bool engine::has_room(const llama_ubatch & ubatch) const {
+    const int32_t n_tps = (int32_t) (ubatch.n_tokens/(kv.n_stream > 1 ? ubatch.n_seqs_unq : 1));
+    for (uint32_t i = 0; i < ubatch.n_seqs_unq; ++i) {
+        if (!has_room(kv.seq_to_stream[ubatch.seq_id_unq[i]], n_tps)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Slots to free in every layer so that n_new tokens fit: a whole ubatch of a prompt; of an answer half of what the prompt
+// left, so that generated tokens are not evicted at every step.
+int32_t engine::n_to_free(uint32_t s, int32_t n_new) const {
+    const auto & q = streams[s];
+    const int32_t n_left = std::max((cfg->n_cells - q.n_prompt)/2, cfg->interval);
+    return std::max(q.gen < 0 ? cfg->n_reserve : std::min(n_left, cfg->n_reserve), n_new);
+}
+
+// Evictions between the ubatches of one llama_decode().
+void engine::before_ubatch(llama_context * lctx, const llama_ubatch & ubatch) {
+    auto * e = of(lctx);
+    if (e && e->is_bounded() && e->is_due(ubatch)) {
+        lctx->memory_update(true);
+    }
+}
+
+} // namespace kvc

@@ -1,0 +1,146 @@
+"""Many answers at once: each prompt is evaluated in a sequence of its own, and all sequences decode together.
+
+A sequence that is done makes room for the next prompt at once (continuous batching). A prefix that all prompts share is
+evaluated and compressed once, and copied into every sequence.
+"""
+from collections import deque
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Iterator
+
+import numpy as np
+
+from . import _core
+from .generation import Generation, Request, timings_of
+from .session import Session, Work
+from .spans import Span
+from .text import TextStream
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What all prompts begin with."""
+    ids: list[int]
+    spans: list[Span]
+    query: list[int]
+
+
+@dataclass
+class Running:
+    """One answer under way in sequence `seq`."""
+    index: int
+    seq: int
+    request: Request
+    text: TextStream
+    pieces: list[str]
+    tokens: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)  # [n_layer] cells when decoding began
+    work: Work = field(default_factory=Work)
+    decode_ms: float = 0.0
+    n_decoded: int = 0
+    reason: str = ""
+
+    def take(self, token: int, session: Session) -> None:
+        """A sampled token."""
+        if session.model.is_eog(token):
+            self.reason = "eos"
+            return
+        self.tokens.append(token)
+        self.pieces.append(self.text.push(session.model.piece(token)))
+        n_tokens = session.ctx.pos_max(self.seq) + 2  # with this one, once it is evaluated
+        self.reason = ("stop" if self.text.stopped else "length" if len(self.tokens) == self.request.max_tokens
+                       else "context" if n_tokens > session.n_ctx else "")
+
+    def generation(self, session: Session) -> Generation:
+        self.pieces.append(self.text.push(b"", final=True))
+        stats = session.ctx.seq_stats(self.seq)
+        kv = {"cells": stats["cells"], "kept": self.kept, "evictions": stats["n_evictions"],
+              "bytes_allocated": session.ctx.stats()["bytes_allocated"],  # by all sequences
+              "bytes_used": stats["bytes_used"], "bytes_full": stats["bytes_full"]}
+        return Generation("".join(self.pieces), self.tokens, self.work.n_prompt, len(self.tokens), self.reason, kv,
+                          timings_of(self.work, self.decode_ms, self.n_decoded))
+
+
+def answers(session: Session, requests: list[Request], budgets: list[str], prefix: Prefix | None) -> Iterator[tuple[int, Generation]]:
+    """Yields (index of the request, answer) as they are done. budgets: of each request, "" the context's own.
+
+    The conversation of the session is over; however this ends, the cache is empty afterwards."""
+    ctx, turn = session.ctx, session.turn
+    session.clear()
+    waiting, running = deque(enumerate(requests)), []
+    free = list(range(ctx.n_seq_max))[::-1]
+    try:
+        start = _shared(session, prefix) if prefix else None
+        while waiting or running:
+            while waiting and free:
+                index, request = waiting.popleft()
+                running.append(_begin(session, index, request, budgets[index], free.pop(), start))
+            for done in [r for r in running if r.reason]:
+                running.remove(done)
+                answer = done.generation(session)
+                ctx.clear(done.seq)
+                free.append(done.seq)
+                yield done.index, answer
+                if session.turn != turn:
+                    raise RuntimeError("this batch is over: the LLM was used for something else meanwhile")
+            if running and not (waiting and free):
+                _step(session, running)
+    finally:
+        if session.turn == turn:
+            session.clear()
+
+
+def _shared(session: Session, prefix: Prefix) -> bytes:
+    """The compressed prefix, as the state of a sequence."""
+    session.query = prefix.query
+    session.feed(prefix.ids, prefix.spans)
+    if session.evicts and session.has_budget:
+        session.compress()
+    state = session.ctx.save_seq(0)
+    session.clear()
+    return state
+
+
+def _evaluate(session: Session, seq: int, ids: list[int], spans: list[Span], first: int) -> None:
+    if session.needs_spans and spans:
+        session.ctx.set_spans([(begin + first, end + first) for begin, end in spans], seq)
+    if session.evicts:
+        session.ctx.begin_prompt(seq)
+    session.ctx.decode(np.asarray(ids, dtype=np.int32), seq)
+
+
+def _begin(session: Session, index: int, request: Request, budget: str, seq: int, start: bytes | None) -> Running:
+    """Evaluates a prompt, samples the first token, evicts: in the order of generate()."""
+    ctx, run = session.ctx, Running(index, seq, request, TextStream(request.stop), [request.echo])
+    begin = perf_counter()
+    if start is not None:
+        ctx.load_seq(start, seq)
+    if budget:
+        ctx.set_budget(budget, session.setup["kv_decode_budget"], seq)
+    _evaluate(session, seq, request.ids, request.spans, ctx.pos_max(seq) + 1)
+    run.work = Work(len(request.ids), 1e3*(perf_counter() - begin))
+    if request.max_tokens == 0:
+        run.reason = "length"
+    else:
+        run.take(request.sampler.sample(ctx), session)
+    begin = perf_counter()
+    compress = request.compress if request.compress is not None else start is None
+    if compress and session.evicts and (session.has_budget or budget):
+        ctx.evict(seq)
+    run.work.evict_ms = 1e3*(perf_counter() - begin)
+    if session.evicts:
+        ctx.end_prompt(seq)
+    run.kept = ctx.seq_stats(seq)["kept"]
+    return run
+
+
+def _step(session: Session, running: list[Running]) -> None:
+    """One token for every sequence. Neighbouring sequences share a ubatch, so they go in order."""
+    running.sort(key=lambda r: r.seq)
+    begin = perf_counter()
+    session.ctx.decode_batch(np.array([r.tokens[-1] for r in running], dtype=np.int32), np.array([r.seq for r in running], dtype=np.int32))
+    took = 1e3*(perf_counter() - begin)
+    for row, r in enumerate(running):
+        r.decode_ms += took
+        r.n_decoded += 1
+        r.take(r.request.sampler.sample(session.ctx, row), session)

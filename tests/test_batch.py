@@ -1,0 +1,101 @@
+"""generate_batch(): many prompts, each as if it were alone."""
+import numpy as np
+import pytest
+
+import pykvc
+import texts
+
+WORDS = texts.prose(60).split()
+
+
+def prompt(i, n):
+    return f"Story {i}. " + " ".join(WORDS[7*i:7*i + n])
+
+
+PROMPTS = [prompt(i, n) for i, n in enumerate((40, 70, 20, 60, 50))]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with pykvc.LLM(n_ctx=1024, n_seq_max=3, n_threads=2, kv_policy="snapkv:window=16", kv_budget=0.5) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with pykvc.LLM(n_ctx=1024, n_threads=2, kv_policy="snapkv:window=16", kv_budget=0.5) as llm:
+        yield llm
+
+
+def test_as_if_alone(llm, alone):
+    """The kept sets are those of a run alone; so are the tokens, for a model whose best token leads by more than the
+    last bits in which matrix products of another shape differ."""
+    batch = llm.generate_batch(PROMPTS, max_tokens=12)
+    assert [b.n_prompt for b in batch] == [len(llm.tokenize(p)) for p in PROMPTS]
+    for p, b in zip(PROMPTS, batch):
+        a = alone.generate(p, max_tokens=12)
+        assert b.kv["kept"] == a.kv["kept"] and b.kv["evictions"] == 1
+        assert b.tokens[0] == a.tokens[0] and b.stop_reason == a.stop_reason
+        assert b.tokens == a.tokens
+    assert llm.n_tokens == 0
+    assert llm.generate(PROMPTS[0], max_tokens=12).tokens == batch[0].tokens  # and the conversation works as before
+
+
+def test_one_sequence_is_generate(alone):
+    batch = alone.generate_batch(PROMPTS[:2], max_tokens=8)
+    assert [b.tokens for b in batch] == [alone.generate(p, max_tokens=8).tokens for p in PROMPTS[:2]]
+
+
+def test_prefix_is_compressed_once(llm, alone):
+    prefix, questions = prompt(0, 90), [" Who came?", " Where?", " Why was it so late?", " When?"]
+    batch = llm.generate_batch(questions, prefix=prefix, max_tokens=8)
+    for q, b in zip(questions, batch):
+        alone.reset()
+        alone.prefill(prefix)
+        alone.compress()
+        n_prefix = alone.stats()["kept"]
+        a = alone.generate(q, reset=False, max_tokens=8)
+        alone_kept = [n + b.n_prompt for n in n_prefix]
+        assert b.tokens == a.tokens
+        assert b.kv["kept"] == alone_kept and b.n_prompt == len(llm.tokenize(q, add_special=False))
+
+
+def test_shots_are_spans():
+    with pykvc.LLM(n_ctx=1024, n_seq_max=2, n_threads=2, kv_policy="shotkv:window=8", kv_budget=0.6) as llm:
+        shots = [f"Q: {i}+{i}?\nA: {2*i}\n\n" for i in range(12)]
+        batch = llm.generate_batch(["Q: 3+4?\nA:", "Q: 2+2?\nA:"], shots=shots, max_tokens=4, stop="\n")
+        assert all(b.kv["kept"][0] < 0.7*len(llm.tokenize("".join(shots))) for b in batch)
+
+
+def test_a_budget_for_each(llm):
+    batch = llm.generate_batch([PROMPTS[1]]*3, kv_budget=[40, 0.25, None], max_tokens=2)
+    n = batch[0].n_prompt
+    assert [b.kv["kept"][0] for b in batch] == [40, round(n*0.25), round(n*0.5)]
+
+
+def test_stream_gives_answers_as_they_are_done(llm):
+    seen = [index for index, _ in llm.generate_batch(PROMPTS, max_tokens=3, stream=True)]
+    assert sorted(seen) == list(range(len(PROMPTS)))
+    left = llm.generate_batch(PROMPTS, max_tokens=3, stream=True)
+    next(left)
+    llm.reset()
+    with pytest.raises(RuntimeError, match="over"):
+        list(left)
+    left = llm.generate_batch(PROMPTS, max_tokens=3, stream=True)
+    next(left)
+    left.close()
+    assert llm.stats()["bytes_used"] == 0
+
+
+@pytest.mark.parametrize("how, why", [
+    (dict(prompts="one"), "list"), (dict(prompts=[]), "empty"), (dict(prompts=["a", ""]), "empty"),
+    (dict(prompts=["x "*2000]), "n_ctx"), (dict(prompts=["a"], kv_budget=[1, 2]), "each prompt"),
+    (dict(prompts=["a"], shots=["b"], prefix="c"), "shots"), (dict(prompts=["a"], spans=[(0, 1)]), "prefix"),
+    (dict(prompts=["a"], kv_budget=3), "at least 17"), (dict(prompts=["a"], prefix="x "*1100), "n_ctx"),
+])
+def test_mistakes_change_nothing(llm, how, why):
+    llm.generate(PROMPTS[2], max_tokens=2)
+    n = llm.n_tokens
+    with pytest.raises(ValueError, match=why):
+        llm.generate_batch(**how)
+    assert llm.n_tokens == n

@@ -1,0 +1,181 @@
+"""kv_cells: fewer cells than the context has tokens. Random weights."""
+import numpy as np
+import pytest
+
+import tiny
+from pykvc import _core
+
+EVICT = [p["name"] for p in _core.policies() if p["name"] not in ("full", "kvzip")]  # kvzip needs LLM
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return {arch: _core.Model(str(tiny.write(folder/f"{arch}.gguf", arch, n_layer=7 if arch == "gemma3" else 3)))
+            for arch in ("llama", "gemma3")}
+
+
+def context(model, policy="snapkv:window=8,kernel=3", cells="256", **kwargs):
+    return _core.Context(model, **{"n_ctx": 2048, "n_batch": 512, "n_ubatch": 64, "n_threads": 1, "policy": policy, "cells": cells, **kwargs})
+
+
+def ids(n, seed=0):
+    return np.random.default_rng(seed).integers(0, tiny.N_VOCAB, n, dtype=np.int32)
+
+
+def n_layer(context):
+    return len(context.kept())
+
+
+def rows(context):
+    return [k.shape[1] for k in context.kept()]
+
+
+@pytest.mark.parametrize("policy", EVICT)
+@pytest.mark.parametrize("kwargs", [{}, {"flash_attn": "off"}])
+def test_any_prompt_fits(models, policy, kwargs):
+    c = context(models["llama"], policy, **kwargs)
+    full = context(models["llama"], "full", "", **kwargs)
+    for i in range(0, 1000, 100):  # batches that are no multiple of n_ubatch, and larger than what is free
+        c.decode(ids(1000)[i:i + 100])
+        assert np.mean(rows(c)) <= 256
+    stats = c.stats()
+    assert stats["n_evictions"] > 5 and c.pos_max() == 999 and stats["cells_allocated"] == 256
+    assert stats["bytes_allocated"] - stats["bytes_signals"] <= full.stats()["bytes_allocated"]/8 + 1024*n_layer(c)
+    assert all((np.diff(k) > 0).all() for k in c.kept())
+    c.end_prompt()
+    for t in ids(400, 1):          # an answer longer than what the prompt left
+        c.decode(np.array([t], np.int32))
+    assert c.pos_max() == 1399 and np.mean(rows(c)) <= 256 and np.isfinite(c.logits()).all()
+
+
+@pytest.mark.parametrize("policy", ["snapkv:window=8", "pyramidkv:window=8", "h2o", "shotkv:window=8"])
+def test_a_prompt_that_fits_is_as_without(models, policy):
+    n_fit = 80 if policy.startswith("pyramidkv") else 192  # its smallest layer has as many rows
+    bounded, free = context(models["llama"], policy, budget="64"), context(models["llama"], policy, "", budget="64")
+    for c in (bounded, free):
+        c.set_spans([(i, i + 10) for i in range(0, n_fit - 10, 10)])
+        c.decode(ids(n_fit))
+        c.evict()
+        c.end_prompt()
+        for t in ids(20, 1):
+            c.decode(np.array([t], np.int32))
+    if not policy.startswith("pyramidkv"):
+        assert all(map(np.array_equal, bounded.kept(), free.kept()))
+        assert np.array_equal(bounded.logits(), free.logits())
+    assert bounded.stats()["n_evictions"] == free.stats()["n_evictions"] == 1
+
+
+@pytest.mark.parametrize("how", [{}, {"flash_attn": "off"}, {"type_k": "q8_0", "type_v": "q8_0"}])
+def test_eviction_between_ubatches_equals_eviction_between_calls(models, how):
+    """A batch of several ubatches evicts inside one llama_decode(), as if it had come one ubatch at a time."""
+    for policy in ("snapkv:window=8", "pyramidkv:window=8", "keydiff"):
+        one, many = (context(models["llama"], policy, **how) for _ in range(2))
+        one.decode(ids(512))
+        for i in range(0, 512, 64):
+            many.decode(ids(512)[i:i + 64])
+        assert all(map(np.array_equal, one.kept(), many.kept()))
+        assert np.array_equal(one.logits(), many.logits())
+        assert one.stats()["n_evictions"] == many.stats()["n_evictions"] > 3
+
+
+@pytest.mark.parametrize("policy", ["pyramidkv:window=8", "pyramidinfer:window=8"])
+def test_layers_are_allocated_at_their_own_length(models, policy):
+    c, even = context(models["llama"], policy, "512"), context(models["llama"], "snapkv:window=8", "512")
+    c.decode(ids(1000))
+    n = rows(c)
+    assert n == sorted(n, reverse=True) and n[0] > n[-1]
+    a, b = (x.stats()["bytes_allocated"] - x.stats()["bytes_signals"] for x in (c, even))
+    assert abs(a - b) < 0.05*b
+
+
+def test_bytes_are_cells(models):
+    full = context(models["llama"], "full", "").stats()["bytes_allocated"]  # 2048 cells
+    for text in (f"{full/8/1024:.3f}KiB", "256"):
+        c = context(models["llama"], cells=text)
+        assert c.stats()["cells_allocated"] == 256
+
+
+def test_global_layers_of_a_sliding_window_model(models):
+    c = context(models["gemma3"])
+    c.decode(ids(1000))
+    assert rows(c) and max(rows(c)) <= 256 and np.isfinite(c.logits()).all()
+
+
+def test_several_sequences(models):
+    c = context(models["llama"], n_seq_max=3)
+    alone = context(models["llama"])
+    for s, n in enumerate((300, 700, 90)):
+        c.decode(ids(n, s), seq=s)
+    for t in range(40):
+        c.decode_batch(np.full(3, t, np.int32), np.arange(3, dtype=np.int32))
+    alone.decode(ids(700, 1))
+    for t in range(40):
+        alone.decode(np.array([t], np.int32))
+    assert all(map(np.array_equal, c.kept(1), alone.kept()))
+
+
+@pytest.mark.parametrize("policy", ["snapkv:window=8", "pyramidkv:window=8", "h2o", "keydiff"])
+def test_saved_states_go_on(models, policy):
+    a, b = context(models["llama"], policy), context(models["llama"], policy)
+    a.decode(ids(700))
+    b.load(a.save())
+    for c in (a, b):
+        c.decode(ids(300, 1))
+        c.end_prompt()
+        for t in ids(30, 2):
+            c.decode(np.array([t], np.int32))
+    assert all(map(np.array_equal, a.kept(), b.kept())) and np.array_equal(a.logits(), b.logits())
+
+
+@pytest.mark.parametrize("kwargs, why", [
+    (dict(cells="64", n_ubatch=256), "has to hold"),
+    (dict(cells="256", budget="200"), "n_ubatch 64"),
+    (dict(cells="many"), "MiB"),
+    (dict(cells="12.5"), "MiB"),
+    (dict(cells="-1"), "MiB"),
+    (dict(cells="3TiB"), "MiB"),
+    (dict(policy="full", cells="256"), "full"),
+])
+def test_bad_cells_name_what_is_valid(models, kwargs, why):
+    with pytest.raises(ValueError, match=why):
+        context(models["llama"], **kwargs)
+
+
+def test_a_failed_eviction_loses_nothing(models):
+    import pykvc
+
+    class Moody(pykvc.Policy):
+        name = "moody"
+        fails = False
+
+        def score(self, layer):
+            if self.fails:
+                raise ValueError("not today")
+            return -layer.pos.astype(np.float32)
+
+    policy = Moody()
+    c = context(models["llama"], policy)
+    c.decode(ids(300))
+    before, policy.fails = c.kept(), True
+    n = c.pos_max()
+    with pytest.raises(ValueError, match="not today"):
+        c.decode(ids(512))
+    kept = c.kept()
+    assert c.pos_max() >= n and all(np.array_equal(k[:, :b.shape[1]], b) for k, b in zip(kept, before))
+    policy.fails = False
+    c.decode(ids(512))
+    assert c.pos_max() > n + 500
+
+
+def test_shots_in_mid_prompt():
+    """A shot still to end is kept while it fits; where even what is outside every shot does not, the best tokens are."""
+    n = 100
+    pos, score = [np.arange(n, dtype=np.int32)[None]], [np.linspace(1, 0, n, dtype=np.float32)[None]]  # older is better
+    how = dict(spec="shotkv:window=4,sinks=2", pos=pos, score=score)
+    shots, first, last = [(10, 30), (30, 60), (60, 140)], set(range(10)), set(range(96, 100))
+    assert set(_core.plan(**how, spans=shots, budget=80, room=True)[0][0]) == first | set(range(10, 40)) | set(range(60, 100))
+    assert set(_core.plan(**how, spans=shots, budget=40, room=True)[0][0]) == first | set(range(10, 36)) | last
+    assert set(_core.plan(**how, spans=[(60, 80)], budget=40, room=True)[0][0]) == set(range(36)) | last
+    with pytest.raises(ValueError, match="outside every span"):
+        _core.plan(**how, spans=[(60, 80)], budget=40)
