@@ -153,7 +153,8 @@ def test_invariants(seed, n, share, spec):
     assert sum(whole_budgets(kept)) == N_LAYER * (n if spec == "full" else budget)
     p = params_of(spec)
     # PyramidInfer's window is only whose attention counts: what it keeps of the newest is `recent`.
-    window = 1 if spec.startswith(("tova", "pyramidinfer")) else p.get("window", 0)
+    # A probe's window is the question's: what finch and kvzip keep of the newest is `recent`, too, in tokens.
+    window = 1 if spec.startswith(("tova", "pyramidinfer")) else p["recent"] if spec.startswith(("finch", "kvzip")) else p.get("window", 0)
     for il in range(N_LAYER):
         assert kept[il].dtype == np.int32 and kept[il].shape[0] == N_HEAD_KV
         assert (np.diff(kept[il], axis=1) > 0).all() and kept[il].min() >= 0 and kept[il].max() < n
