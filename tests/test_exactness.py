@@ -6,7 +6,7 @@ import pytest
 
 import pykvc
 from pykvc import _core
-from texts import prose
+from pykvc.prose import prose
 
 N_STEPS = 32
 

@@ -1,4 +1,4 @@
-"""Prose for the tests, made here: long enough to evict from, varied enough that heads disagree."""
+"""Prose made here, the same everywhere: long enough to evict from, varied enough that heads disagree."""
 import random
 
 NAMES = ["Ada", "Ben", "Clara", "Deniz", "Emil", "Fatou", "Goran", "Hana", "Ivo", "Jun"]
