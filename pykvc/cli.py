@@ -1,16 +1,17 @@
-"""The command line: `pykvc generate | policies | pull | demo`, with llama.cpp's names for flags and environment.
+"""The command line: `pykvc generate | bench | policies | pull | demo`, with llama.cpp's names for flags and environment.
 
 A mistake ends with exit status 2 and one sentence on stderr.
 """
 import functools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Callable, Optional
 
 import typer
 
-from . import __version__, models, policies, table
+from . import __version__, bench, models, policies, report, table
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="KV cache eviction inside llama.cpp: a long prompt in a small cache.")
@@ -135,6 +136,56 @@ def _prompt(prompt: str | None, file: str | None) -> str:
         raise ValueError(f"cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+
+
+@app.command("bench")
+@sentences
+def run_bench(
+    model: Annotated[Optional[list[str]], _flag("-m", "--model", help="As in generate.")] = None,
+    n_prompt: Annotated[list[str], _flag("-p", "--n-prompt", help="Tokens of the prompt that are timed; 0: none.")] = ["512"],
+    n_gen: Annotated[list[str], _flag("-n", "--n-gen", help="Tokens generated after it; 0: none.")] = ["128"],
+    n_depth: Annotated[list[str], _flag("-d", "--n-depth", help="Tokens evaluated before the prompt, not timed.")] = ["0"],
+    repetitions: Annotated[int, _flag("-r", "--repetitions", help="Times each row is measured.")] = 5,
+    batch_size: Annotated[list[str], _flag("-b", "--batch-size", help="Tokens of one call; caches take turns after each.")] = ["512"],
+    ubatch_size: Annotated[list[str], _flag("-ub", "--ubatch-size", help="Tokens computed at once.")] = ["512"],
+    type_k: Annotated[list[str], _flag("-ctk", "--cache-type-k", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.")] = ["f16"],
+    type_v: Annotated[list[str], _flag("-ctv", "--cache-type-v", help="As -ctk.")] = ["f16"],
+    flash_attn: Annotated[list[str], _flag("-fa", "--flash-attn", help="on, off or auto.")] = ["auto"],
+    threads: Annotated[Optional[list[str]], _flag("-t", "--threads", help="CPU threads; default: all.")] = None,
+    n_gpu_layers: Annotated[list[str], _flag("-ngl", "--n-gpu-layers", help="Layers on the GPU.")] = ["0"],
+    n_parallel: Annotated[list[str], _flag("-np", "--parallel", help="Sequences at once; rates are their sum.")] = ["1"],
+    kv_policy: Annotated[list[str], _flag("--kv-policy", help="NAME[:key=value,...]; full is the reference of the others.")] = ["full"],
+    kv_budget: Annotated[Optional[list[str]], _flag("--kv-budget", help="Cells a layer keeps of the prompt: 512, 25% or 0.25.")] = None,
+    kv_decode_budget: Annotated[Optional[list[str]], _flag("--kv-decode-budget", help="The same of the generated tokens.")] = None,
+    kv_cells: Annotated[Optional[list[str]], _flag("--kv-cells", hidden=not bench.CELLS, help="Cells the cache has at most.")] = None,
+    file: Annotated[Optional[str], _flag("-f", "--file", help="Text to evaluate; - is stdin. Default: prose made from a word list.")] = None,
+    random_tokens: Annotated[bool, _flag("--random", help="Evaluate random tokens, as llama-bench does.")] = False,
+    output: Annotated[str, _flag("-o", "--output", help="md, csv, json or jsonl.")] = "md",
+) -> None:
+    """Measure prefill, eviction and decode against a cache that holds everything and one that holds only the budget.
+
+    Flags that take a list (-p 512,4096) and are repeated (-p 512 -p 4096) measure every combination."""
+    if output not in report.FORMATS:
+        raise ValueError(f"-o is one of {', '.join(report.FORMATS)}, not {output!r}")
+    if file is not None and random_tokens:
+        raise ValueError("give -f or --random, not both")
+    text = None if file is None else _prompt(None, file)
+    lists = dict(model=_values(model), n_gpu_layers=_numbers(n_gpu_layers), n_threads=_numbers(threads), n_batch=_numbers(batch_size),
+                 n_ubatch=_numbers(ubatch_size), type_k=_values(type_k), type_v=_values(type_v), flash_attn=_values(flash_attn),
+                 n_parallel=_numbers(n_parallel), kv_policy=_values(kv_policy), kv_budget=_values(kv_budget),
+                 kv_decode_budget=_values(kv_decode_budget), kv_cells=_values(kv_cells),
+                 n_depth=_numbers(n_depth), n_prompt=_numbers(n_prompt), n_gen=_numbers(n_gen))
+    todo = bench.cases(**{name: values for name, values in lists.items() if values})
+    report.FORMATS[output](todo, report.watched(todo, repetitions, "random" if random_tokens else file or "prose", text))
+
+
+def _values(given: list[str] | None) -> list[str]:
+    """A comma separates values, but not the parameters of one policy: snapkv:window=32,kernel=5,tova are two."""
+    return [value.strip() for text in given or () for value in re.split(r",(?![^,:]*=)", text)]
+
+
+def _numbers(given: list[str] | None) -> list[int | str]:
+    return [int(value) if re.fullmatch(r"[+-]?[0-9]+", value) else value for value in _values(given)]
 
 
 def _unescape(text: str | None) -> str | None:
