@@ -21,8 +21,6 @@ from .policy import I32
 from .prose import prose
 from .race import Case, Race, Tick
 
-CELLS = False  # SWITCH: True as soon as _core.Context takes `cells`
-
 DEFAULTS: dict[str, Any] = dict(
     model=None, n_gpu_layers=0, n_threads=None, n_batch=512, n_ubatch=512, type_k="f16", type_v="f16", flash_attn="auto", n_parallel=1,
     kv_policy="full", kv_budget=None, kv_decode_budget=None, kv_cells=None, n_depth=0, n_prompt=512, n_gen=128)
@@ -39,7 +37,7 @@ def cases(**lists: Sequence[Any]) -> list[Case]:
     values = {name: [_check(name, value) for value in lists.get(name, [default])] for name, default in DEFAULTS.items()}
     todo = [Case(**dict(zip(values, chosen))) for chosen in itertools.product(*values.values())]
     for case in todo:
-        options.policy(case.kv_policy, case.kv_budget, case.kv_decode_budget)
+        options.policy(case.kv_policy, case.kv_budget, case.kv_decode_budget, case.kv_cells)
         options.whole("n_parallel", case.n_parallel, 1, case.n_batch)  # a call takes a token of each
     todo = [case if case.evicts else replace(case, kv_budget="", kv_decode_budget="", kv_cells="") for case in todo]
     todo = [case for case in dict.fromkeys(todo) if case.n_prompt or case.n_gen]
@@ -62,9 +60,7 @@ def _check(name: str, value: Any) -> Any:
     if name == "kv_policy":
         return _core.parse_spec(value)
     if name == "kv_cells":
-        if value and not CELLS:
-            raise ValueError("kv_cells: this build cannot bound the cells of a cache: leave it out")
-        return value or ""
+        return options.cells(value)
     return options.budget(name, value)
 
 

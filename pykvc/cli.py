@@ -157,7 +157,7 @@ def run_bench(
     kv_policy: Annotated[list[str], _flag("--kv-policy", help="NAME[:key=value,...]; full is the reference of the others.")] = ["full"],
     kv_budget: Annotated[Optional[list[str]], _flag("--kv-budget", help="Cells a layer keeps of the prompt: 512, 25% or 0.25.")] = None,
     kv_decode_budget: Annotated[Optional[list[str]], _flag("--kv-decode-budget", help="The same of the generated tokens.")] = None,
-    kv_cells: Annotated[Optional[list[str]], _flag("--kv-cells", hidden=not bench.CELLS, help="Cells the cache has at most.")] = None,
+    kv_cells: Annotated[Optional[list[str]], _flag("--kv-cells", help="Cells of a sequence that are allocated, or bytes of all (512MiB).")] = None,
     file: Annotated[Optional[str], _flag("-f", "--file", help="Text to evaluate; - is stdin. Default: prose made from a word list.")] = None,
     random_tokens: Annotated[bool, _flag("--random", help="Evaluate random tokens, as llama-bench does.")] = False,
     output: Annotated[str, _flag("-o", "--output", help="md, csv, json or jsonl.")] = "md",

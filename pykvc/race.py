@@ -53,13 +53,13 @@ class Cache:
 
     def __init__(self, model: "_core.Model", case: Case, n_past: int, evicts: bool) -> None:
         policy = dict(policy=case.kv_policy, budget=case.kv_budget, decode_budget=case.kv_decode_budget) if evicts else dict(policy="full")
-        if evicts and case.kv_cells:
+        if evicts:
             policy["cells"] = case.kv_cells
         n_ctx = -(-(n_past + 1 + case.n_gen)//256)*256
         self.ctx = _core.Context(model, n_ctx=n_ctx, n_batch=case.n_batch, n_ubatch=case.n_ubatch, n_seq_max=case.n_parallel,
                                  n_threads=case.n_threads, type_k=case.type_k, type_v=case.type_v, flash_attn=case.flash_attn, **policy)
         self.n_past, self.seqs = n_past, range(case.n_parallel)
-        self.evicts, self.has_budget = evicts, bool(evicts and case.kv_budget)
+        self.evicts, self.has_budget = evicts, bool(evicts and (case.kv_budget or case.kv_cells))
 
     def end_prompt(self) -> int:
         """Evicts down to the budget."""

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 import pykvc
-import texts
+from pykvc.prose import prose
 
-WORDS = texts.prose(60).split()
+WORDS = prose(60).split()
 
 
 def prompt(i, n):

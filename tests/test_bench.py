@@ -62,20 +62,10 @@ def test_a_field_that_is_none_is_a_mistake():
         bench.cases(n_ctx=[512])
 
 
-@pytest.mark.skipif(bench.CELLS, reason="this build bounds cells")
-def test_cells_are_refused():
-    with pytest.raises(ValueError, match="kv_cells"):
-        bench.cases(kv_policy=["snapkv"], kv_budget=[32], kv_cells=["64"])
-
-
-def test_cells_are_passed_on_only_when_given(path, monkeypatch):
-    given = []
-    monkeypatch.setattr(race._core, "Context", lambda model, **how: given.append(how))
-    case, = cases(path, **SNAPKV)
-    for cells in ("", "64"):
-        for evicts in (True, False):  # the references are llama.cpp's own cache
-            race.Cache(None, replace(case, kv_cells=cells), 40, evicts)
-    assert [how.get("cells") for how in given] == [None, None, "64", None]
+def test_bounded_cells(path):
+    row, = rows(path, 1, n_prompt=[600], n_gen=[4], kv_policy=["snapkv:window=8"], kv_cells=["256"])
+    assert row["kv_cells"] == "256" and row["kv_cells_allocated"] == 256 and row["kv_cells_used"] == row["n_short"] == 256 - 16
+    assert row["n_evictions"] > 4 and row["decode_ratio_full"] > 0
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 import pytest
 
 import pykvc
-import texts
+from pykvc.prose import prose
 
-CONTEXT = texts.prose(70) + "The word on the blue door is marzipan. " + texts.prose(70, seed=1)
+CONTEXT = prose(70) + "The word on the blue door is marzipan. " + prose(70, seed=1)
 QUESTION = "\nQuestion: What is the word on the blue door?\nAnswer: The word on the blue door is"
 
 
