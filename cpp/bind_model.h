@@ -63,6 +63,9 @@ public:
     }
 
     std::vector<llama_token> tokenize(const std::string & text, bool add_special, bool parse_special) const {
+        if (llama_vocab_type(vocab) == LLAMA_VOCAB_TYPE_NONE) { // llama.cpp would abort
+            throw std::invalid_argument("this model has no tokenizer: give tokens, not text");
+        }
         std::vector<llama_token> res(text.size() + 8);
         const int32_t n = llama_tokenize(vocab, text.data(), (int32_t) text.size(), res.data(), (int32_t) res.size(), add_special, parse_special);
         if (n < 0) {

@@ -172,3 +172,8 @@ def test_damaged_states_are_refused(models, policy):
                 context(models["llama"], other, "" if other == "full" else "24").load(bytes(data))
     c.load(bytes(data))
     assert c.pos_max() == 59
+
+
+def test_a_model_without_a_tokenizer_takes_tokens(models):
+    with pytest.raises(ValueError, match="no tokenizer"):
+        models["llama"].tokenize(b"text")
