@@ -17,18 +17,16 @@ Asked = list[tuple[Item, Prompt]]
 
 
 def groups(asked: Asked, protocol: str, case: Case) -> list[Asked]:
-    """Neighbours that can share a compressed context."""
-    together: list[Asked] = []
+    """Those that can share a compressed context, in the order of the first of them."""
+    if protocol == "question-in" or case.asks:
+        return [[one] for one in asked]
+    together: dict[str, Asked] = {}
     for item, prompt in asked:
-        shares = protocol == "question-out" and not case.asks and together and together[-1][0][1].head == prompt.head
-        if shares:
-            together[-1].append((item, prompt))
-        else:
-            together.append([(item, prompt)])
-    return together
+        together.setdefault(prompt.head or item.id, []).append((item, prompt))
+    return list(together.values())
 
 
-def ask(llm: pykvc.LLM, group: Asked, protocol: str, case: Case) -> Iterator[tuple[Item, dict[str, Any]]]:
+def ask(llm: pykvc.LLM, group: Asked, protocol: str, case: Case, n_threads: int | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
     """(item, figures and answer), one after the other. prefill_ms and evict_ms of a shared context count in its first row."""
     if protocol == "question-in":
         for item, prompt in group:

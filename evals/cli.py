@@ -48,13 +48,21 @@ def run_tasks(
     n_gpu_layers: Annotated[int, _flag("--n-gpu-layers", "-ngl", help="Layers on the GPU.")] = 0,
     plain: Annotated[bool, _flag("--plain", help="Ask without the model's chat template.")] = False,
     any_commit: Annotated[bool, _flag("--any-commit", help="Go on with answers that another commit gave.")] = False,
-    length: Annotated[Optional[int], _flag("--length", help="niah: tokens of a context.")] = None,
+    length: Annotated[Optional[int], _flag("--length", help="niah, fidelity: tokens of a context. longbench: at most; 0: all.")] = None,
     depths: Annotated[Optional[str], _flag("--depths", help="niah: where needles stand, in percent: 0,50,100.")] = None,
     needles: Annotated[Optional[int], _flag("--needles", help="niah: needles in one context.")] = None,
+    shots: Annotated[Optional[int], _flag("--shots", help="gsm8k, mmlu, commonsense_qa: examples before the question; longgenbench.")] = None,
+    exemplars: Annotated[Optional[str], _flag("--exemplars", help="gsm8k, longgenbench, commonsense_qa: cot, train.")] = None,
+    questions: Annotated[Optional[int], _flag("--questions", help="longgenbench: of one generation; kv_retrieval: of one object.")] = None,
+    sets: Annotated[Optional[str], _flag("--sets", help="longbench, safety: parts of the data, with commas.")] = None,
+    pairs: Annotated[Optional[int], _flag("--pairs", help="kv_retrieval: pairs of an object.")] = None,
+    tokens: Annotated[Optional[int], _flag("--tokens", help="fidelity: tokens that are compared.")] = None,
+    unsafe_code: Annotated[bool, _flag("--unsafe-code", help="humaneval: run code where it cannot be locked in.")] = False,
 ) -> None:
     """Ask what is not answered yet, save each answer, score it."""
     names = values(tasks)
-    settings = {"length": length, "depths": depths, "needles": needles}
+    settings = {"length": length, "depths": depths, "needles": needles, "shots": shots, "exemplars": exemplars, "questions": questions,
+                "sets": sets, "pairs": pairs, "tokens": tokens, "unsafe_code": unsafe_code or None}
     plan = Plan(tasks=names, cases=cases(values(policy), values(budget), values(decode_budget), values(cells), values(type_k), values(type_v)),
                 protocols=protocols(values(protocol)), out=out, data_dir=_folder(data_dir), n=_positive("--n", n), seed=seed, n_ctx=n_ctx, n_ubatch=n_ubatch,
                 n_threads=threads, n_gpu_layers=n_gpu_layers, chat=not plain, any_commit=any_commit,
@@ -73,7 +81,7 @@ def _settings(names: list[str], given: dict[str, Any]) -> dict[str, dict[str, An
     """Each task's own flags. ValueError if no task has one that was given."""
     for name in given:
         if not any(name in task(t).SETTINGS for t in names):
-            raise ValueError(f"--{name} is a setting of {', '.join(t for t, module in TASKS.items() if name in module.SETTINGS)}")
+            raise ValueError(f"--{name.replace('_', '-')} is a setting of {', '.join(t for t, module in TASKS.items() if name in module.SETTINGS)}")
     return {t: {name: value for name, value in given.items() if name in task(t).SETTINGS} for t in names}
 
 
@@ -132,5 +140,5 @@ def show_report(
 def list_tasks() -> None:
     """Name the tasks, with what they are and their settings."""
     for name, module in TASKS.items():
-        settings = ", ".join(f"--{setting} {value}" for setting, value in module.SETTINGS.items())
+        settings = ", ".join(f"--{setting.replace('_', '-')} {value}" for setting, value in module.SETTINGS.items())
         print(f"{name}: {module.__doc__.splitlines()[0]}" + (f" [{settings}]" if settings else ""))

@@ -57,3 +57,10 @@ def _checked(found: Iterator[Row], where: str, fields: Sequence[str]) -> list[Ro
     if not result:
         raise ValueError(f"{where} is empty")
     return result
+
+
+def take(flag: str, found: list[Row], n: int) -> list[Row]:
+    """The first n. ValueError if there are fewer."""
+    if not 1 <= n <= len(found):
+        raise ValueError(f"{flag} is 1 to {len(found)} here, not {n}")
+    return found[:n]

@@ -13,6 +13,7 @@ class Options:
     data_dir: Path | None = None         # None: Hugging Face
     n: int | None = None                 # items; None: as many as the task takes by default
     seed: int = 0
+    chat: bool = True                    # will the items be asked in the model's chat template?
     settings: dict[str, Any] = field(default_factory=dict)  # of this task: {"length": 8000}
 
     def __getitem__(self, name: str) -> Any:
@@ -27,6 +28,7 @@ class Item:
     gold: Any                            # what score() needs, JSON
     context: str = ""                    # what may be evicted
     shots: Sequence[str] = ()            # instead of a context: its units, one after the other
+    lead: str = ""                       # an instruction before them, in no span
     stop: Sequence[str] = ()
     max_tokens: int = 64
     chat: bool = True                    # inside the model's chat template, as one user turn
@@ -35,9 +37,10 @@ class Item:
 
     @property
     def whole(self) -> str:
-        return self.context or "".join(self.shots)
+        return self.lead + (self.context or "".join(self.shots))
 
     @property
     def spans(self) -> list[Span]:
-        """Character spans of `whole`: the shots, else sentences. What is outside (template, question) is always kept."""
-        return piece_spans(self.shots) if self.shots else sentence_spans(self.context)
+        """Character spans of `whole`: the shots, else sentences. What is outside (template, lead, question) is always kept."""
+        spans, begin = piece_spans(self.shots) if self.shots else sentence_spans(self.context), len(self.lead)
+        return [(a + begin, b + begin) for a, b in spans]

@@ -16,13 +16,13 @@ def draw(out: Path, rows: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
         raise ValueError("pictures need matplotlib: `pip install '.[evals]'`, or --no-pictures") from None
     matplotlib.use("Agg")
     paths = []
-    for name in dict.fromkeys(tuple(line[part] for part in GROUP[:3]) for line in lines):
-        path = out/("-".join(name).replace("/", "_") + ".png")
-        of_name = [row for row in rows if tuple(row[part] for part in GROUP[:3]) == name and row["score"] is not None]
+    for name in dict.fromkeys(tuple(line[part] for part in GROUP[:4]) for line in lines):
+        path = out/("-".join(filter(None, name)).replace("/", "_") + ".png")
+        of_name = [row for row in rows if tuple(row[part] for part in GROUP[:4]) == name and row["score"] is not None]
         tag = getattr(task(name[1]), "ACROSS", None)
         if of_name:
-            _heat_map(path, ", ".join(name), of_name, tag) if tag else \
-                _curves(path, ", ".join(name), [line for line in lines if tuple(line[part] for part in GROUP[:3]) == name and line["n"]])
+            _heat_map(path, ", ".join(filter(None, name)), of_name, tag) if tag else \
+                _curves(path, ", ".join(filter(None, name)), [line for line in lines if tuple(line[part] for part in GROUP[:4]) == name and line["n"]])
             paths.append(path)
     return paths
 
@@ -68,7 +68,7 @@ def _curves(path: Path, title: str, lines: Sequence[Row]) -> None:
         points = sorted(points, key=lambda line: line["n_kept"])
         y = [line["score"] for line in points]
         error = [[line["score"] - line["score_low"] for line in points], [line["score_high"] - line["score"] for line in points]]
-        axes.errorbar([line["n_kept"] for line in points], y, yerror=error, marker="o", capsize=3, label=name)
+        axes.errorbar([line["n_kept"] for line in points], y, yerr=error, marker="o", capsize=3, label=name)
     axes.set(title=title, xlabel=f"tokens kept a layer, of {max(line['n_before'] for line in lines):.0f}", ylabel="score", ylim=(-0.02, 1.02))
     axes.legend()
     figure.savefig(path, dpi=130)

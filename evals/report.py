@@ -12,7 +12,7 @@ from .items import Item
 from .store import Row, key, read
 from .tasks import task
 
-GROUP = ("model", "task", "protocol", "chat", "n_ubatch", "seed", "type_k", "type_v")  # full is looked for inside a group
+GROUP = ("model", "task", "set", "protocol", "chat", "n_ubatch", "seed", "type_k", "type_v")  # full is looked for inside a group
 CASE = ("policy", "budget", "decode_budget", "cells")
 
 
@@ -27,10 +27,11 @@ def scored(out: Path, tasks: Sequence[str] = (), rescore: bool = False) -> list[
         for row in {key(row): row for row in read(path)}.values():
             if tasks and row["task"] not in tasks:
                 continue
+            module = task(row["task"])
             score = known.get(key(row), {}).get("score")
             if score is None and "error" not in row:
-                score = float(task(row["task"]).score(Item(row["item"], "", row["gold"], tags=row["tags"]), row["answer"]))
-            found.append({**row, "score": score})
+                score = float(module.score(Item(row["item"], "", row["gold"], tags=row["tags"]), row["answer"]))
+            found.append({**row, "score": score, "set": row.get("tags", {}).get(getattr(module, "SPLIT", None), "")})
     if not found:
         raise ValueError(f"{out} holds no answers of {', '.join(tasks)}")
     return found
@@ -68,6 +69,9 @@ def _line(names: Row, rows: list[Row], reference: dict[str, float]) -> Row:
     kept = [sum(row["kept"])/len(row["kept"]) for row in done]
     line |= {"n_prompt": _mean(row["n_prompt"] for row in done), "n_before": sum(n_before)/len(done), "n_kept": sum(kept)/len(done),
              "ratio": sum(kept)/sum(n_before) if sum(n_before) else None, "evictions": _mean(row["evictions"] for row in done)}
+    if hasattr(task(names["task"]), "extra"):
+        more = [task(names["task"]).extra(row["answer"]) for row in done]
+        line |= {name: _mean(of_row[name] for of_row in more) for name in more[0]}
     return line | {name: _mean(row[name] for row in done)
                    for name in ("n_predicted", "bytes_used", "bytes_full", "bytes_allocated", "prefill_ms", "evict_ms", "decode_ms")}
 
@@ -94,13 +98,13 @@ COLUMNS = (
     ("n", lambda x: str(x["n"])), ("failed", lambda x: str(x["n_failed"] or "")),
     ("score", lambda x: _percent(x, "score")), ("95 %", lambda x: _interval(x, "score")),
     ("vs full", lambda x: _percent(x, "difference", "+")), ("95 % of it", lambda x: _interval(x, "difference", "+")),
-    ("relative", lambda x: _percent(x, "relative", "+")),
+    ("relative", lambda x: _percent(x, "relative", "+")), ("KL", lambda x: f"{x['kl']:.4f}" if "kl" in x else ""),
     ("tokens", lambda x: _whole(x, "n_before")), ("kept", lambda x: _whole(x, "n_kept")), ("ratio", lambda x: _percent(x, "ratio")),
     ("evictions", lambda x: _whole(x, "evictions")),
     ("KV used", lambda x: mebibytes(x["bytes_used"]) if "bytes_used" in x else ""),
     ("of", lambda x: mebibytes(x["bytes_full"]) if "bytes_full" in x else ""),
     ("allocated", lambda x: mebibytes(x["bytes_allocated"]) if "bytes_allocated" in x else ""))
-OPTIONAL = ("decode", "cells", "K/V", "failed")  # where a line of the table has something to say
+OPTIONAL = ("decode", "cells", "K/V", "failed", "KL")  # where a line of the table has something to say
 
 
 def markdown(lines: Sequence[Row]) -> str:
@@ -108,7 +112,7 @@ def markdown(lines: Sequence[Row]) -> str:
     parts: dict[str, list[Row]] = defaultdict(list)
     for line in lines:
         more = [f"seed {line['seed']}"]*bool(line["seed"]) + ["plain"]*(not line["chat"]) + [f"n_ubatch {line['n_ubatch']}"]*(line["n_ubatch"] != 512)
-        parts[", ".join([line["task"], line["model"], line["protocol"], *more])].append(line)
+        parts[", ".join([" ".join(filter(None, (line["task"], line["set"]))), line["model"], line["protocol"], *more])].append(line)
     return "\n".join(f"## {title}\n\n{_table(of_title)}\n" for title, of_title in parts.items())
 
 

@@ -111,7 +111,7 @@ def commit() -> str:
 def _works(plan: Plan, subject: Subject, name: str, answers: Rows) -> list[Work]:
     module, vocabulary = task(name), subject.vocabulary
     settings = {**module.SETTINGS, **(plan.settings or {}).get(name, {})}
-    items = module.load(Options(lambda text: count(vocabulary, text), plan.data_dir, plan.n, plan.seed, settings))
+    items = module.load(Options(lambda text: count(vocabulary, text), plan.data_dir, plan.n, plan.seed, plan.chat, settings))
     asked = [(item, render(item, vocabulary, plan.chat)) for item in items]
     needed = max(count(vocabulary, prompt.head) + count(vocabulary, prompt.tail) + item.max_tokens for item, prompt in asked) + N_SPARE
     limit, what = (plan.n_ctx, "--n-ctx is") if plan.n_ctx else (subject.n_ctx_train, f"{subject.name} was trained for")
@@ -155,7 +155,7 @@ def _check(plan: Plan, subject: Subject, work: Work) -> None:
 
 
 def _answer(plan: Plan, subject: Subject, work: Work, identity: Row, answers: Rows, scores: Rows, watch: Watch) -> None:
-    llm, what = None, f"{work.task}, {work.protocol}: {work.case.label()}"
+    llm, asks, what = None, getattr(task(work.task), "ask", ask), f"{work.task}, {work.protocol}: {work.case.label()}"
     for item, _ in work.asked:  # a run was killed between the two
         row = answers.rows.get(key(_key_row(plan, work.task, item, work.protocol, work.case)))
         if _done(row) and key(row) not in scores.rows:
@@ -167,7 +167,7 @@ def _answer(plan: Plan, subject: Subject, work: Work, identity: Row, answers: Ro
             while left:
                 try:
                     llm = llm or _open(plan, subject, work)
-                    for item, figures in ask(llm, left[:], work.protocol, work.case):
+                    for item, figures in asks(llm, left[:], work.protocol, work.case, plan.n_threads):
                         row = {**_key_row(plan, work.task, item, work.protocol, work.case), **identity, "n_ctx": work.n_ctx, **figures,
                                "gold": item.gold, "tags": item.tags}
                         answers.append(row)

@@ -19,14 +19,10 @@ ACROSS = "depth"  # of the picture
 
 def load(options: Options) -> list[Item]:
     depths = _depths(options["depths"])
-    if options.data_dir is None:
-        raise ValueError("niah needs --data-dir, a folder with niah/needles.jsonl and texts in niah/haystack/*.txt")
+    texts = haystacks("niah", options)
     needles = rows(options.data_dir, "niah/needles", None, ("id", "needle", "question", "answer"))
-    if options["needles"] > len(needles):
-        raise ValueError(f"niah/needles.jsonl has {len(needles)} needles, --needles asks for {options['needles']}")
-    texts = sorted((options.data_dir/"niah"/"haystack").glob("*.txt"))
-    if not texts:
-        raise ValueError(f"{options.data_dir} has no niah/haystack/*.txt")
+    if not 1 <= options["needles"] <= len(needles):
+        raise ValueError(f"--needles is 1 to {len(needles)} here, not {options['needles']}")
     per_text = [_of_text(path, needles, depths, options) for path in texts]
     found = [item for of_round in zip(*per_text) for group in of_round for item in group]  # any beginning has all texts and depths
     return found[:options.n]
@@ -35,6 +31,16 @@ def load(options: Options) -> list[Item]:
 def score(item: Item, answer: str) -> bool:
     """The needle's answer stands in what was generated."""
     return _plain(item.gold) in _plain(answer)
+
+
+def haystacks(name: str, options: Options) -> list[Path]:
+    """Long texts, wherever they are from."""
+    if options.data_dir is None:
+        raise ValueError(f"{name} needs --data-dir, a folder with texts in niah/haystack/*.txt and, for niah, niah/needles.jsonl")
+    texts = sorted((options.data_dir/"niah"/"haystack").glob("*.txt"))
+    if not texts:
+        raise ValueError(f"{options.data_dir} has no niah/haystack/*.txt")
+    return texts
 
 
 def _plain(text: str) -> str:
