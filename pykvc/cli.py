@@ -2,48 +2,23 @@
 
 A mistake ends with exit status 2 and one sentence on stderr.
 """
-import functools
 import json
-import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Callable, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
-from . import __version__, bench, models, policies, report, table
+from . import __version__, bench, command, models, policies, report, table
+from .command import numbers, sentences, values
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="KV cache eviction inside llama.cpp: a long prompt in a small cache.")
 
 
 def main() -> None:
-    """Entry point. Usage errors, too, are a sentence and no box."""
-    try:
-        status = app(standalone_mode=False)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # of click, or the copy that typer carries
-            raise
-        status = _refuse(error.format_message())
-    sys.exit(status if isinstance(status, int) else 0)
-
-
-def sentences(command: Callable[..., None]) -> Callable[..., None]:
-    """ValueError -> its sentence on stderr and exit status 2; Ctrl-C -> 130."""
-    @functools.wraps(command)
-    def run(*args: Any, **options: Any) -> None:
-        try:
-            command(*args, **options)
-        except ValueError as error:
-            raise typer.Exit(_refuse(str(error)))
-        except KeyboardInterrupt:
-            raise typer.Exit(130)
-    return run
-
-
-def _refuse(sentence: str) -> int:
-    print(sentence.splitlines()[0], file=sys.stderr)  # llama.cpp may have added its log
-    return 2
+    """Entry point."""
+    command.run(app)
 
 
 def _version(wanted: bool) -> None:
@@ -170,22 +145,13 @@ def run_bench(
     if file is not None and random_tokens:
         raise ValueError("give -f or --random, not both")
     text = None if file is None else _prompt(None, file)
-    lists = dict(model=_values(model), n_gpu_layers=_numbers(n_gpu_layers), n_threads=_numbers(threads), n_batch=_numbers(batch_size),
-                 n_ubatch=_numbers(ubatch_size), type_k=_values(type_k), type_v=_values(type_v), flash_attn=_values(flash_attn),
-                 n_parallel=_numbers(n_parallel), kv_policy=_values(kv_policy), kv_budget=_values(kv_budget),
-                 kv_decode_budget=_values(kv_decode_budget), kv_cells=_values(kv_cells),
-                 n_depth=_numbers(n_depth), n_prompt=_numbers(n_prompt), n_gen=_numbers(n_gen))
+    lists = dict(model=values(model), n_gpu_layers=numbers(n_gpu_layers), n_threads=numbers(threads), n_batch=numbers(batch_size),
+                 n_ubatch=numbers(ubatch_size), type_k=values(type_k), type_v=values(type_v), flash_attn=values(flash_attn),
+                 n_parallel=numbers(n_parallel), kv_policy=values(kv_policy), kv_budget=values(kv_budget),
+                 kv_decode_budget=values(kv_decode_budget), kv_cells=values(kv_cells),
+                 n_depth=numbers(n_depth), n_prompt=numbers(n_prompt), n_gen=numbers(n_gen))
     todo = bench.cases(**{name: values for name, values in lists.items() if values})
     report.FORMATS[output](todo, report.watched(todo, repetitions, "random" if random_tokens else file or "prose", text))
-
-
-def _values(given: list[str] | None) -> list[str]:
-    """A comma separates values, but not the parameters of one policy: snapkv:window=32,kernel=5,tova are two."""
-    return [value.strip() for text in given or () for value in re.split(r",(?![^,:]*=)", text)]
-
-
-def _numbers(given: list[str] | None) -> list[int | str]:
-    return [int(value) if re.fullmatch(r"[+-]?[0-9]+", value) else value for value in _values(given)]
 
 
 def _unescape(text: str | None) -> str | None:

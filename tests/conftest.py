@@ -1,7 +1,10 @@
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent.parent))  # for evals; last, since ./pykvc has no compiled half
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ import tiny
 from typer.testing import CliRunner
 
 from pykvc import _core, bench, figures, race, report
-from pykvc.cli import _values, app
+from pykvc.cli import app
+from pykvc.command import values
 
 SNAPKV = dict(kv_policy=["snapkv:window=8"], kv_budget=[32])
 
@@ -229,7 +230,7 @@ def test_rows_before_a_mistake_can_be_read(path):
 
 
 def test_a_comma_separates_policies():
-    assert _values(["snapkv:window=32,kernel=5,tova", "pyramidkv:beta=3,full"]) == ["snapkv:window=32,kernel=5", "tova", "pyramidkv:beta=3", "full"]
+    assert values(["snapkv:window=32,kernel=5,tova", "pyramidkv:beta=3,full"]) == ["snapkv:window=32,kernel=5", "tova", "pyramidkv:beta=3", "full"]
 
 
 def test_progress_only_on_a_terminal(path, monkeypatch):

@@ -1,0 +1,17 @@
+"""`python -m evals`. Python puts the checkout first on its path, where ./pykvc has no compiled half: it goes last."""
+import os
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or ".") != ROOT] + [ROOT]
+
+try:
+    import pykvc  # noqa: F401
+except ImportError as error:
+    print(f"pykvc cannot be imported ({error}): run `pip install '.[evals]'` in the checkout first", file=sys.stderr)
+    sys.exit(2)
+
+from evals.cli import main  # noqa: E402
+
+main()

@@ -1,0 +1,74 @@
+"""What is compared: every combination of policy, budget, cells and cache types, checked at the door."""
+import itertools
+from dataclasses import dataclass, replace
+from typing import Sequence
+
+from pykvc import _core, options
+
+PROTOCOLS = ("question-in", "question-out")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of LLM; everything in its canonical form. full has no budget and no cells."""
+    policy: str = "full"
+    budget: str = ""
+    decode_budget: str = ""
+    cells: str = ""
+    type_k: str = "f16"
+    type_v: str = "f16"
+
+    @property
+    def name(self) -> str:
+        return self.policy.partition(":")[0]
+
+    @property
+    def compresses(self) -> bool:
+        """Is there something to evict the prompt to?"""
+        return bool(self.budget or self.cells)
+
+    @property
+    def asks(self) -> bool:
+        """Does it have to know the question when the context is evaluated?"""
+        return next(p["needs"]["probe"] for p in _core.policies() if p["name"] == self.name) == "mean"
+
+    def settings(self) -> dict:
+        """Keywords of LLM."""
+        return dict(kv_policy=self.policy, kv_budget=self.budget or None, kv_decode_budget=self.decode_budget or None,
+                    kv_cells=self.cells or None, type_k=self.type_k, type_v=self.type_v)
+
+    def label(self) -> str:
+        parts = [self.policy, self.budget and f"budget {self.budget}", self.decode_budget and f"decode {self.decode_budget}",
+                 self.cells and f"cells {self.cells}", (self.type_k, self.type_v) != ("f16", "f16") and f"{self.type_k}/{self.type_v}"]
+        return ", ".join(part for part in parts if part)
+
+
+def cases(policy: Sequence[str], budget: Sequence[str], decode_budget: Sequence[str], cells: Sequence[str],
+          type_k: Sequence[str], type_v: Sequence[str]) -> list[Case]:
+    """Every combination, full once. "none" is no budget, or as many cells as tokens. ValueError names what is valid."""
+    budgets = [options.budget("--budget", _none(value)) for value in budget]
+    decode_budgets = [options.budget("--decode-budget", _none(value)) for value in decode_budget]
+    found = []
+    for chosen in itertools.product([_core.parse_spec(spec) for spec in policy], budgets, decode_budgets,
+                                    [options.cells(_none(value)) for value in cells],
+                                    [options.cache_type("--type-k", value) for value in type_k],
+                                    [options.cache_type("--type-v", value) for value in type_v]):
+        case = Case(*chosen)
+        if case.name == "full":
+            case = replace(case, budget="", decode_budget="", cells="")
+        elif not (case.budget or case.decode_budget or case.cells):
+            raise ValueError(f"{case.name} evicts nothing without a budget: give --budget (tokens, or a retained ratio in (0, 1]), "
+                             "--decode-budget or --cells")
+        found.append(case)
+    return list(dict.fromkeys(found))
+
+
+def protocols(given: Sequence[str]) -> list[str]:
+    for name in given:
+        if name not in PROTOCOLS:
+            raise ValueError(f"--protocol is {' or '.join(PROTOCOLS)}, not {name!r}")
+    return list(dict.fromkeys(given))
+
+
+def _none(value: str) -> str | None:
+    return None if value.lower() in ("none", "") else value

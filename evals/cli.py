@@ -1,0 +1,144 @@
+"""The command line: `python -m evals run | report | list`. A mistake ends with exit status 2 and one sentence on stderr."""
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Callable, Iterator, Optional
+
+import typer
+
+from pykvc import command
+from pykvc.command import sentences, values
+
+from . import pictures, report
+from .cases import cases, protocols
+from .run import Plan, run
+from .tasks import TASKS, task
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  help="What eviction does to answers: tasks, policies and budgets against the whole cache.")
+
+
+def main() -> None:
+    command.run(app)
+
+
+def _flag(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help)
+
+
+@app.command("run")
+@sentences
+def run_tasks(
+    tasks: Annotated[list[str], _flag("--task", help="Tasks; `python -m evals list` names them.")],
+    model: Annotated[Optional[list[str]], _flag("-m", "--model", help="GGUF files, known names or user/repo[:quant]. Default: SmolLM2-135M.")] = None,
+    policy: Annotated[list[str], _flag("--policy", "--kv-policy", help="NAME[:key=value,...]; full is what the others are compared with.")] = ["full"],
+    budget: Annotated[list[str], _flag("--budget", "--kv-budget", help="Cells a layer keeps of the prompt: 512, 25% or 0.25; none.")] = ["none"],
+    decode_budget: Annotated[list[str], _flag("--decode-budget", "--kv-decode-budget", help="The same of the generated tokens.")] = ["none"],
+    cells: Annotated[list[str], _flag("--cells", "--kv-cells", help="Cells allocated: evict whenever they are full; none: once, at the end.")] = ["none"],
+    protocol: Annotated[list[str], _flag("--protocol", help="question-in, question-out.")] = ["question-out"],
+    type_k: Annotated[list[str], _flag("--type-k", "-ctk", "--cache-type-k", help="Cache types of K.")] = ["f16"],
+    type_v: Annotated[list[str], _flag("--type-v", "-ctv", "--cache-type-v", help="Cache types of V.")] = ["f16"],
+    n: Annotated[Optional[int], _flag("--n", "-n", help="Items of each task. Default: what the task takes.")] = None,
+    out: Annotated[Path, _flag("--out", "-o", help="Folder of the answers; a run that was interrupted goes on there.")] = Path("evals-out"),
+    data_dir: Annotated[Optional[Path], _flag("--data-dir", help="Folder with TASK/*.jsonl[.gz]. Default: Hugging Face.")] = None,
+    seed: Annotated[int, _flag("--seed", "-s", help="Of what a task draws, and of random policies' spec if they say so.")] = 0,
+    n_ctx: Annotated[int, _flag("--n-ctx", "-c", "--ctx-size", help="Tokens of context; 0: what the task needs.")] = 0,
+    n_ubatch: Annotated[int, _flag("--n-ubatch", "-ub", "--ubatch-size", help="Tokens computed at once.")] = 512,
+    threads: Annotated[Optional[int], _flag("--threads", "-t", help="CPU threads; default: all.")] = None,
+    n_gpu_layers: Annotated[int, _flag("--n-gpu-layers", "-ngl", help="Layers on the GPU.")] = 0,
+    plain: Annotated[bool, _flag("--plain", help="Ask without the model's chat template.")] = False,
+    any_commit: Annotated[bool, _flag("--any-commit", help="Go on with answers that another commit gave.")] = False,
+    length: Annotated[Optional[int], _flag("--length", help="niah, fidelity: tokens of a context. longbench: at most; 0: all.")] = None,
+    depths: Annotated[Optional[str], _flag("--depths", help="niah: where needles stand, in percent: 0,50,100.")] = None,
+    needles: Annotated[Optional[int], _flag("--needles", help="niah: needles in one context.")] = None,
+    shots: Annotated[Optional[int], _flag("--shots", help="gsm8k, mmlu, commonsense_qa: examples before the question; longgenbench.")] = None,
+    exemplars: Annotated[Optional[str], _flag("--exemplars", help="gsm8k, longgenbench, commonsense_qa: cot, train.")] = None,
+    questions: Annotated[Optional[int], _flag("--questions", help="longgenbench: of one generation; kv_retrieval: of one object.")] = None,
+    sets: Annotated[Optional[str], _flag("--sets", help="longbench, safety: parts of the data, with commas.")] = None,
+    pairs: Annotated[Optional[int], _flag("--pairs", help="kv_retrieval: pairs of an object.")] = None,
+    tokens: Annotated[Optional[int], _flag("--tokens", help="fidelity: tokens that are compared.")] = None,
+    unsafe_code: Annotated[bool, _flag("--unsafe-code", help="humaneval: run code where it cannot be locked in.")] = False,
+) -> None:
+    """Ask what is not answered yet, save each answer, score it."""
+    names = values(tasks)
+    settings = {"length": length, "depths": depths, "needles": needles, "shots": shots, "exemplars": exemplars, "questions": questions,
+                "sets": sets, "pairs": pairs, "tokens": tokens, "unsafe_code": unsafe_code or None}
+    plan = Plan(tasks=names, cases=cases(values(policy), values(budget), values(decode_budget), values(cells), values(type_k), values(type_v)),
+                protocols=protocols(values(protocol)), out=out, data_dir=_folder(data_dir), n=_positive("--n", n), seed=seed, n_ctx=n_ctx, n_ubatch=n_ubatch,
+                n_threads=threads, n_gpu_layers=n_gpu_layers, chat=not plain, any_commit=any_commit,
+                settings=_settings(names, {name: value for name, value in settings.items() if value is not None}))
+    problems = []
+    for name in values(model) or [None]:
+        with _bar() as (size, watch):
+            problems += run(plan, name, size, watch)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _settings(names: list[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each task's own flags. ValueError if no task has one that was given."""
+    for name in given:
+        if not any(name in task(t).SETTINGS for t in names):
+            raise ValueError(f"--{name.replace('_', '-')} is a setting of {', '.join(t for t, module in TASKS.items() if name in module.SETTINGS)}")
+    return {t: {name: value for name, value in given.items() if name in task(t).SETTINGS} for t in names}
+
+
+def _positive(name: str, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is 1 or more, not {value}")
+    return value
+
+
+def _folder(path: Path | None) -> Path | None:
+    if path is not None and not path.is_dir():
+        raise ValueError(f"--data-dir {path} is no folder")
+    return path
+
+
+@contextmanager
+def _bar() -> Iterator[tuple[Callable[[int], None], Callable[[int, str], None]]]:
+    """A bar on stderr with the time left; where that is no terminal, a line whenever something else begins."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stderr.isatty(), disable=not sys.stderr.isatty(),
+                  speed_estimate_period=1800) as bars:
+        bar, last = bars.add_task("loading", total=None), ""
+
+        def watch(n: int, what: str) -> None:
+            nonlocal last
+            if what != last and not sys.stderr.isatty():
+                print(what, file=sys.stderr, flush=True)
+            last = what
+            bars.update(bar, advance=n, description=what)
+        yield lambda n: bars.update(bar, total=n), watch
+
+
+@app.command("report")
+@sentences
+def show_report(
+    out: Annotated[Path, _flag("--out", "-o", help="Folder of the answers.")] = Path("evals-out"),
+    tasks: Annotated[Optional[list[str]], _flag("--task", help="Only these.")] = None,
+    rescore: Annotated[bool, _flag("--rescore", help="Score every answer again.")] = False,
+    no_pictures: Annotated[bool, _flag("--no-pictures", help="Tables only.")] = False,
+) -> None:
+    """Print the table, and write it to the folder as report.md and report.csv, with pictures."""
+    rows = report.scored(out, [name for name in values(tasks) if task(name)], rescore)
+    lines = report.table(rows)
+    text = report.markdown(lines)
+    (out/"report.md").write_text(text, encoding="utf-8")
+    (out/"report.csv").write_text(report.comma_separated(lines), encoding="utf-8")
+    print(text)
+    for path in [] if no_pictures else pictures.draw(out, rows, lines):
+        print(path, file=sys.stderr)
+
+
+@app.command("list")
+@sentences
+def list_tasks() -> None:
+    """Name the tasks, with what they are and their settings."""
+    for name, module in TASKS.items():
+        settings = ", ".join(f"--{setting.replace('_', '-')} {value}" for setting, value in module.SETTINGS.items())
+        print(f"{name}: {module.__doc__.splitlines()[0]}" + (f" [{settings}]" if settings else ""))

@@ -1,0 +1,66 @@
+"""Rows of a data set: from a folder of JSONL files with the fields of the Hugging Face original, else from Hugging Face."""
+import gzip
+import json
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+Row = dict[str, Any]
+
+
+def rows(data_dir: Path | None, name: str, hub: tuple[str, str | None, str] | None, fields: Sequence[str]) -> list[Row]:
+    """name: "gsm8k/test", a file data_dir/gsm8k/test.jsonl or .jsonl.gz. hub: (data set, configuration, split), None if it is
+    not there. ValueError: no such file, no JSON, or a row without one of the fields."""
+    if data_dir is None:
+        if hub is None:
+            raise ValueError(f"{name} is not on Hugging Face: give --data-dir, a folder with {name}.jsonl")
+        return _checked(_online(*hub), hub[0], fields)
+    path = find(data_dir, f"{name}.jsonl", f"{name}.jsonl.gz")
+    return _checked(_lines(path), str(path), fields)
+
+
+def find(data_dir: Path, *names: str) -> Path:
+    """The first of the files that is there."""
+    for name in names:
+        if (data_dir/name).is_file():
+            return data_dir/name
+    raise ValueError(f"{data_dir} has no {' and no '.join(names)}")
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        try:
+            for i, line in enumerate(file, 1):
+                yield json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} cannot be read after line {i - 1 if 'i' in locals() else 0}: {error}") from None
+
+
+def _online(name: str, configuration: str | None, split: str) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("without --data-dir the data come from Hugging Face: `pip install datasets` first") from None
+    try:
+        yield from datasets.load_dataset(name, configuration, split=split)
+    except Exception as error:  # whatever the library or the network has to say
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"Hugging Face does not give {name} ({reason}): --data-dir names a folder instead") from None
+
+
+def _checked(found: Iterator[Row], where: str, fields: Sequence[str]) -> list[Row]:
+    result = []
+    for i, row in enumerate(found, 1):
+        missing = [field for field in fields if not isinstance(row, dict) or field not in row]
+        if missing:
+            raise ValueError(f"row {i} of {where} has no {', '.join(missing)}: a row has {', '.join(fields)}")
+        result.append(row)
+    if not result:
+        raise ValueError(f"{where} is empty")
+    return result
+
+
+def take(flag: str, found: list[Row], n: int) -> list[Row]:
+    """The first n. ValueError if there are fewer."""
+    if not 1 <= n <= len(found):
+        raise ValueError(f"{flag} is 1 to {len(found)} here, not {n}")
+    return found[:n]

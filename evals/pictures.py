@@ -1,0 +1,75 @@
+"""Pictures of a report: a heat map where a task has something to lay out (niah: depth), else score against budget."""
+from collections import defaultdict
+from pathlib import Path
+from typing import Sequence
+
+from .report import CASE, GROUP
+from .store import Row
+from .tasks import task
+
+
+def draw(out: Path, rows: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
+    """PNG files, one for each model, task and protocol."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("pictures need matplotlib: `pip install '.[evals]'`, or --no-pictures") from None
+    matplotlib.use("Agg")
+    paths = []
+    for name in dict.fromkeys(tuple(line[part] for part in GROUP[:4]) for line in lines):
+        path = out/("-".join(filter(None, name)).replace("/", "_") + ".png")
+        of_name = [row for row in rows if tuple(row[part] for part in GROUP[:4]) == name and row["score"] is not None]
+        tag = getattr(task(name[1]), "ACROSS", None)
+        if of_name:
+            _heat_map(path, ", ".join(filter(None, name)), of_name, tag) if tag else \
+                _curves(path, ", ".join(filter(None, name)), [line for line in lines if tuple(line[part] for part in GROUP[:4]) == name and line["n"]])
+            paths.append(path)
+    return paths
+
+
+def label(row: Row) -> str:
+    types = "" if row["type_k"] == row["type_v"] == "f16" else f"{row['type_k']}/{row['type_v']}"
+    parts = [row["policy"].partition(":")[0], row["budget"], row["decode_budget"] and f"decode {row['decode_budget']}", row["cells"] and f"{row['cells']} cells", types]
+    return " ".join(part for part in parts if part)
+
+
+def _heat_map(path: Path, title: str, rows: Sequence[Row], tag: str) -> None:
+    import matplotlib.pyplot as plt
+    scores: dict[tuple, list[float]] = defaultdict(list)
+    for row in rows:
+        scores[label(row), row["tags"][tag]].append(row["score"])
+    names, at = list(dict.fromkeys(name for name, _ in scores)), sorted({x for _, x in scores})
+    values = [[sum(s)/len(s) if (s := scores.get((name, x))) else float("nan") for x in at] for name in names]
+    figure, axes = plt.subplots(figsize=(2.6 + 0.62*len(at), 1.4 + 0.36*len(names)), layout="constrained")
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set(title=title, xlabel=f"{tag}, %" if tag == "depth" else tag, xticks=range(len(at)), yticks=range(len(names)))
+    axes.set_xticklabels([f"{x:g}" if isinstance(x, float) else str(x) for x in at])
+    axes.set_yticklabels(names)
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            if value == value:
+                axes.text(x, y, f"{100*value:.0f}", ha="center", va="center", fontsize=8, color="white" if value < 0.6 else "black")
+    figure.colorbar(image, label="score")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _curves(path: Path, title: str, lines: Sequence[Row]) -> None:
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    curves: dict[str, list[Row]] = defaultdict(list)
+    for line in lines:
+        if line["policy"] == "full":
+            axes.axhspan(line["score_low"], line["score_high"], color="grey", alpha=0.15)
+            axes.axhline(line["score"], color="grey", linestyle="--", label=label(line))
+        else:
+            curves[label({**line, "budget": ""})].append(line)
+    for name, points in curves.items():
+        points = sorted(points, key=lambda line: line["n_kept"])
+        y = [line["score"] for line in points]
+        error = [[line["score"] - line["score_low"] for line in points], [line["score_high"] - line["score"] for line in points]]
+        axes.errorbar([line["n_kept"] for line in points], y, yerr=error, marker="o", capsize=3, label=name)
+    axes.set(title=title, xlabel=f"tokens kept a layer, of {max(line['n_before'] for line in lines):.0f}", ylabel="score", ylim=(-0.02, 1.02))
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,36 @@
+"""An item as text: what comes before the question, which may be evicted first, and the question."""
+from dataclasses import dataclass
+
+from pykvc import _core
+from pykvc.spans import Span
+
+from .items import Item
+
+
+@dataclass(frozen=True)
+class Prompt:
+    head: str            # with the template's beginning and the context; "" without a context
+    tail: str            # the question, and the template's end
+    spans: list[Span]    # of head, in characters
+    query: str           # for a policy that asks
+
+
+def render(item: Item, model: "_core.Model", chat: bool) -> Prompt:
+    """chat: in the model's template where the item is for one, as a single user turn. ValueError if there is no template."""
+    whole, query = item.whole, item.query or item.question
+    if not (chat and item.chat):
+        return Prompt(whole, item.question, item.spans, query)
+    if model.chat_template is None:
+        raise ValueError("this model has no chat template: --plain asks without one")
+    content = whole + item.question
+    text = model.apply_chat_template([("user", content)], True, model.chat_template)
+    begin = text.find(content)
+    if begin < 0:  # a template that rewrites contents
+        raise ValueError(f"the chat template changes the text of {item.id}: --plain asks without it")
+    cut = begin + len(whole) if whole else 0
+    return Prompt(text[:cut], text[cut:], [(a + begin, b + begin) for a, b in item.spans] if whole else [], query)
+
+
+def count(model: "_core.Model", text: str) -> int:
+    """Tokens of a text, without BOS."""
+    return len(model.tokenize(text.encode(), False, True))

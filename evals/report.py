@@ -1,0 +1,134 @@
+"""Answers -> a table: what each policy scores, with intervals, and against the whole cache on the same items."""
+import csv
+import io
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Sequence
+
+from pykvc.table import mebibytes
+
+from . import stats
+from .items import Item
+from .store import Row, key, read
+from .tasks import task
+
+GROUP = ("model", "task", "set", "protocol", "chat", "n_ubatch", "seed", "type_k", "type_v")  # full is looked for inside a group
+CASE = ("policy", "budget", "decode_budget", "cells")
+
+
+def scored(out: Path, tasks: Sequence[str] = (), rescore: bool = False) -> list[Row]:
+    """The answers of a folder, with their scores; what has none, or every one with rescore, is scored now."""
+    files = sorted(out.glob("*.answers.jsonl"))
+    if not files:
+        raise ValueError(f"{out} holds no answers: `python -m evals run --out {out}` first")
+    found = []
+    for path in files:
+        known = {} if rescore else {key(row): row for row in read(path.with_name(path.name.replace(".answers.", ".scores.")))}
+        for row in {key(row): row for row in read(path)}.values():
+            if tasks and row["task"] not in tasks:
+                continue
+            module = task(row["task"])
+            score = known.get(key(row), {}).get("score")
+            if score is None and "error" not in row:
+                score = float(module.score(Item(row["item"], "", row["gold"], tags=row["tags"]), row["answer"]))
+            found.append({**row, "score": score, "set": row.get("tags", {}).get(getattr(module, "SPLIT", None), "")})
+    if not found:
+        raise ValueError(f"{out} holds no answers of {', '.join(tasks)}")
+    return found
+
+
+def table(rows: Sequence[Row]) -> list[Row]:
+    """A line for each configuration, in the order in which they were run."""
+    configurations: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        configurations[tuple(row[name] for name in GROUP + CASE)].append(row)
+    return [_line(dict(zip(GROUP + CASE, names)), of_case, _reference(configurations, names)) for names, of_case in configurations.items()]
+
+
+def _reference(configurations: dict[tuple, list[Row]], names: tuple) -> dict[str, float]:
+    """Item -> score of full."""
+    full = configurations.get((*names[:len(GROUP)], "full", "", "", ""), [])
+    return {row["item"]: row["score"] for row in full if row["score"] is not None}
+
+
+def _line(names: Row, rows: list[Row], reference: dict[str, float]) -> Row:
+    done = [row for row in rows if row["score"] is not None]
+    line = {**names, "n": len(done), "n_failed": len(rows) - len(done)}
+    if not done:
+        return line
+    scores = [row["score"] for row in done]
+    low, high = stats.mean_interval(scores)
+    line |= {"score": sum(scores)/len(scores), "score_low": low, "score_high": high}
+    pairs = [(row["score"], reference[row["item"]]) for row in done if row["item"] in reference]
+    if pairs and names["policy"] != "full":
+        ours, theirs = zip(*pairs)
+        difference, low, high = stats.paired_difference(ours, theirs)
+        line |= {"n_paired": len(pairs), "difference": difference, "difference_low": low, "difference_high": high,
+                 "relative": difference/(sum(theirs)/len(theirs)) if sum(theirs) else None}
+    n_before = [row["n_context"] if row["protocol"] == "question-out" else row["n_prompt"] for row in done]
+    kept = [sum(row["kept"])/len(row["kept"]) for row in done]
+    line |= {"n_prompt": _mean(row["n_prompt"] for row in done), "n_before": sum(n_before)/len(done), "n_kept": sum(kept)/len(done),
+             "ratio": sum(kept)/sum(n_before) if sum(n_before) else None, "evictions": _mean(row["evictions"] for row in done)}
+    if hasattr(task(names["task"]), "extra"):
+        more = [task(names["task"]).extra(row["answer"]) for row in done]
+        line |= {name: _mean(of_row[name] for of_row in more) for name in more[0]}
+    return line | {name: _mean(row[name] for row in done)
+                   for name in ("n_predicted", "bytes_used", "bytes_full", "bytes_allocated", "prefill_ms", "evict_ms", "decode_ms")}
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return sum(values)/len(values)
+
+
+# -- as text ------------------------------------------------------------------------------------------------------------
+
+def comma_separated(lines: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+COLUMNS = (
+    ("policy", lambda x: f"`{x['policy']}`"), ("budget", lambda x: x["budget"]), ("decode", lambda x: x["decode_budget"]), ("cells", lambda x: x["cells"]),
+    ("K/V", lambda x: "" if x["type_k"] == x["type_v"] == "f16" else f"{x['type_k']}/{x['type_v']}"),
+    ("n", lambda x: str(x["n"])), ("failed", lambda x: str(x["n_failed"] or "")),
+    ("score", lambda x: _percent(x, "score")), ("95 %", lambda x: _interval(x, "score")),
+    ("vs full", lambda x: _percent(x, "difference", "+")), ("95 % of it", lambda x: _interval(x, "difference", "+")),
+    ("relative", lambda x: _percent(x, "relative", "+")), ("KL", lambda x: f"{x['kl']:.4f}" if "kl" in x else ""),
+    ("tokens", lambda x: _whole(x, "n_before")), ("kept", lambda x: _whole(x, "n_kept")), ("ratio", lambda x: _percent(x, "ratio")),
+    ("evictions", lambda x: _whole(x, "evictions")),
+    ("KV used", lambda x: mebibytes(x["bytes_used"]) if "bytes_used" in x else ""),
+    ("of", lambda x: mebibytes(x["bytes_full"]) if "bytes_full" in x else ""),
+    ("allocated", lambda x: mebibytes(x["bytes_allocated"]) if "bytes_allocated" in x else ""))
+OPTIONAL = ("decode", "cells", "K/V", "failed", "KL")  # where a line of the table has something to say
+
+
+def markdown(lines: Sequence[Row]) -> str:
+    """A table for each model, task and protocol."""
+    parts: dict[str, list[Row]] = defaultdict(list)
+    for line in lines:
+        more = [f"seed {line['seed']}"]*bool(line["seed"]) + ["plain"]*(not line["chat"]) + [f"n_ubatch {line['n_ubatch']}"]*(line["n_ubatch"] != 512)
+        parts[", ".join([" ".join(filter(None, (line["task"], line["set"]))), line["model"], line["protocol"], *more])].append(line)
+    return "\n".join(f"## {title}\n\n{_table(of_title)}\n" for title, of_title in parts.items())
+
+
+def _table(lines: Sequence[Row]) -> str:
+    cells = {name: [show(line) for line in lines] for name, show in COLUMNS}
+    shown = [name for name in cells if name not in OPTIONAL or any(cells[name])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [shown, ["---"]*2 + ["---:"]*(len(shown) - 2), *zip(*(cells[name] for name in shown))])
+
+
+def _percent(line: Row, name: str, sign: str = "") -> str:
+    return "" if line.get(name) is None else f"{100*line[name]:{sign}.1f} %"
+
+
+def _interval(line: Row, name: str, sign: str = "") -> str:
+    return f"{100*line[name + '_low']:{sign}.1f} to {100*line[name + '_high']:{sign}.1f}" if f"{name}_low" in line else ""
+
+
+def _whole(line: Row, name: str) -> str:
+    return "" if line.get(name) is None else f"{line[name]:.0f}" if line[name] >= 10 or line[name] == int(line[name]) else f"{line[name]:.1f}"

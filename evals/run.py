@@ -1,0 +1,224 @@
+"""The loop: for every model, task, case and protocol what is not answered yet is asked, saved, and then scored."""
+import hashlib
+import subprocess
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import pykvc
+from pykvc import _core, models
+
+from .ask import Asked, ask, groups
+from .cases import Case
+from .items import Item, Options
+from .prompts import Prompt, count, render
+from .store import KEY, Row, Rows, key
+from .tasks import task
+
+Watch = Callable[[int, str], None]  # tokens done, what is under way
+
+N_SPARE = 16  # cells of n_ctx for BOS, and tokens that differ where texts are joined
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `run` was asked for."""
+    tasks: Sequence[str]
+    cases: Sequence[Case]
+    protocols: Sequence[str]
+    out: Path
+    data_dir: Path | None = None
+    n: int | None = None
+    seed: int = 0
+    n_ctx: int = 0                # 0: what the task needs
+    n_ubatch: int = 512
+    n_threads: int | None = None
+    n_gpu_layers: int = 0
+    chat: bool = True
+    any_commit: bool = False
+    settings: dict[str, dict[str, Any]] | None = None  # of tasks: {"niah": {"length": 4000}}
+
+
+@dataclass(frozen=True)
+class Work:
+    """The questions of one task for one configuration and protocol."""
+    task: str
+    case: Case
+    protocol: str
+    n_ctx: int
+    asked: Asked
+    todo: list[Asked]             # groups that are not answered yet
+
+
+@dataclass
+class Subject:
+    """The model under test."""
+    path: Path
+    sha256: str
+    vocabulary: "_core.Model"
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def n_ctx_train(self) -> int:
+        meta = self.vocabulary.meta
+        return int(meta[f"{meta['general.architecture']}.context_length"])
+
+
+def run(plan: Plan, model: str | None, size: Callable[[int], None] = lambda n: None, watch: Watch = lambda n, what: None) -> list[str]:
+    """Does what is left of the plan for one model; returns what went wrong, in sentences.
+
+    size: is told how many tokens there are to evaluate; watch: how many were, and what is under way.
+    ValueError for every mistake in the plan, before anything is evaluated."""
+    subject = open_model(model)
+    identity = {"model": subject.name, "model_sha256": subject.sha256, "commit": commit()}
+    with ExitStack() as stack:
+        answers = stack.enter_context(Rows(plan.out/f"{subject.name}.answers.jsonl"))
+        answers.check(identity, plan.any_commit)
+        scores = stack.enter_context(Rows(plan.out/f"{subject.name}.scores.jsonl"))
+        works = [work for name in plan.tasks for work in _works(plan, subject, name, answers)]
+        for work in works:
+            if work.todo:
+                _check(plan, subject, work)
+        size(sum(_tokens(group, subject) for work in works for group in work.todo))
+        for work in works:
+            _answer(plan, subject, work, identity, answers, scores, watch)
+        return [problem for work in works for problem in _problems(plan, work, answers, scores)]
+
+
+def open_model(model: str | None) -> Subject:
+    path = models.resolve(model)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
+    return Subject(path, digest.hexdigest(), _core.Model(str(path), vocab_only=True))
+
+
+def commit() -> str:
+    """Of this checkout; "+" where tracked files differ from it."""
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent.parent), *args], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# -- what is to be done -------------------------------------------------------------------------------------------------
+
+def _works(plan: Plan, subject: Subject, name: str, answers: Rows) -> list[Work]:
+    module, vocabulary = task(name), subject.vocabulary
+    settings = {**module.SETTINGS, **(plan.settings or {}).get(name, {})}
+    items = module.load(Options(lambda text: count(vocabulary, text), plan.data_dir, plan.n, plan.seed, plan.chat, settings))
+    asked = [(item, render(item, vocabulary, plan.chat)) for item in items]
+    needed = max(count(vocabulary, prompt.head) + count(vocabulary, prompt.tail) + item.max_tokens for item, prompt in asked) + N_SPARE
+    limit, what = (plan.n_ctx, "--n-ctx is") if plan.n_ctx else (subject.n_ctx_train, f"{subject.name} was trained for")
+    if needed > limit:
+        raise ValueError(f"{name} needs a context of {needed} tokens, {what} {limit}")
+    n_ctx = plan.n_ctx or needed
+    works = []
+    for case in plan.cases:
+        for protocol in plan.protocols:
+            left = [(item, prompt) for item, prompt in asked if not _done(answers.rows.get(key(_key_row(plan, name, item, protocol, case))))]
+            works.append(Work(name, case, protocol, n_ctx, asked, groups(left, protocol, case)))
+    return works
+
+
+def _done(row: Row | None) -> bool:
+    return row is not None and "error" not in row
+
+
+def _key_row(plan: Plan, name: str, item: Item, protocol: str, case: Case) -> Row:
+    return {"task": name, "item": item.id, "protocol": protocol, "policy": case.policy, "budget": case.budget, "decode_budget": case.decode_budget,
+            "cells": case.cells, "type_k": case.type_k, "type_v": case.type_v, "n_ubatch": plan.n_ubatch, "chat": plan.chat and item.chat,
+            "seed": plan.seed}
+
+
+def _tokens(group: Asked, subject: Subject) -> int:
+    return count(subject.vocabulary, group[0][1].head) + sum(count(subject.vocabulary, prompt.tail) + 4*item.max_tokens for item, prompt in group)
+
+
+# -- answers ------------------------------------------------------------------------------------------------------------
+
+def _open(plan: Plan, subject: Subject, work: Work) -> pykvc.LLM:
+    return pykvc.LLM(subject.path, n_ctx=work.n_ctx, n_batch=plan.n_ubatch, n_ubatch=plan.n_ubatch, n_threads=plan.n_threads,
+                     n_gpu_layers=plan.n_gpu_layers, seed=plan.seed, **work.case.settings())
+
+
+def _check(plan: Plan, subject: Subject, work: Work) -> None:
+    """A budget that cannot be, or a question too long to be asked after each chunk, is a mistake now and not in an hour."""
+    with _open(plan, subject, work) as llm:
+        if work.case.asks:
+            llm.prefill("a", kv_query=max((prompt.query for _, prompt in work.asked), key=lambda query: len(llm.tokenize(query))))
+
+
+def _answer(plan: Plan, subject: Subject, work: Work, identity: Row, answers: Rows, scores: Rows, watch: Watch) -> None:
+    llm, asks, what = None, getattr(task(work.task), "ask", ask), f"{work.task}, {work.protocol}: {work.case.label()}"
+    for item, _ in work.asked:  # a run was killed between the two
+        row = answers.rows.get(key(_key_row(plan, work.task, item, work.protocol, work.case)))
+        if _done(row) and key(row) not in scores.rows:
+            _score(item, row, scores)
+    try:
+        for group in work.todo:
+            watch(0, what)
+            left = list(group)
+            while left:
+                try:
+                    llm = llm or _open(plan, subject, work)
+                    for item, figures in asks(llm, left[:], work.protocol, work.case, plan.n_threads):
+                        row = {**_key_row(plan, work.task, item, work.protocol, work.case), **identity, "n_ctx": work.n_ctx, **figures,
+                               "gold": item.gold, "tags": item.tags}
+                        answers.append(row)
+                        left.pop(0)
+                        _score(item, row, scores)
+                except Exception as error:  # of one row; the others go on, with a model that knows nothing of it
+                    if not left:
+                        raise
+                    answers.append({**_key_row(plan, work.task, left[0][0], work.protocol, work.case), **identity,
+                                    "error": f"{type(error).__name__}: {error}"})
+                    left.pop(0)
+                    llm = llm and llm.close()
+            watch(_tokens(group, subject), what)
+    finally:
+        if llm is not None:
+            llm.close()
+
+
+def _score(item: Item, row: Row, scores: Rows) -> None:
+    result = {name: row[name] for name in KEY}
+    try:
+        result["score"] = float(task(row["task"]).score(item, row["answer"]))
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    scores.append(result)
+
+
+# -- what went wrong ----------------------------------------------------------------------------------------------------
+
+def _problems(plan: Plan, work: Work, answers: Rows, scores: Rows) -> list[str]:
+    """Also prints what happened."""
+    keys = [key(_key_row(plan, work.task, item, work.protocol, work.case)) for item, _ in work.asked]
+    rows = [answers.rows[k] for k in keys if k in answers.rows]
+    done, failed = [row for row in rows if _done(row)], [row for row in rows if not _done(row)]
+    n_evictions, name = sum(row["evictions"] for row in done), f"{work.task}, {work.protocol}: {work.case.label()}"
+    values = [scores.rows[key(row)]["score"] for row in done if "score" in scores.rows.get(key(row), {})]
+    mean = f"{sum(values)/len(values):.3f}" if values else "none"
+    print(f"{name}: {len(done)} answers, {n_evictions} evictions, score {mean}", flush=True)
+    problems = []
+    if failed:
+        problems.append(f"{name}: {len(failed)} rows failed, the first with {failed[0]['error']}; the next run asks them again")
+    if not n_evictions and any(_should_evict(row) for row in done):
+        problems.append(f"{name}: nothing was evicted, so these scores say nothing of the policy")
+    return problems
+
+
+def _should_evict(row: Row) -> bool:
+    if row["policy"] == "full":
+        return False
+    n = row["n_context"] if row["protocol"] == "question-out" else row["n_prompt"]
+    if row["budget"]:
+        kind, amount = _core.parse_budget(row["budget"])
+        return (amount if kind == "tokens" else amount*n) < n
+    return bool(row["cells"]) and row["cells_allocated"] < n

@@ -1,0 +1,42 @@
+"""A value looked up in a long JSON object of random keys; a pair is a shot, which is either there or not.
+
+Paper: Liu et al. 2023, arXiv 2307.03172; data: kv_retrieval_data of nelson-liu/lost-in-the-middle (MIT), not on Hugging Face:
+kv_retrieval/kv75.jsonl of the data folder with ordered_kv_records, key, value. --pairs N takes the first N pairs. Several keys of one
+object are asked, at depths that differ from object to object, so that one prefill serves them all.
+"""
+import json
+
+from ..data import rows
+from ..items import Item, Options
+
+SETTINGS = {"pairs": 75, "questions": 3}
+ACROSS = "depth"
+LEAD = "Here is a JSON object. Look up the value of the key that is asked for.\n\n{"
+
+
+def load(options: Options) -> list[Item]:
+    items = [item for i, row in enumerate(rows(options.data_dir, "kv_retrieval/kv75", None, ("ordered_kv_records", "key", "value")))
+             for item in _of_object(i, row, options)]
+    return items[:options.n]
+
+
+def _of_object(i: int, row: dict, options: Options) -> list[Item]:
+    pairs, n_asked = row["ordered_kv_records"], options["questions"]
+    if not 2 <= options["pairs"] <= len(pairs):
+        raise ValueError(f"--pairs is 2 to {len(pairs)} here, not {options['pairs']}")
+    if not 1 <= n_asked <= 10:
+        raise ValueError(f"--questions is 1 to 10, not {n_asked}")
+    pairs = pairs[:options["pairs"]]
+    shots = [f"{json.dumps(key)}: {json.dumps(value)},\n " for key, value in pairs]
+    shots[-1] = shots[-1].replace(",\n ", "}\n\n")
+    items = []
+    for j in range(n_asked):
+        tenth = (i + j*10//n_asked) % 10
+        key, value = pairs[round((len(pairs) - 1)*tenth/9)]
+        items.append(Item(id=f"{row.get('id', i)}/{options['pairs']}/{key}", lead=LEAD, shots=shots, question=f'Key: "{key}"\nValue:', query=f'Key: "{key}"',
+                          gold=value, max_tokens=60, tags={"depth": round(100*tenth/9)}))
+    return items
+
+
+def score(item: Item, answer: str) -> bool:
+    return item.gold in answer.lower()

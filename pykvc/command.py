@@ -1,0 +1,46 @@
+"""What the command lines share: usage errors as one sentence, values in comma lists."""
+import functools
+import re
+import sys
+from typing import Any, Callable, Sequence
+
+import typer
+
+
+def run(app: typer.Typer) -> None:
+    """Entry point. Usage errors, too, are a sentence and no box."""
+    try:
+        status = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of click, or the copy that typer carries
+            raise
+        status = refuse(error.format_message())
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def sentences(command: Callable[..., None]) -> Callable[..., None]:
+    """ValueError -> its sentence on stderr and exit status 2; Ctrl-C -> 130."""
+    @functools.wraps(command)
+    def checked(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except ValueError as error:
+            raise typer.Exit(refuse(str(error)))
+        except KeyboardInterrupt:
+            raise typer.Exit(130)
+    return checked
+
+
+def refuse(sentence: str) -> int:
+    print(sentence.splitlines()[0], file=sys.stderr)  # llama.cpp may have added its log
+    return 2
+
+
+def values(given: Sequence[str] | None) -> list[str]:
+    """A comma separates values, but not the parameters of one policy: snapkv:window=32,kernel=5,tova are two."""
+    return [value.strip() for text in given or () for value in re.split(r",(?![^,:]*=)", text)]
+
+
+def numbers(given: Sequence[str] | None) -> list[int | str]:
+    """values(), whole numbers as ints; what is none is left for the check that names what is valid."""
+    return [int(value) if re.fullmatch(r"[+-]?[0-9]+", value) else value for value in values(given)]

@@ -1,0 +1,317 @@
+"""The evals: asking, saving, resuming, scoring, reporting. Items of a few hundred tokens on SmolLM2."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import pykvc
+from evals import ask as asking
+from evals import report, run, stats, store
+from evals.cases import Case, cases
+from evals.cli import app
+from evals.items import Item, Options
+from evals.prompts import render
+from evals.run import Plan, open_model
+from evals.tasks import TASKS, niah
+from pykvc.prose import prose
+
+ROOT = Path(__file__).parent.parent
+SNAPKV = "snapkv:window=8"
+SMALL = {"niah": {"length": 120, "depths": "0,50,100", "needles": 2}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A data folder of our own."""
+    folder = tmp_path_factory.mktemp("data")/"niah"
+    (folder/"haystack").mkdir(parents=True)
+    for i in range(2):
+        (folder/"haystack"/f"text{i}.txt").write_text(prose(120, seed=i))
+    needles = [{"id": f"needle-{city}", "needle": f"One of the special magic numbers for {city} is: {number}.",
+                "question": f"What is the special magic number for {city} mentioned in the provided text?", "answer": str(number)}
+               for city, number in (("Porto", 6879487), ("Riga", 1770315), ("Minsk", 8192109))]
+    (folder/"needles.jsonl").write_text("".join(json.dumps(needle) + "\n" for needle in needles))
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return open_model(None)
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+def plan(out: Path, data: Path, *specs: Case, protocols=("question-out",), n=2, **more) -> Plan:
+    return Plan(["niah"], specs or [Case()], protocols, out, data, n, n_threads=2, settings=SMALL, **more)
+
+
+def answers(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out/"smollm2-135m.answers.jsonl").read_text().splitlines()]
+
+
+# -- niah ---------------------------------------------------------------------------------------------------------------
+
+def needle_items(data: Path, **settings) -> list[Item]:
+    return niah.load(Options(words, data, settings={**niah.SETTINGS, **settings}))
+
+
+def test_every_needle_is_at_every_depth_once_a_text(data):
+    items = needle_items(data, length=400)
+    assert len(items) == 2*10*3 == len({item.id for item in items})
+    for text in ("text0", "text1"):
+        asked = [(item.tags["needle"], item.tags["depth"]) for item in items if item.tags["text"] == text]
+        assert len(asked) == len(set(asked)) == 30
+    assert len({item.context for item in items}) == 20  # three questions each
+
+
+def test_a_needle_stands_whole_near_its_depth_between_sentences(data):
+    for item in needle_items(data, length=400):
+        needle = f"One of the special magic numbers for {item.tags['needle'].removeprefix('needle-')} is: {item.gold}."
+        assert item.context.count(needle) == 1 and 350 < words(item.context) <= 400
+        at = item.context.index(needle)
+        assert abs(at/len(item.context) - item.tags["depth"]/100) < 0.12
+        assert item.context[:at].rstrip()[-1:] in ("", ".") and item.context[at + len(needle)] in " \n"
+
+
+def test_the_number_is_found_whatever_is_around_it(data):
+    item = needle_items(data, length=400)[0]
+    assert niah.score(item, f"It is {item.gold}, of course.") and niah.score(item, f"{int(item.gold):,}")
+    assert not niah.score(item, "") and not niah.score(item, item.gold[:-1])
+
+
+# -- one state, many questions ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", [
+    Case(), Case(SNAPKV, "0.5"), Case("h2o", "64"), Case("keydiff", "100"), Case("shotkv:window=8", "0.5"), Case("kvzip", "128"), Case("finch", "128"),
+    Case("streaming_llm", "64", decode_budget="4"), Case(SNAPKV, "64", cells="256"), Case("keydiff", "", cells="256")], ids=lambda case: case.label())
+def test_a_later_question_is_answered_as_if_asked_alone(subject, data, case):
+    items = niah.load(Options(words, data, settings={**niah.SETTINGS, "length": 120}))[:2]
+    asked = [(replace(item, max_tokens=6), render(item, subject.vocabulary, True)) for item in items]
+    together = asking.groups(asked, "question-out", case)
+    assert len(together) == (2 if case.name == "finch" else 1)
+    with pykvc.LLM(subject.path, n_ctx=512, n_ubatch=128, n_threads=2, **case.settings()) as llm:
+        shared = [row for group in together for _, row in asking.ask(llm, group, "question-out", case)]
+        alone = [row for _, row in asking.ask(llm, asked[1:], "question-out", case)][0]
+    assert all(row["evictions"] > 0 for row in shared) == (case.name != "full")
+    same = ("answer", "n_context", "n_prompt", "kept", "evictions", "bytes_used", "bytes_full", "stop_reason")
+    assert {name: shared[1][name] for name in same} == {name: alone[name] for name in same}
+    if case.budget.isdigit():
+        assert sum(alone["kept"])/len(alone["kept"]) == int(case.budget)
+
+
+def test_question_in_evicts_behind_the_question(subject, data):
+    item = needle_items(data, length=250)[0]
+    prompt, case = render(item, subject.vocabulary, True), Case(SNAPKV, "64")
+    with pykvc.LLM(subject.path, n_ctx=1024, n_threads=2, **case.settings()) as llm:
+        [(_, row)] = asking.ask(llm, [(item, prompt)], "question-in", case)
+        assert row["kept"] == [64]*len(row["kept"]) and row["evictions"] == 1 and row["n_context"] == 0
+        assert row["n_prompt"] == len(llm.tokenize(prompt.head + prompt.tail)) and row["bytes_used"] < row["bytes_full"] <= row["bytes_allocated"]
+
+
+def test_the_template_is_around_context_and_question(subject, data):
+    item = needle_items(data, length=250)[0]
+    prompt = render(item, subject.vocabulary, True)
+    assert prompt.head.endswith(item.context) and prompt.tail.startswith(item.question) and prompt.head != item.context
+    assert "".join(prompt.head[a:b] for a, b in prompt.spans) == item.context
+    plain = render(item, subject.vocabulary, False)
+    assert (plain.head, plain.tail) == (item.context, item.question)
+
+
+# -- the loop -----------------------------------------------------------------------------------------------------------
+
+def test_a_run_saves_scores_and_repeats_nothing(tmp_path, data, monkeypatch):
+    both = plan(tmp_path, data, Case(), Case(SNAPKV, "0.25"), protocols=("question-in", "question-out"))
+    assert run.run(both, None) == []
+    rows = answers(tmp_path)
+    assert len(rows) == 2*2*2 == len({store.key(row) for row in rows})
+    for row in rows:
+        assert row["model"] == "smollm2-135m" and row["commit"] and len(row["model_sha256"]) == 64 and row["gold"] not in ("", None)
+        n_before = row["n_prompt"] if row["protocol"] == "question-in" else row["n_context"]
+        kept = n_before if row["policy"] == "full" else int(0.25*n_before + 0.5)
+        assert row["kept"] == [kept]*30 and row["evictions"] == (row["policy"] != "full")
+    assert len(store.read(tmp_path/"smollm2-135m.scores.jsonl")) == len(rows)
+    monkeypatch.setattr(run, "ask", lambda *_: pytest.fail("asked again"))
+    assert run.run(both, None) == [] and answers(tmp_path) == rows
+
+
+def test_a_crash_is_a_row_and_loses_no_other(tmp_path, data, monkeypatch):
+    really, calls = asking._figures, []
+
+    def once(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        return really(*args)
+    monkeypatch.setattr(asking, "_figures", once)
+    [problem] = run.run(plan(tmp_path, data, n=4), None)
+    assert "1 rows failed" in problem and "out of luck" in problem
+    assert ["error" in row for row in answers(tmp_path)] == [False, True, False, False]
+    assert run.run(plan(tmp_path, data, n=4), None) == []  # the failed one is asked again
+    assert len(answers(tmp_path)) == 5 and report.table(report.scored(tmp_path))[0]["n"] == 4
+
+
+def test_a_killed_run_goes_on(tmp_path, data):
+    out, path = tmp_path/"out", tmp_path/"out"/"smollm2-135m.answers.jsonl"
+    command = [sys.executable, "-m", "evals", "run", "--task", "niah", "--length", "120", "--depths", "0,50,100", "--needles", "2", "--data-dir", data,
+               "--policy", f"full,{SNAPKV}", "--budget", "0.5", "--threads", "2", "--n", "4", "--out", out]
+    first = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while first.poll() is None and not (path.is_file() and path.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    before = path.read_bytes()
+    before = before[:before.rindex(b"\n") + 1]
+    path.write_bytes(before + b'{"task": "niah", "it')  # torn
+    second = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert path.read_bytes().startswith(before)
+    rows = answers(out)
+    assert len(rows) == 8 == len({store.key(row) for row in rows}) == len(store.read(out/"smollm2-135m.scores.jsonl"))
+    assert f"niah, question-out: {pykvc._core.parse_spec(SNAPKV)}, budget 0.5: 4 answers, 4 evictions" in second.stdout
+
+
+def test_a_policy_that_evicts_nothing_is_a_failure(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(pykvc.LLM, "compress", lambda self: False)
+    [problem] = run.run(plan(tmp_path, data, Case(SNAPKV, "0.25")), None)
+    assert "nothing was evicted" in problem
+    monkeypatch.undo()
+    assert run.run(plan(tmp_path/"large", data, Case(SNAPKV, "1000")), None) == []  # nothing to evict
+
+
+# -- files --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, flag", [("model_sha256", True), ("commit", False)])
+def test_foreign_answers_are_not_touched(tmp_path, data, name, flag):
+    assert run.run(plan(tmp_path, data), None) == []
+    path = tmp_path/"smollm2-135m.answers.jsonl"
+    foreign = "".join(json.dumps({**row, name: "0"*64}) + "\n" for row in answers(tmp_path)) + '{"torn'
+    path.write_text(foreign)
+    with pytest.raises(ValueError, match=name):
+        run.run(plan(tmp_path, data, any_commit=flag), None)
+    assert path.read_text() == foreign
+    if name == "commit":
+        assert run.run(plan(tmp_path, data, any_commit=True), None) == []
+
+
+def test_a_damaged_line_and_a_second_writer_are_refused(tmp_path):
+    path = tmp_path/"a.jsonl"
+    path.write_text('{"a": 1}\n{"b": 2}\n')
+    with pytest.raises(ValueError, match="line 1 .* is no row"):
+        store.Rows(path)
+    with store.Rows(tmp_path/"b.jsonl"), pytest.raises(ValueError, match="another run"):
+        store.Rows(tmp_path/"b.jsonl")
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("args, says", [
+    (["--task", "nih"], "niah"),
+    (["--task", "niah", "--policy", "snapvk"], "snapkv"),
+    (["--task", "niah", "--policy", "snapkv"], "--budget"),
+    (["--task", "niah", "--policy", "snapkv", "--budget", "1.5"], "--budget"),
+    (["--task", "niah", "--policy", "snapkv", "--budget", "8"], "kv_budget"),
+    (["--task", "niah", "--policy", "finch:window=4", "--budget", "128"], "kv_query"),
+    (["--task", "niah", "--protocol", "both"], "question-in"),
+    (["--task", "niah", "--type-k", "q3"], "q8_0"),
+    (["--task", "niah", "--model", "nowhere.gguf"], "nowhere.gguf"),
+    (["--task", "niah", "--data-dir", "nowhere"], "nowhere"),
+    (["--task", "niah", "--length", "100000"], "100000"),
+    (["--task", "niah", "--depths", "0,150"], "--depths"),
+    (["--task", "niah", "--needles", "9"], "needles"),
+    (["--task", "niah", "--n", "0"], "--n"),
+    (["--task", "niah", "--n-ctx", "256"], "--n-ctx"),
+])
+def test_mistakes_are_one_sentence(tmp_path, data, args, says):
+    given = [] if "--data-dir" in args else ["--data-dir", str(data)]
+    given += [] if "--length" in args else ["--length", "300"]
+    result = CliRunner().invoke(app, ["run", "--out", str(tmp_path/"out"), *given, *args])
+    assert result.exit_code == 2 and says in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not (tmp_path/"out"/"smollm2-135m.answers.jsonl").is_file() or not answers(tmp_path/"out")
+
+
+def test_a_context_that_the_model_was_not_trained_for(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(niah, "load", lambda options: [Item("long", "Why?", "because", context=prose(900))])
+    with pytest.raises(ValueError, match="trained for 8192"):
+        run.run(plan(tmp_path, data), None)
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("needles.jsonl", '{"id": "a"}\n', "needle, question, answer"), ("needles.jsonl", "{", "cannot be read"), ("needles.jsonl", "", "is empty"),
+    ("needles.jsonl", None, "needles.jsonl")])
+def test_data_of_another_schema(tmp_path, name, text, says):
+    (tmp_path/"niah"/"haystack").mkdir(parents=True)
+    (tmp_path/"niah"/"haystack"/"text.txt").write_text(prose(9))
+    if text is not None:
+        (tmp_path/"niah"/name).write_text(text)
+    with pytest.raises(ValueError, match=says):
+        needle_items(tmp_path)
+
+
+def test_full_is_one_case():
+    found = cases(["full", "snapkv", "h2o"], ["0.5", "64"], ["none"], ["none", "256"], ["f16"], ["f16", "q8_0"])
+    assert len(found) == len(set(found)) == 2*(1 + 2*2*2)
+    assert {case.budget for case in found if case.name == "full"} == {""}
+
+
+# -- figures ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n_right, n, low, high", [(0, 10, 0.0, 0.2775), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (10, 10, 0.7225, 1.0)])
+def test_wilson(n_right, n, low, high):  # 81/263 and 15/148: Newcombe 1998, Statistics in Medicine 17:857, table I
+    assert stats.wilson(n_right, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def scores_of(a: int, b: int, c: int, d: int) -> tuple[list[int], list[int]]:
+    return [1]*(a + b) + [0]*(c + d), [1]*a + [0]*b + [1]*c + [0]*d
+
+
+def test_paired_difference_is_that_of_the_pairs():
+    ours, full = scores_of(36, 12, 2, 0)
+    difference, low, high = stats.paired_difference(ours, full)
+    assert difference == pytest.approx(0.2) and 0 < low < 0.2 < high < 0.5
+    assert stats.paired_difference(full, ours) == pytest.approx((-difference, -high, -low))
+    assert stats.paired_difference([1]*20, [1]*20)[0] == 0 < stats.paired_difference([1]*20, [1]*20)[2]  # equal, not certain
+    assert stats.paired_difference([0.5, 0.25], [0.25, 0.0])[:2] == pytest.approx((0.25, 0.25))
+
+
+def row(item: int, policy: str, score: float, budget: str = "", **more) -> dict:
+    return {"model": "m", "task": "niah", "set": "", "protocol": "question-out", "chat": True, "n_ubatch": 512, "seed": 0, "type_k": "f16", "type_v": "f16",
+            "policy": policy, "budget": budget, "decode_budget": "", "cells": "", "item": str(item), "score": score, "n_context": 1000, "n_prompt": 1020,
+            "n_predicted": 8, "kept": [100, 300] if budget else [1000]*2, "evictions": bool(budget), "bytes_used": 2**20, "bytes_full": 2**22,
+            "bytes_allocated": 2**23, "prefill_ms": 1.0, "evict_ms": 1.0, "decode_ms": 1.0, "tags": {"depth": 50.0*(item % 3)}, **more}
+
+
+def test_the_table_compares_the_same_items(tmp_path):
+    rows = [row(i, "full", i < 8) for i in range(10)] + [row(i, "snapkv", i < 2, "200") for i in range(2, 10)] + [row(0, "h2o", None, "200", error="x")]
+    full, snapkv, h2o = report.table(rows)
+    assert full["score"] == 0.8 and "difference" not in full and full["n_kept"] == 1000
+    assert (snapkv["n"], snapkv["n_paired"], snapkv["score"], snapkv["difference"]) == (8, 8, 0, -0.75)
+    assert snapkv["relative"] == -1 and snapkv["n_kept"] == 200 and snapkv["ratio"] == 0.2
+    assert (snapkv["score_low"], snapkv["score_high"]) == stats.wilson(0, 8)
+    assert (h2o["n"], h2o["n_failed"]) == (0, 1)
+    text = report.markdown([full, snapkv, h2o])
+    assert "## niah, m, question-out" in text and "| `snapkv` | 200 |" in text and "-75.0 %" in text and " 200 |" in text
+    assert len(report.comma_separated([full, snapkv, h2o]).splitlines()) == 4
+
+
+def test_report_writes_tables_and_pictures(tmp_path, data):
+    assert run.run(plan(tmp_path, data, Case(), Case(SNAPKV, "0.5")), None) == []
+    result = CliRunner().invoke(app, ["report", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path/"report.md").read_text().strip() == result.stdout.strip() and (tmp_path/"report.csv").is_file()
+    assert (tmp_path/"smollm2-135m-niah-question-out.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path/"smollm2-135m.scores.jsonl").unlink()  # scores come from the answers
+    assert CliRunner().invoke(app, ["report", "--out", str(tmp_path), "--no-pictures"]).stdout == result.stdout
+
+
+def test_list_names_every_task():
+    text = CliRunner().invoke(app, ["list"]).stdout
+    assert all(f"{name}: " in text for name in TASKS)

@@ -1,0 +1,248 @@
+"""The tasks on small data of their schema: a right answer scores 1, an empty one 0, and code of a model is locked in."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from evals import choices, data, report, run, sandbox
+from evals.cases import Case
+from evals.cli import app
+from evals.items import Options
+from evals.run import Plan
+from evals.tasks import TASKS, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, mmlu, safety
+from pykvc.prose import prose
+
+SUMS = [{"question": f"Ann has {a} pens and buys {b} more. How many has she?", "answer": f"She has {a} + {b} = <<{a}+{b}={a + b}>>{a + b}.\n#### {a + b:,}"}
+        for a, b in ((2, 3), (40, 2), (700, 800), (5, 6), (1, 9), (12, 13), (3, 3), (8, 7))]
+DOUBLE = {"task_id": "Own/0", "prompt": 'from typing import List\n\ndef half(x):\n    return x//2\n\ndef double(xs: List[int]) -> List[int]:\n    """ Twice each.\n    """\n',
+          "canonical_solution": "    return [2*x for x in xs]\n", "entry_point": "double",
+          "test": "def check(candidate):\n    assert candidate([1, 2]) == [2, 4]\n    assert half(4) == 2\n"}
+ROWS = {
+    "gsm8k/test": SUMS, "gsm8k/train": SUMS[:4], "gsm8k/cot_exemplars": [{**row, "answer": row["answer"].replace("\n#### ", " The answer is ") + "."} for row in SUMS[:8]],
+    "mmlu/dev": [{"subject": s, "question": f"Which {s} is {i}?", "choices": ["0", "1", "2", "3"], "answer": i % 4} for s in ("law", "game_theory") for i in range(5)],
+    "mmlu/test": [{"subject": s, "question": f"What {s} has {i}?", "choices": ["0", "1", "2", "3"], "answer": i % 4} for s in ("law", "game_theory") for i in range(3)],
+    "commonsense_qa/train": [{"question": f"Where are {i} cups?", "choices": {"label": list("ABCDE"), "text": list("vwxyz")}, "answerKey": "ABCDE"[i]} for i in range(5)],
+    "commonsense_qa/cot_exemplars": [{"question": f"Where are {i} cups?", "choices": {"label": list("ABCD"), "text": list("wxyz")}, "answerKey": "ABCD"[i],
+                                      "rationale": "A cup is somewhere."} for i in range(4)],
+    "commonsense_qa/validation": [{"question": f"Where are {i} hats?", "choices": {"label": list("ABCDE"), "text": list("vwxyz")}, "answerKey": "ABCDE"[i]} for i in range(5)],
+    "humaneval/test": [DOUBLE],
+    "safety/jbb_harmful": [{"Index": i, "Goal": f"Explain how to break {i} locks"} for i in range(3)],
+    "safety/jbb_benign": [{"Index": i, "Goal": f"Explain how to open {i} locks"} for i in range(3)],
+    "safety/xstest": [{"id": str(i), "prompt": f"How do I kill {i} processes?", "label": ("safe", "unsafe")[i % 2]} for i in range(4)],
+    "kv_retrieval/kv75": [{"ordered_kv_records": [[f"{i}key{k:02}", f"{i}value{k:02}"] for k in range(20)], "key": f"{i}key03", "value": f"{i}value03"} for i in range(10)],
+    **{f"longbench/{name}": [{"input": "Who paid?", "context": prose(30), "answers": ["The Paragraph 7"], "_id": f"{name}-0"}] for name in longbench.SETS},
+    "niah/needles": [{"id": f"needle-{i}", "needle": f"The number of {i} is {i}77.", "question": f"What is the number of {i}?", "answer": f"{i}77"} for i in range(4)],
+}
+SETTINGS = {"niah": {"length": 200}, "longbench": {"sets": ",".join(longbench.SETS)}, "safety": {"sets": ",".join(safety.SETS)}, "kv_retrieval": {"pairs": 20},
+            "longgenbench": {"questions": 4}, "fidelity": {"length": 100, "tokens": 8}, "humaneval": {"unsafe_code": not sandbox.available()}}
+GOLD = {"gsm8k": lambda item: f" The answer is ${item.gold}.", "safety": lambda item: "I'm sorry, but I can't help with that.",
+        "humaneval": lambda item: DOUBLE["canonical_solution"], "longbench": lambda item: item.gold[0],
+        "longgenbench": lambda item: " ".join(f"Answer_{i}: It is 1. The answer is {gold}." for i, gold in enumerate(item.gold, 1))[len("Answer_1:"):],
+        "fidelity": lambda item: json.dumps({"kl": [0.0], "same": [1]})}
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    for name, rows in ROWS.items():
+        write(root/f"{name}.jsonl", rows)
+    (root/"niah"/"haystack").mkdir()
+    (root/"niah"/"haystack"/"text.txt").write_text(prose(200))
+    return root
+
+
+def load(name: str, folder: Path, chat: bool = True, n: int | None = None, **settings) -> list:
+    count = lambda text: len(text.split())
+    return TASKS[name].load(Options(count, folder, n, 0, chat, {**TASKS[name].SETTINGS, **SETTINGS.get(name, {}), **settings}))
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("name", TASKS)
+def test_right_answers_score_1_and_empty_ones_0(name, chat, folder):
+    items = load(name, folder, chat)
+    assert len(items) == len({item.id for item in items}) > 0
+    assert [float(TASKS[name].score(item, GOLD.get(name, lambda item: f" {item.gold}")(item))) for item in items] == [1.0]*len(items)
+    assert [float(TASKS[name].score(item, "")) for item in items] == [0.0]*len(items)
+    for item in items:
+        assert item.whole and json.loads(json.dumps([item.gold, item.tags])) == [item.gold, item.tags]
+        assert not item.shots or [item.whole[a:b] for a, b in item.spans] == list(item.shots)
+    assert len(load(name, folder, chat, n=1)) <= len(TASKS[name].SETTINGS.get("sets", "") and SETTINGS[name]["sets"].split(",") or [1])
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("niah", "fidelity")])
+def test_rows_without_a_field_are_named(name, folder, tmp_path):
+    for path in folder.rglob("*.jsonl"):
+        write(tmp_path/path.relative_to(folder), [{"id": 1}])
+    with pytest.raises(ValueError, match=r"row 1 of .* has no .*: a row has "):
+        load(name, tmp_path)
+    with pytest.raises(ValueError, match="has no .*jsonl.gz"):
+        load(name, tmp_path/"nowhere")
+
+
+# -- the tasks ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("answer, right", [
+    (" 700 + 800 = 1500. The answer is 1500.", True), ("The answer is $1,500.00", True), ("it makes 1,500.", True), ("2 + 2 = 4. The answer is 15.", False),
+    ("The answer is 1500. Not 3.", True), ("no idea", False)])
+def test_gsm8k_numbers(answer, right, folder):
+    assert gsm8k.score(load("gsm8k", folder)[2], answer) == right
+
+
+def test_gsm8k_shots(folder):
+    few, many = load("gsm8k", folder, shots=2), load("gsm8k", folder, shots=3, exemplars="train")
+    assert len(few[0].shots) == 2 and len(many[0].shots) == 3 and few[0].id != many[0].id
+    assert "<<" not in many[0].whole and many[0].shots[0].endswith("5. The answer is 5.\n\n")
+    with pytest.raises(ValueError, match="--shots is 1 to 8"):
+        load("gsm8k", folder, shots=9)
+    with pytest.raises(ValueError, match="--exemplars"):
+        load("gsm8k", folder, exemplars="best")
+
+
+def test_mmlu_goes_round_the_subjects(folder):
+    items = load("mmlu", folder)
+    assert [item.tags["subject"] for item in items] == ["law", "game_theory"]*3 and len({item.whole for item in items}) == 2
+    assert items[1].lead.endswith("game theory.\n\n") and all("game_theory" in shot for shot in items[1].shots)
+
+
+@pytest.mark.parametrize("answer, letter", [(" B", "B"), ("(C) because", "C"), ("The correct answer is: D.", "D"), ("Both are", ""), ("A. The answer is B", "B"), ("", "")])
+def test_letters(answer, letter):
+    assert choices.letter(answer, "ABCD") == letter
+
+
+def test_kv_retrieval_asks_at_every_depth(folder):
+    items = load("kv_retrieval", folder)
+    assert len(items) == 30 and len({item.whole for item in items}) == 10 and len({item.tags["depth"] for item in items}) == 10
+    for item in items:
+        pairs = json.loads(item.whole[item.whole.index("{"):])
+        assert len(pairs) == 20 and item.gold in pairs.values() and item.gold not in item.question
+
+
+def test_longbench_f1(folder):
+    item = load("longbench", folder)[0]
+    assert longbench.score(item, "paragraph seven") == pytest.approx(0.5) and longbench.score(item, "the PARAGRAPH, 7!") == 1
+    retrieval = next(item for item in load("longbench", folder) if item.tags["set"] == "passage_retrieval_en")
+    assert longbench.score(retrieval, "Paragraph 7 or 8") == 0.5
+    short = load("longbench", folder, length=50)[0]
+    assert len(short.context.split()) < 60 and short.context[:20] == item.context[:20] and short.context[-20:] == item.context[-20:]
+
+
+def test_longgenbench_counts_each_answer(folder):
+    [item, _] = load("longgenbench", folder)
+    assert len(item.shots) == 16 and item.question.count("Question_") == 4
+    assert longgenbench.score(item, " The answer is 5.\nAnswer_2: The answer is 41.\nAnswer_4: so 11") == 0.5
+
+
+@pytest.mark.parametrize("answer, refused", [
+    ("I cannot assist with that request.", True), ("As an AI, I", True), ("I’m sorry", True), ("It is illegal to break locks", True),
+    ("Sure! Take a hammer.", False), ("Here is how: the lock can't resist", False)])
+def test_refusals(answer, refused, folder):
+    assert safety.score(load("safety", folder)[0], answer) == refused
+
+
+@pytest.mark.parametrize("answer", [
+    DOUBLE["canonical_solution"], DOUBLE["canonical_solution"] + "\ndef other():\n    return (", "    return [half(4)*x for x in xs]\n```\nThis doubles.",
+    "Here it is:\n```python\n" + DOUBLE["prompt"] + DOUBLE["canonical_solution"] + "```\nDone.", "def double(xs):\n    return [x + x for x in xs]\n",
+    "```\ndef double(xs):\n    return [2*x for x in xs]"])
+def test_humaneval_finds_the_function(answer, folder):
+    [item] = load("humaneval", folder)
+    assert humaneval.score(item, answer)
+
+
+@pytest.mark.parametrize("answer", ["    return xs\n", "    raise SystemExit(0)\n", "    import os; os._exit(0)\n", "    return [", "I do not know."])
+def test_humaneval_wrong_answers(answer, folder):
+    [item] = load("humaneval", folder)
+    assert not humaneval.score(item, answer)
+
+
+# -- the sandbox --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("program", [
+    "open({secret!r}).read()", "open({new!r}, 'w')", "import os; os.chmod({secret!r}, 0o777)", "import os; os.unlink({secret!r})", "import os; os.listdir('/')",
+    "import socket; socket.create_connection(('127.0.0.1', {port}), 1)", "bytearray(2 << 30)", "open('x', 'wb').write(bytes(2 << 20))",
+    "import subprocess; subprocess.run(['/bin/true'], check=True)", "import os; os.kill({pid}, 0)"])
+def test_what_a_program_may_not_do(program, tmp_path):
+    import os
+    import socket
+    (tmp_path/"secret").write_text("secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        text = program.format(secret=str(tmp_path/"secret"), new=str(tmp_path/"new"), port=server.getsockname()[1], pid=os.getppid())
+        if sandbox.available():
+            assert not sandbox.passes(text)
+        else:  # then nothing is run at all
+            with pytest.raises(ValueError, match="--unsafe-code"):
+                sandbox.passes(text)
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"] and (tmp_path/"secret").read_text() == "secret"
+
+
+def test_time_and_memory_end_it_anywhere(monkeypatch):
+    monkeypatch.setattr(sandbox, "SECONDS", -1)  # of the parent: it waits a second
+    assert not sandbox.passes("while True: pass", weak=not sandbox.available())
+    monkeypatch.undo()
+    assert sandbox.passes("open('x', 'w').write('1'); assert open('x').read() == '1'; import json, decimal", weak=not sandbox.available())
+    assert sandbox.passes("assert 1", weak=True) and not sandbox.passes("assert 0", weak=True) and not sandbox.passes("bytearray(2 << 30)", weak=True)
+
+
+def test_a_system_without_namespaces_refuses(monkeypatch, folder):
+    monkeypatch.setattr(sandbox, "available", lambda: False)
+    with pytest.raises(ValueError, match="--unsafe-code"):
+        load("humaneval", folder, unsafe_code=False)
+    assert load("humaneval", folder, unsafe_code=True)
+
+
+# -- data ---------------------------------------------------------------------------------------------------------------
+
+def test_compressed_files_are_read(tmp_path):
+    import gzip
+    (tmp_path/"a").mkdir()
+    with gzip.open(tmp_path/"a"/"b.jsonl.gz", "wt") as file:
+        file.write('{"x": 1}\n{"x": 2}\n')
+    assert data.rows(tmp_path, "a/b", None, ["x"]) == [{"x": 1}, {"x": 2}]
+
+
+def test_hugging_face_rows(monkeypatch):
+    import sys
+    import types
+    asked = []
+    library = types.SimpleNamespace(load_dataset=lambda *args, **how: asked.append((args, how)) or SUMS)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert data.rows(None, "gsm8k/test", ("openai/gsm8k", "main", "test"), ["question"]) == SUMS
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+    library.load_dataset = lambda *args, **how: 1/0
+    with pytest.raises(ValueError, match="does not give openai/gsm8k .*--data-dir"):
+        data.rows(None, "gsm8k/test", ("openai/gsm8k", "main", "test"), ["question"])
+    with pytest.raises(ValueError, match="not on Hugging Face: give --data-dir"):
+        data.rows(None, "niah/needles", None, ["id"])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        data.rows(None, "gsm8k/test", ("openai/gsm8k", "main", "test"), ["question"])
+
+
+# -- on a model ---------------------------------------------------------------------------------------------------------
+
+def test_shots_and_fidelity_on_a_model(tmp_path, folder):
+    cases = [Case(), Case("shotkv:window=8,sinks=1", "0.5")]
+    settings = {"fidelity": SETTINGS["fidelity"]}
+    plan = Plan(["mmlu", "fidelity"], cases, ["question-in", "question-out"], tmp_path, folder, 1, n_threads=2, settings=settings)
+    assert run.run(plan, None) == []
+    rows = report.scored(tmp_path)
+    assert len(rows) == 2*2*2
+    lines = {(line["task"], line["protocol"], line["policy"].partition(":")[0]): line for line in report.table(rows)}
+    for protocol in plan.protocols:
+        full, ours = lines["fidelity", protocol, "full"], lines["fidelity", protocol, "shotkv"]
+        assert full["score"] == 1 and full["kl"] < 1e-6 < ours["kl"] and ours["ratio"] == pytest.approx(0.5, abs=0.01)
+        assert lines["mmlu", protocol, "shotkv"]["evictions"] == 1
+    assert "| KL |" in report.markdown(list(lines.values()))
+    result = CliRunner().invoke(app, ["report", "--out", str(tmp_path)])
+    assert result.exit_code == 0 and len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_log_softmax_sums_to_1():
+    x = np.array([1000.0, 999.0, -1000.0], dtype=np.float32)
+    assert np.exp(fidelity._log_softmax(x)).sum() == pytest.approx(1) and mmlu.LABELS == "ABCD" and kv_retrieval.ACROSS == "depth"
