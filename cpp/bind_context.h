@@ -309,6 +309,9 @@ public:
             d["sums"] = f32(s.sums, { s.n_head_kv, s.n_kv });
             d["keys"] = f32(s.keys, { s.n_head_kv, s.n_kv, s.head_dim });
             d["probed"] = f32(s.probed, { s.n_head_kv, s.n_kv });
+            d["q_mean"] = f32(s.q_mean, { s.n_head, s.head_dim });
+            d["q_cov"]  = f32(s.q_cov,  { s.n_head, s.head_dim, s.head_dim });
+            d["v_norm"] = f32(s.v_norm, { s.n_head_kv, s.n_kv });
             res.append(d);
         }
         return res;

@@ -58,13 +58,15 @@ public:
         nd.newest = this->obj.attr("newest").cast<float>();
         nd.sums   = this->obj.attr("sums").cast<bool>();
         nd.keys   = this->obj.attr("keys").cast<bool>();
+        nd.future = this->obj.attr("future").cast<int32_t>();
+        nd.values = this->obj.attr("values").cast<bool>();
         nd.spans  = this->obj.attr("spans").cast<bool>();
         sinks     = this->obj.attr("sinks").cast<int32_t>();
         recent    = this->obj.attr("recent").cast<int32_t>();
         has_budgets = this->obj.attr("_overrides").contains("budgets");
         has_keep    = this->obj.attr("_overrides").contains("keep");
-        if (nd.window < 0 || sinks < 0 || recent < 0) {
-            throw std::invalid_argument("window, sinks and recent of a policy are token counts >= 0");
+        if (nd.window < 0 || nd.future < 0 || sinks < 0 || recent < 0) {
+            throw std::invalid_argument("window, future, sinks and recent of a policy are token counts >= 0");
         }
     }
 
@@ -103,6 +105,9 @@ public:
         d["attn"] = f32(v.attn, { v.n_head, v.n_kv });
         d["sums"] = f32(v.sums, { v.n_head_kv, v.n_kv });
         d["keys"] = f32(v.keys, { v.n_head_kv, v.n_kv, v.head_dim });
+        d["q_mean"] = f32(v.q_mean, { v.n_head, v.head_dim });
+        d["q_cov"]  = f32(v.q_cov,  { v.n_head, v.head_dim, v.head_dim });
+        d["v_norm"] = f32(v.v_norm, { v.n_head_kv, v.n_kv });
         const auto res = obj.attr("_score")(d).cast<f32_array>();
         copy_checked(res, "score", v.n_head_kv, v.n_kv, out);
     }
@@ -147,6 +152,7 @@ static py::list table() {
         const auto nd = info.make(parse_spec(info.name).p)->need();
         py::dict d, n;
         n["window"] = nd.window; n["newest"] = nd.newest; n["sums"] = nd.sums; n["keys"] = nd.keys; n["spans"] = nd.spans;
+        n["future"] = nd.future; n["values"] = nd.values;
         n["probe"] = nd.probe == probe::none ? "none" : nd.probe == probe::mean ? "mean" : "max";
         py::list params;
         for (const auto & p : info.params()) {
@@ -169,12 +175,13 @@ static void check_2d(const py::array & a, const char * name) {
 }
 
 static py::array_t<float> score(const std::string & text, const i32_array & pos, int32_t il, int32_t n_layer, int32_t n_head, int32_t n_query,
-        int32_t head_dim, const py::object & attn, const py::object & sums, const py::object & keys, const py::object & probed) {
+        int32_t head_dim, const py::object & attn, const py::object & sums, const py::object & keys, const py::object & probed,
+        const py::object & q_mean, const py::object & q_cov, const py::object & v_norm) {
     check_2d(pos, "pos");
     const auto sp = parse_spec(text);
     const auto pol = sp.info->make(sp.p);
     const int32_t n_hkv = (int32_t) pos.shape(0), n_kv = (int32_t) pos.shape(1);
-    f32_array a, s, k, p;
+    f32_array a, s, k, p, m, c, n;
     const auto ptr = [](const py::object & o, f32_array & hold, size_t n, const char * name) -> const float * {
         if (o.is_none()) {
             return nullptr;
@@ -190,9 +197,12 @@ static py::array_t<float> score(const std::string & text, const i32_array & pos,
     const auto nd = pol->need();
     layer_view v = { il, n_layer, n_kv, n_head, n_hkv, head_dim, n_query > 0 ? n_query : nd.window, pos.data(),
         ptr(attn, a, (size_t) n_head*n_kv, "attn"), ptr(sums, s, (size_t) n_hkv*n_kv, "sums"), ptr(keys, k, (size_t) n_hkv*n_kv*head_dim, "keys"),
-        ptr(probed, p, (size_t) n_hkv*n_kv, "probed") };
-    if ((nd.window > 0 && !v.attn && !v.probed) || (nd.sums && !v.sums) || (nd.keys && !v.keys)) {
-        throw std::invalid_argument(text + " needs " + (nd.window > 0 ? "attn " : "") + (nd.sums ? "sums " : "") + (nd.keys ? "keys" : ""));
+        ptr(probed, p, (size_t) n_hkv*n_kv, "probed"), ptr(q_mean, m, (size_t) n_head*head_dim, "q_mean"),
+        ptr(q_cov, c, (size_t) n_head*head_dim*head_dim, "q_cov"), ptr(v_norm, n, (size_t) n_hkv*n_kv, "v_norm") };
+    const bool fit = nd.future > 0, window = nd.window > 0 && !fit;
+    if ((window && !v.attn && !v.probed) || (nd.sums && !v.sums) || (nd.keys && !v.keys) || (fit && (!v.q_mean || !v.q_cov)) || (nd.values && !v.v_norm)) {
+        throw std::invalid_argument(text + " needs " + (window ? "attn " : "") + (nd.sums ? "sums " : "") + (nd.keys ? "keys " : "") +
+                (fit ? "q_mean q_cov " : "") + (nd.values ? "v_norm" : ""));
     }
     f32_array out({ (py::ssize_t) n_hkv, (py::ssize_t) n_kv });
     pol->score(v, out.mutable_data());
@@ -247,7 +257,7 @@ void bind_policy(py::module_ & m) {
     }, "text"_a, "name"_a = "kv_budget", "('none' | 'tokens' | 'ratio', value).");
     m.def("score", &score, "spec"_a, "pos"_a, py::kw_only(), "il"_a = 0, "n_layer"_a = 1, "n_head"_a = 0, "n_query"_a = 0, "head_dim"_a = 0,
             "attn"_a = py::none(), "sums"_a = py::none(), "keys"_a = py::none(), "probed"_a = py::none(),
-            "score() of a policy over host arrays: F32 [n_head_kv, n_kv].");
+            "q_mean"_a = py::none(), "q_cov"_a = py::none(), "v_norm"_a = py::none(), "score() of a policy over host arrays: F32 [n_head_kv, n_kv].");
     m.def("plan", &plan, "spec"_a, "pos"_a, "score"_a, "budget"_a, py::kw_only(), "prompt"_a = true, "n_frozen"_a = py::none(),
             "spans"_a = std::vector<std::pair<int32_t, int32_t>>(), "room"_a = false, "budgets() and keep() of a policy: slots kept a layer, I32 [n_head_kv, n_keep].");
 }

@@ -13,6 +13,7 @@
 //   cells.cpp   fewer cells than tokens: how many rows a layer gets, and room before each ubatch
 //   update.cpp  where evictions run
 //   signal.cpp  the graph: query window, attention sums, mask views; the score graph
+//   fit.cpp     the queries that are to be expected
 //   evict.cpp   signals -> scores -> plan -> compaction of one sequence
 //   state.cpp   what a saved state needs beyond llama.cpp's cells
 
@@ -69,8 +70,21 @@ struct layer_signals {
     std::vector<float>   sums; // F32 [n_head_kv, n_kv]
     std::vector<float>   keys; // F32 [n_head_kv, n_kv, head_dim]
     std::vector<float>   probed; // F32 [n_head_kv, n_kv]
+    std::vector<float>   q_mean; // F32 [n_head, head_dim]
+    std::vector<float>   q_cov;  // F32 [n_head, head_dim, head_dim]
+    std::vector<float>   v_norm; // F32 [n_head_kv, n_kv]
 
     layer_view view(int32_t n_layer) const;
+};
+
+// How a layer's queries were rotated before they reached attention, read off the model's own graph.
+struct rotation {
+    bool          rope = false;
+    int32_t       params[GGML_MAX_OP_PARAMS/sizeof(int32_t)] = {}; // of ggml_rope_ext
+    ggml_tensor * factors = nullptr; // of its frequencies, or null
+    int32_t       n_hadamard = 0;    // side of the Hadamard matrix that quantized keys are mixed with, 0: none
+
+    static bool find(const ggml_tensor * q, rotation & res); // false: the queries are changed after it
 };
 
 class engine {
@@ -192,14 +206,20 @@ private:
 
     // signal.cpp
     void alloc_signals(const llama_cparams & cparams);
+    layer_signals no_signals(uint32_t s, int32_t ikv) const;
     layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const;
     ggml_tensor * build_attn(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<std::pair<llama_pos, int32_t>> & queries,
                              const std::vector<float> * weight) const;
     void read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const;
     std::vector<float> read_probe(llama_context * lctx, uint32_t s, int32_t ikv, int32_t n_probe) const;
     void read_keys(uint32_t s, layer_signals & sig) const;
+    void read_values(uint32_t s, layer_signals & sig) const;
     void read_sums(uint32_t s, layer_signals & sig) const;
     void read_probed(uint32_t s, layer_signals & sig) const;
+
+    // fit.cpp
+    void read_fit(llama_context * lctx, uint32_t s, layer_signals & sig) const;
+    std::vector<float> read_turns(llama_context * lctx, int32_t ikv, const std::vector<llama_pos> & pos) const;
 
     void reset(stream & q) const;
     uint32_t stream_of(llama_seq_id seq_id) const; // throws
@@ -215,8 +235,8 @@ private:
     std::vector<std::function<void()>> jobs;
     bool stale = false;           // cells a layer reads changed outside an update: graphs must go
 
-    // what build_attn was given, for the score graph
-    struct layer_attn { ggml_tensor * sinks = nullptr; float scale = 0; };
+    // what build_attn was given, for the graphs of ours
+    struct layer_attn { ggml_tensor * sinks = nullptr; float scale = 0; rotation turn; };
     std::vector<layer_attn> attn; // [n_layer]
 
     struct layer_tensors {
@@ -256,5 +276,9 @@ llama_kv_cache * cache_of(llama_context * lctx);
 void flush_copies(llama_context * lctx);
 
 bool uses_flash_attn(llama_context * lctx);
+
+// A small graph of ours, between those of the model: build it, then run it for one result.
+llm_graph_result * begin_graph(llama_context * lctx);
+void run_graph(llama_context * lctx, llm_graph_result * res, ggml_tensor * out, const std::function<void()> & set_inputs);
 
 } // namespace kvc

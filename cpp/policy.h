@@ -25,9 +25,11 @@ enum class probe { none, mean, max };
 
 struct needs {
     int32_t window = 0;     // attention of the last `window` queries
+    int32_t future = 0;     // > 0: not their attention, but a Gaussian fit of them, rotated as on average at the next `future` positions
     float   newest = 1.0f;  // their weights in the mean: 1 for the oldest, linear up to this for the newest
     bool    sums   = false; // attention summed over every query so far (runs with flash attention off)
     bool    keys   = false; // the keys themselves
+    bool    values = false; // the norms of the values
     kvc::probe probe = kvc::probe::none;
     bool    spans  = false; // units given by the caller; sentences when none are given
 };
@@ -40,13 +42,16 @@ struct layer_view {
     int32_t n_head;    // query heads
     int32_t n_head_kv;
     int32_t head_dim;
-    int32_t n_query;   // queries the window really had, <= needs().window
+    int32_t n_query;   // queries the window or the fit really had, <= needs().window
 
     const int32_t * pos;  // I32 [n_head_kv, n_kv] original position of each slot, ascending
     const float   * attn; // F32 [n_head, n_kv] weighted mean over the window of softmax(scale * Q K^T + mask), or null
     const float   * sums; // F32 [n_head_kv, n_kv] attention summed over all queries, mean over the group's heads, or null
     const float   * keys; // F32 [n_head_kv, n_kv, head_dim], rotated as they lie in the cache, or null
     const float   * probed; // F32 [n_head_kv, n_kv] what a probe's queries gave each slot, inf where none has asked; null: no probe
+    const float   * q_mean; // F32 [n_head, head_dim] mean of the fit, times the softmax scale: a logit is key . q_mean; or null
+    const float   * q_cov;  // F32 [n_head, head_dim, head_dim] its covariance, times the scale squared, or null
+    const float   * v_norm; // F32 [n_head_kv, n_kv] L2 norm of each slot's value, or null
 };
 
 struct span { int32_t begin, end; }; // original positions [begin, end)

@@ -20,7 +20,8 @@ namespace kvc {
 
 layer_view layer_signals::view(int32_t n_layer) const {
     const auto ptr = [](const std::vector<float> & v) { return v.empty() ? nullptr : v.data(); };
-    return { il, n_layer, n_kv, n_head, n_head_kv, head_dim, n_query, pos.data(), ptr(attn), ptr(sums), ptr(keys), ptr(probed) };
+    return { il, n_layer, n_kv, n_head, n_head_kv, head_dim, n_query, pos.data(), ptr(attn), ptr(sums), ptr(keys), ptr(probed),
+        ptr(q_mean), ptr(q_cov), ptr(v_norm) };
 }
 
 void engine::alloc_signals(const llama_cparams & cparams) {
@@ -170,7 +171,11 @@ void engine::build_tap(llm_graph_result * res, int il, ggml_tensor * q, ggml_ten
     auto * gf  = res->get_gf();
     const int32_t ikv = kv.map_layer_ids.at(il);
     const auto & t = tensors[ikv];
-    attn[ikv] = { sinks, kq_scale };
+    attn[ikv] = { sinks, kq_scale, {} };
+    if (cfg->need.future > 0 && !rotation::find(q, attn[ikv].turn)) { // found out when the context is created: graphs are reserved there
+        throw std::invalid_argument(cfg->spec + " rotates queries to the positions to come, but this model (" + model.arch_name() +
+                ") changes them after their rotation: name a policy without such a fit, for example keydiff");
+    }
 
     const int64_t n_seqs = kq_mask->ne[3];
     const int64_t n_tps  = q->ne[2]/n_seqs;
@@ -254,19 +259,45 @@ void engine::set_bias(ggml_tensor * bias, int32_t ikv) const {
 // signals of one layer, read back
 //
 
-layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const {
+layer_signals engine::no_signals(uint32_t s, int32_t ikv) const {
     const auto & hp = model.hparams;
     const uint32_t il = kv.layers[ikv].il;
-    layer_signals sig = { ikv, n_slots(s, ikv), (int32_t) hp.n_head(il), n_hkv, (int32_t) hp.n_embd_head_k(il), 0, slot_pos(s, ikv), {}, {}, {}, {} };
+    return { ikv, n_slots(s, ikv), (int32_t) hp.n_head(il), n_hkv, (int32_t) hp.n_embd_head_k(il), 0, slot_pos(s, ikv), {}, {}, {}, {}, {}, {}, {} };
+}
+
+layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const {
+    layer_signals sig = no_signals(s, ikv);
     if (sig.n_kv == 0) {
         throw std::invalid_argument("the sequence is empty");
     }
     const bool probed = !streams[s].probed[ikv].empty(); // its queries have taken the place of the last ones
-    if (cfg->need.window > 0 && !probed) { read_attn(lctx, s, sig); }
+    if (cfg->need.future > 0)                   { read_fit(lctx, s, sig); }
+    else if (cfg->need.window > 0 && !probed)   { read_attn(lctx, s, sig); }
     if (cfg->need.sums)       { read_sums(s, sig); }
     if (cfg->need.keys)       { read_keys(s, sig); }
+    if (cfg->need.values)     { read_values(s, sig); }
     if (probed)               { read_probed(s, sig); }
     return sig;
+}
+
+llm_graph_result * begin_graph(llama_context * lctx) {
+    ggml_backend_sched_reset(lctx->get_sched());
+    auto * res = lctx->get_gf_res_reserve();
+    res->reset();
+    return res;
+}
+
+void run_graph(llama_context * lctx, llm_graph_result * res, ggml_tensor * out, const std::function<void()> & set_inputs) {
+    ggml_set_output(out);
+    ggml_build_forward_expand(res->get_gf(), out);
+    if (!ggml_backend_sched_alloc_graph(lctx->get_sched(), res->get_gf())) {
+        throw std::runtime_error("no memory for the graph of a signal");
+    }
+    set_inputs();
+    if (lctx->graph_compute(res->get_gf(), true) != GGML_STATUS_SUCCESS) {
+        throw std::runtime_error("the graph of a signal failed");
+    }
+    llama_synchronize(lctx);
 }
 
 // softmax(scale * Q K^T + mask) of some queries of the ring, computed in one small graph of the layer and summed with
@@ -285,12 +316,8 @@ ggml_tensor * engine::build_attn(llama_context * lctx, uint32_t s, const layer_s
         }
     }
 
-    auto * sched = lctx->get_sched();
-    auto * res   = lctx->get_gf_res_reserve();
-    ggml_backend_sched_reset(sched);
-    res->reset();
+    auto * res = begin_graph(lctx);
     auto * ctx = res->get_ctx();
-    auto * gf  = res->get_gf();
 
     auto * k = layer.k;
     k = ggml_view_3d(ctx, k, sig.head_dim, n_hkv, sig.n_kv, ggml_row_size(k->type, sig.head_dim), k->nb[1], s*k->nb[2]);
@@ -313,20 +340,12 @@ ggml_tensor * engine::build_attn(llama_context * lctx, uint32_t s, const layer_s
         ggml_set_input(w);
         out = ggml_out_prod(ctx, out, w);
     }
-    ggml_set_output(out);
-    ggml_build_forward_expand(gf, out);
-
-    if (!ggml_backend_sched_alloc_graph(sched, gf)) {
-        throw std::runtime_error("no memory for the score graph");
-    }
-    ggml_backend_tensor_set(m, mask.data(), 0, ggml_nbytes(m));
-    for (int32_t h = 0; w && h < sig.n_head; ++h) {
-        ggml_backend_tensor_set(w, weight->data(), h*w->nb[2], weight->size()*sizeof(float));
-    }
-    if (lctx->graph_compute(gf, true) != GGML_STATUS_SUCCESS) {
-        throw std::runtime_error("the score graph failed");
-    }
-    llama_synchronize(lctx);
+    run_graph(lctx, res, out, [&]() {
+        ggml_backend_tensor_set(m, mask.data(), 0, ggml_nbytes(m));
+        for (int32_t h = 0; w && h < sig.n_head; ++h) {
+            ggml_backend_tensor_set(w, weight->data(), h*w->nb[2], weight->size()*sizeof(float));
+        }
+    });
     return out;
 }
 
@@ -363,10 +382,8 @@ void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
 
 // What the last n_probe queries gave each slot, over a KV head's query heads: F32 [n_kv, n_head_kv].
 std::vector<float> engine::read_probe(llama_context * lctx, uint32_t s, int32_t ikv, int32_t n_probe) const {
-    const auto & q  = streams[s];
-    const auto & hp = model.hparams;
-    const uint32_t il = kv.layers[ikv].il;
-    const layer_signals sig = { ikv, n_slots(s, ikv), (int32_t) hp.n_head(il), n_hkv, (int32_t) hp.n_embd_head_k(il), 0, slot_pos(s, ikv), {}, {}, {}, {} };
+    const auto & q = streams[s];
+    const layer_signals sig = no_signals(s, ikv);
 
     std::vector<std::pair<llama_pos, int32_t>> queries;
     for (int32_t r = 0; r < cfg->need.window; ++r) {
@@ -400,22 +417,47 @@ std::vector<float> engine::read_probe(llama_context * lctx, uint32_t s, int32_t 
     return res;
 }
 
+// n values of a cache tensor, dequantized.
+static std::vector<float> read_f32(const ggml_tensor * t, size_t offset, int64_t n) {
+    std::vector<uint8_t> raw(ggml_row_size(t->type, n));
+    ggml_backend_tensor_get(t, raw.data(), offset, raw.size());
+    std::vector<float> res(n);
+    if (t->type == GGML_TYPE_F32) {
+        memcpy(res.data(), raw.data(), raw.size());
+    } else {
+        ggml_get_type_traits(t->type)->to_float(raw.data(), res.data(), n);
+    }
+    return res;
+}
+
 void engine::read_keys(uint32_t s, layer_signals & sig) const {
     const auto * k = kv.layers[sig.il].k;
     const size_t n_embd = (size_t) sig.head_dim*n_hkv;
-    std::vector<uint8_t> raw(sig.n_kv*k->nb[1]);
-    ggml_backend_tensor_get(k, raw.data(), s*k->nb[2], raw.size());
-
-    std::vector<float> rows(n_embd*sig.n_kv); // F32 [n_kv, n_head_kv, head_dim]
-    if (k->type == GGML_TYPE_F32) {
-        memcpy(rows.data(), raw.data(), raw.size());
-    } else {
-        ggml_get_type_traits(k->type)->to_float(raw.data(), rows.data(), (int64_t) rows.size());
-    }
+    const auto rows = read_f32(k, s*k->nb[2], (int64_t) n_embd*sig.n_kv); // F32 [n_kv, n_head_kv, head_dim]
     sig.keys.resize(rows.size());
     for (int32_t h = 0; h < n_hkv; ++h) {
         for (int32_t j = 0; j < sig.n_kv; ++j) {
             memcpy(&sig.keys[((size_t) h*sig.n_kv + j)*sig.head_dim], &rows[j*n_embd + (size_t) h*sig.head_dim], sig.head_dim*sizeof(float));
+        }
+    }
+}
+
+// A Hadamard rotation of quantized values leaves their norms as they are.
+void engine::read_values(uint32_t s, layer_signals & sig) const {
+    const auto * v = kv.layers[sig.il].v;
+    const int32_t n_dim = model.hparams.n_embd_head_v(kv.layers[sig.il].il);
+    const int64_t n_row = kv.v_trans ? v->ne[1] : v->ne[0]; // what lies together: a channel of all slots, or a slot
+    const int64_t n_used = kv.v_trans ? (int64_t) n_dim*n_hkv*n_row : n_row*sig.n_kv;
+    const auto data = read_f32(v, s*v->nb[2], n_used);
+    sig.v_norm.resize((size_t) sig.n_kv*n_hkv);
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        for (int32_t j = 0; j < sig.n_kv; ++j) {
+            double sum = 0;
+            for (int64_t i = (int64_t) h*n_dim; i < (int64_t) (h + 1)*n_dim; ++i) {
+                const float x = data[kv.v_trans ? i*n_row + j : j*n_row + i];
+                sum += x*x;
+            }
+            sig.v_norm[(size_t) h*sig.n_kv + j] = (float) std::sqrt(sum);
         }
     }
 }

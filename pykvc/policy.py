@@ -32,11 +32,14 @@ class Layer:
     n_head: int       # query heads; head h belongs to KV head h // (n_head // n_head_kv)
     n_head_kv: int
     head_dim: int
-    n_query: int      # queries the window really had, <= Policy.window
+    n_query: int      # queries the window or the fit really had, <= Policy.window
     pos: I32          # [n_head_kv, n_kv] original position of each slot, ascending
     attn: F32 | None  # [n_head, n_kv] attention of the last queries, weighted mean over them; None unless window > 0
     sums: F32 | None  # [n_head_kv, n_kv] attention summed over every query so far, mean over the group; None unless sums
     keys: F32 | None  # [n_head_kv, n_kv, head_dim] rotated as they lie in the cache; None unless keys
+    q_mean: F32 | None  # [n_head, head_dim] mean of the expected queries: keys . q_mean are logits; None unless future > 0
+    q_cov: F32 | None   # [n_head, head_dim, head_dim] their covariance; None unless future > 0
+    v_norm: F32 | None  # [n_head_kv, n_kv] L2 norm of each slot's value; None unless values
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,10 @@ class Policy:
     name: ClassVar[str] = ""  # as it stands in stats and state files: two policies of one name must be the same
     window: int = 0           # attention of the last `window` queries, at no cost to flash attention
     newest: float = 1.0       # their weights: 1 for the oldest query, linear up to this for the newest
+    future: int = 0           # > 0: not their attention, but a Gaussian fit of them, rotated as on average at the next `future` positions
     sums: bool = False        # attention summed over all queries; turns flash attention off
     keys: bool = False        # the keys themselves
+    values: bool = False      # the norms of the values
     spans: bool = False       # units given by the caller; sentences when none are given
     sinks: int = 0            # the first slots, always kept and counted in the budget
     recent: int = 0           # the last slots, always kept and counted in the budget
@@ -101,13 +106,15 @@ class Policy:
             raise ValueError(f"{type(self).__name__}.{attribute} is {valid}, not {getattr(self, attribute)!r}")
         if not isinstance(self.name, str) or not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             refuse("name", "a word of a-z, 0-9 and _")
-        for attribute in ("window", "sinks", "recent"):
+        for attribute in ("window", "future", "sinks", "recent"):
             value = getattr(self, attribute)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 refuse(attribute, "a number of tokens >= 0")
-        for attribute in ("sums", "keys", "spans"):
+        for attribute in ("sums", "keys", "values", "spans"):
             if not isinstance(getattr(self, attribute), bool):
                 refuse(attribute, "True or False")
+        if self.future > 0 and self.window == 0:
+            refuse("window", "the number of queries that future = %d asks a fit of, > 0" % self.future)
         if not isinstance(self.newest, (int, float)) or not self.newest > 0:
             refuse("newest", "a weight > 0")
         if self.decode not in ("none", "whole", "generated"):

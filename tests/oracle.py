@@ -1,7 +1,7 @@
 """Every policy again, slowly and in float64, written from the papers and not from cpp/policies: what the tests compare with.
 
 A layer is a dict as `Context.signals()` gives it: pos [n_head_kv, n], attn [n_head, n], sums [n_head_kv, n],
-keys [n_head_kv, n, d], each only where the policy needs it. A class is a policy, its arguments are the parameters:
+keys [n_head_kv, n, d], q_mean [n_head, d], q_cov [n_head, d, d], v_norm [n_head_kv, n], each only where the policy needs it. A class is a policy, its arguments are the parameters:
 
     oracle.snapkv(window=16).kept(layers, n_keep=[64] * 30)    # a layer: slots I32 [n_head_kv, n_keep], ascending
 
@@ -24,6 +24,31 @@ def attention(q, k, scale, q_pos, k_pos):
             x = np.exp(x - x.max())
             out[h, i] = x / x.sum()
     return out
+
+
+def rotate(x, pos, base=10000.0, neox=False):
+    """RoPE (2104.09864): x [n, n_head, d], pos [n] -> the same, pair i turned by pos * base^(-2i/d). Pairs are neighbours, or
+    (neox) lie half a head apart."""
+    d = x.shape[-1]
+    first, second = (np.arange(d // 2), np.arange(d // 2) + d // 2) if neox else (np.arange(0, d, 2), np.arange(1, d, 2))
+    turn = np.exp(1j * np.outer(pos, base ** (-np.arange(0, d, 2) / d)))[:, None]
+    z = (x[..., first] + 1j * x[..., second]) * turn
+    out = np.array(x, dtype=float)
+    out[..., first], out[..., second] = z.real, z.imag
+    return out
+
+
+def expected_queries(q, begin, future, **rope):
+    """2510.00636: queries before their rotation, [n, n_head, d] -> mean [n_head, d] and covariance [n_head, d, d], both turned by
+    the mean rotation matrix of positions [begin, begin + future)."""
+    n, _, d = q.shape
+    at = np.arange(begin, begin + future)
+    # column i of the matrix is what becomes of the unit vector i
+    mean_rotation = np.stack([rotate(np.tile(np.eye(d)[i], (future, 1, 1)), at, **rope).mean(axis=0)[0] for i in range(d)], axis=1)
+    mean = q.astype(float).mean(axis=0)
+    centred = q - mean
+    cov = np.einsum("nhi,nhj->hij", centred, centred) / n
+    return mean @ mean_rotation.T, mean_rotation @ cov @ mean_rotation.T
 
 
 def window_mean(a, newest=1.0):
@@ -267,6 +292,25 @@ class kvzip(Policy):
         return layer["probed"].astype(float)
 
 
+class expected_attention(Policy):
+    """2510.00636: the mean of exp(q.k) over Gaussian queries, as a share among the tokens that are not sinks, times the norm of the value."""
+    def __init__(self, window=128, future=512, sinks=4, recent=32, epsilon=0):
+        self.n_sink, self.recent, self.epsilon = sinks, recent, epsilon
+
+    def n_recent(self, n_keep):
+        return min(n_keep, self.recent)
+
+    def score(self, layer, il=0, n_layer=1):
+        mean, cov, keys, norm = (layer[x].astype(float) for x in ("q_mean", "q_cov", "keys", "v_norm"))
+        share = np.full((len(mean), keys.shape[1]), np.nan)
+        for h in range(len(mean)):
+            k = keys[h // (len(mean) // len(keys)), self.n_sink:]
+            x = k @ mean[h] + np.einsum("ni,ij,nj->n", k, cov[h], k) / 2
+            x = np.exp(x - x.max())
+            share[h, self.n_sink:] = x / x.sum()
+        return (over_group(share, len(keys)) + self.epsilon) * norm
+
+
 class shotkv(Policy):
     """2502.01941: whole shots in descending mean attention per token, summed over the heads; the prompt is then frozen and
     generated tokens compete among themselves. fit: a shot that does not fit is skipped for the next that does, or ends
@@ -321,5 +365,5 @@ class random_shot(shotkv):
         return None
 
 
-POLICIES = {c.__name__: c for c in (full, random, streaming_llm, h2o, tova, knorm, keydiff, snapkv, pyramidkv, pyramidinfer, chunkkv, finch, kvzip, shotkv,
-                                    random_shot)}
+POLICIES = {c.__name__: c for c in (full, random, streaming_llm, h2o, tova, knorm, keydiff, snapkv, pyramidkv, pyramidinfer, chunkkv, finch, kvzip,
+                                    expected_attention, shotkv, random_shot)}

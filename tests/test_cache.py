@@ -19,6 +19,7 @@ SPECS = [  # spec, budget, decode budget
     ("keydiff:interval=8", "50%", ""),
     ("snapkv:window=8,kernel=3", "24", ""),
     ("chunkkv:window=8,chunk=4", "24", ""),
+    ("expected_attention:window=8,future=8,sinks=2,recent=4", "24", ""),
     ("shotkv:window=8,sinks=2,interval=8,recent=4", "32", "8"),
     ("random:seed=3,interval=8", "16", "16"),
 ]

@@ -69,7 +69,7 @@ def test_a_prompt_that_fits_is_as_without(models, policy):
 @pytest.mark.parametrize("how", [{}, {"flash_attn": "off"}, {"type_k": "q8_0", "type_v": "q8_0"}])
 def test_eviction_between_ubatches_equals_eviction_between_calls(models, how):
     """A batch of several ubatches evicts inside one llama_decode(), as if it had come one ubatch at a time."""
-    for policy in ("snapkv:window=8", "pyramidkv:window=8", "keydiff"):
+    for policy in ("snapkv:window=8", "pyramidkv:window=8", "keydiff", "expected_attention"):
         one, many = (context(models["llama"], policy, **how) for _ in range(2))
         one.decode(ids(512))
         for i in range(0, 512, 64):
@@ -115,7 +115,7 @@ def test_several_sequences(models):
     assert all(map(np.array_equal, c.kept(1), alone.kept()))
 
 
-@pytest.mark.parametrize("policy", ["snapkv:window=8", "pyramidkv:window=8", "h2o", "keydiff"])
+@pytest.mark.parametrize("policy", ["snapkv:window=8", "pyramidkv:window=8", "h2o", "keydiff", "expected_attention"])
 def test_saved_states_go_on(models, policy):
     a, b = context(models["llama"], policy), context(models["llama"], policy)
     a.decode(ids(700))

@@ -194,6 +194,17 @@ class MyWindow(pykvc.Policy):
         return layer.attn.reshape(layer.n_head_kv, -1, layer.n_kv).mean(axis=1)
 
 
+class Expected(pykvc.Policy):
+    """expected_attention without the covariance and the sinks."""
+    name, window, future, keys, values, recent = "expected", 24, 64, True, True, 32
+
+    def score(self, layer):
+        assert layer.attn is None and layer.n_query == 24 and layer.q_cov.shape == (layer.n_head, layer.head_dim, layer.head_dim)
+        x = np.einsum("kgd,knd->kgn", layer.q_mean.reshape(layer.n_head_kv, -1, layer.head_dim), layer.keys)
+        x = np.exp(x - x.max(axis=2, keepdims=True))
+        return (x / x.sum(axis=2, keepdims=True)).mean(axis=1) * layer.v_norm
+
+
 class EveryOther(OldestFirst):
     name = "every_other"
 
@@ -219,6 +230,13 @@ def test_python_policy_sees_attention(model_path):
             assert set(range(4)) | set(range(n - 16, n)) <= set(layer[0].tolist())
 
 
+def test_python_policy_sees_expected_queries(model_path):
+    with pykvc.LLM(model_path, n_ctx=512, kv_policy=Expected(), kv_budget=50) as llm:
+        n = llm.generate(PROMPT, max_tokens=4).n_prompt
+        for layer in llm.kept():
+            assert layer.shape[1] == 50 + 3 and set(range(n - 32, n)) <= set(layer[0].tolist())
+
+
 def test_python_policy_mistakes(model_path):
     class Wrong(OldestFirst):
         def score(self, layer):
@@ -228,7 +246,8 @@ def test_python_policy_mistakes(model_path):
             llm.generate(PROMPT, max_tokens=2)
         assert llm.generate(PROMPT, max_tokens=2, compress=False).n_predicted == 2
     for cls, says in ((type("NoScore", (pykvc.Policy,), {"name": "a"}), "no score"), (type("Named", (OldestFirst,), {"name": "full"}), "built-in"),
-                      (type("Late", (OldestFirst,), {"decode": "later"}), "decode"), (type("Minus", (OldestFirst,), {"window": -1}), "window")):
+                      (type("Late", (OldestFirst,), {"decode": "later"}), "decode"), (type("Minus", (OldestFirst,), {"window": -1}), "window"),
+                      (type("Unfitted", (OldestFirst,), {"future": 8}), "window")):
         with pytest.raises(ValueError, match=says):
             pykvc.LLM(model_path, kv_policy=cls(), kv_budget=50)
 

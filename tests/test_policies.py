@@ -12,7 +12,8 @@ TABLE = {p["name"]: p for p in _core.policies()}
 NAMES = list(TABLE)
 VARIANTS = ["h2o:recent=0.25", "streaming_llm:sinks=0", "snapkv:window=16,kernel=7,pool=max", "snapkv:kernel=1",
             "pyramidkv:window=8,beta=3", "pyramidkv:beta=1", "pyramidinfer:recent=0.5,decay=0.5,sinks=2", "chunkkv:chunk=7,window=9",
-            "chunkkv:pool=avg,chunk=20", "chunkkv:pool=max,kernel=3", "chunkkv:reuse=2", "finch:pool=avg,kernel=7,recent=3", "finch:pool=max", "kvzip:sinks=0", "shotkv:fit=trim", "shotkv:queries=all",
+            "chunkkv:pool=avg,chunk=20", "chunkkv:pool=max,kernel=3", "chunkkv:reuse=2", "finch:pool=avg,kernel=7,recent=3", "finch:pool=max", "kvzip:sinks=0",
+            "expected_attention:epsilon=0.02,sinks=0,recent=0", "expected_attention:sinks=9,recent=3", "shotkv:fit=trim", "shotkv:queries=all",
             "shotkv:layers=shared", "random_shot:fit=trim,seed=3", "random:seed=7"]
 SPECS = NAMES + VARIANTS
 
@@ -41,8 +42,10 @@ def make_layers(seed, n, window=32, newest=1.0):
         q = rng.standard_normal((w, N_HEAD_KV * GROUP, HEAD_DIM)).astype(np.float32)
         attn = oracle.window_mean(oracle.attention(q, keys.swapaxes(0, 1), 1.0, pos[0, -w:], pos), newest)
         sums = rng.gamma(0.5, size=(N_HEAD_KV, n))
+        mean, root = rng.standard_normal((N_HEAD_KV * GROUP, HEAD_DIM)) / 4, rng.standard_normal((N_HEAD_KV * GROUP, HEAD_DIM, 2 * HEAD_DIM)) / 9
         out.append({"pos": pos, "attn": attn.astype(np.float32), "sums": sums.astype(np.float32), "keys": keys, "n_query": w,
-                    "probed": rng.gamma(0.3, size=(N_HEAD_KV, n)).astype(np.float32)})
+                    "probed": rng.gamma(0.3, size=(N_HEAD_KV, n)).astype(np.float32), "q_mean": mean.astype(np.float32),
+                    "q_cov": (root @ root.swapaxes(1, 2)).astype(np.float32), "v_norm": rng.gamma(3, size=(N_HEAD_KV, n)).astype(np.float32)})
     return out
 
 
@@ -57,8 +60,7 @@ def make_spans(seed, n):
 
 def core_scores(spec, layers):
     return [_core.score(spec, x["pos"], il=il, n_layer=len(layers), n_head=N_HEAD_KV * GROUP, n_query=x["n_query"], head_dim=HEAD_DIM,
-                        attn=x["attn"], sums=x["sums"], keys=x["keys"],
-                        probed=x["probed"]) for il, x in enumerate(layers)]
+                        **{name: x[name] for name in ("attn", "sums", "keys", "probed", "q_mean", "q_cov", "v_norm")}) for il, x in enumerate(layers)]
 
 
 def signals_for(spec, seed, n):
@@ -153,8 +155,9 @@ def test_invariants(seed, n, share, spec):
     assert sum(whole_budgets(kept)) == N_LAYER * (n if spec == "full" else budget)
     p = params_of(spec)
     # PyramidInfer's window is only whose attention counts: what it keeps of the newest is `recent`.
-    # A probe's window is the question's: what finch and kvzip keep of the newest is `recent`, too, in tokens.
-    window = 1 if spec.startswith(("tova", "pyramidinfer")) else p["recent"] if spec.startswith(("finch", "kvzip")) else p.get("window", 0)
+    # A probe's window is the question's, expected_attention's what is fitted: what they keep of the newest is `recent`, too, in tokens.
+    asks = spec.startswith(("finch", "kvzip", "expected_attention"))
+    window = 1 if spec.startswith(("tova", "pyramidinfer")) else p["recent"] if asks else p.get("window", 0)
     for il in range(N_LAYER):
         assert kept[il].dtype == np.int32 and kept[il].shape[0] == N_HEAD_KV
         assert (np.diff(kept[il], axis=1) > 0).all() and kept[il].min() >= 0 and kept[il].max() < n

@@ -7,10 +7,11 @@ import numpy as np
 N_EMBD, N_HEAD, N_HEAD_KV, N_FF, N_VOCAB = 64, 4, 2, 96, 128
 
 
-def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096) -> Path:
-    """arch: llama | gemma3 (a global layer after five with a window of 32) | qwen2vl (M-RoPE) | mamba (recurrent)."""
+def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, head_dim: int = 32, yarn: float = 1) -> Path:
+    """arch: llama | qwen2 (the other pairs in RoPE) | gemma3 (a global layer after five with a window of 32) | hunyuan-dense (a norm
+    after RoPE) | qwen2vl (M-RoPE) | mamba (recurrent). yarn: what RoPE is stretched by."""
     rng = np.random.default_rng(0)
-    head_dim = 16 if arch == "qwen2vl" else 32  # 32: a block of a quantized cache
+    head_dim = 16 if arch == "qwen2vl" else head_dim  # 32: a block of a quantized cache
     w = gguf.GGUFWriter(path, arch)
     w.add_context_length(n_ctx)
     w.add_embedding_length(N_EMBD)
@@ -23,6 +24,10 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096) 
     w.add_layer_norm_rms_eps(1e-5)
     w.add_vocab_size(N_VOCAB)
     w.add_tokenizer_model("no_vocab")
+    if yarn > 1:
+        w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        w.add_rope_scaling_factor(yarn)
+        w.add_rope_scaling_orig_ctx_len(int(n_ctx/yarn))
 
     def put(name, *shape, scale=None):  # numpy order: [out, in]
         scale = 0.7/np.sqrt(shape[-1])*2 if scale is None else scale
@@ -62,13 +67,14 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096) 
         put(b + "attn_k.weight", N_HEAD_KV*head_dim, N_EMBD)
         put(b + "attn_v.weight", N_HEAD_KV*head_dim, N_EMBD)
         put(b + "attn_output.weight", N_EMBD, N_HEAD*head_dim)
-        if arch == "qwen2vl":
+        if arch in ("qwen2", "qwen2vl"):
             put(b + "attn_q.bias", N_HEAD*head_dim)
             put(b + "attn_k.bias", N_HEAD_KV*head_dim)
             put(b + "attn_v.bias", N_HEAD_KV*head_dim)
-        if arch == "gemma3":
+        if arch in ("gemma3", "hunyuan-dense"):
             for name in ("attn_q_norm", "attn_k_norm"):
                 ones(b + name + ".weight", head_dim)
+        if arch == "gemma3":
             for name in ("post_attention_norm", "post_ffw_norm"):
                 ones(b + name + ".weight", N_EMBD)
         ones(b + "ffn_norm.weight", N_EMBD)

@@ -18,6 +18,7 @@ const std::vector<policy_info> & policy_table() {
         chunkkv_info,
         finch_info,
         kvzip_info,
+        expected_attention_info,
         shotkv_info,
         random_shot_info,
     };

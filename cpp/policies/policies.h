@@ -20,6 +20,7 @@ extern const policy_info pyramidinfer_info;
 extern const policy_info chunkkv_info;
 extern const policy_info finch_info;
 extern const policy_info kvzip_info;
+extern const policy_info expected_attention_info;
 extern const policy_info shotkv_info;
 extern const policy_info random_shot_info;
 
