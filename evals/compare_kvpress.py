@@ -64,38 +64,41 @@ def write_f32(src: Path, dst: Path) -> None:
 
 
 def load_hf(path: Path):
-    """transformers' Llama in float32. llama.cpp stores Q and K with the two halves of each rotary pair interleaved."""
+    """transformers' Llama or Qwen2 in float32. llama.cpp stores Llama's Q and K with the two halves of each rotary pair interleaved."""
     import gguf
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
     reader = gguf.GGUFReader(path)
-    meta = {k: f.contents() for k, f in reader.fields.items() if k.startswith(("llama.", "general."))}
-    if meta["general.architecture"] != "llama" or any("rope.scaling" in k for k in meta):
-        sys.exit("compare_kvpress: only plain llama models, without rope scaling.")
+    arch = reader.fields["general.architecture"].contents()
+    meta = {k.removeprefix(f"{arch}."): f.contents() for k, f in reader.fields.items() if k.startswith(f"{arch}.")}
+    if arch not in ("llama", "qwen2") or any("rope.scaling" in k for k in meta):
+        sys.exit("compare_kvpress: only plain llama and qwen2 models, without rope scaling.")
     weight = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).astype(np.float32)) for t in reader.tensors}
-    n_head, n_head_kv = meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"]
-    config = LlamaConfig(
-        vocab_size=weight["token_embd.weight"].shape[0], hidden_size=meta["llama.embedding_length"],
-        intermediate_size=meta["llama.feed_forward_length"], num_hidden_layers=meta["llama.block_count"],
-        num_attention_heads=n_head, num_key_value_heads=n_head_kv, max_position_embeddings=meta["llama.context_length"],
-        rms_norm_eps=meta["llama.attention.layer_norm_rms_epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": meta["llama.rope.freq_base"]},
+    n_head, n_head_kv = meta["attention.head_count"], meta["attention.head_count_kv"]
+    name = {"llama": "Llama", "qwen2": "Qwen2"}[arch]
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=weight["token_embd.weight"].shape[0], hidden_size=meta["embedding_length"],
+        intermediate_size=meta["feed_forward_length"], num_hidden_layers=meta["block_count"],
+        num_attention_heads=n_head, num_key_value_heads=n_head_kv, max_position_embeddings=meta["context_length"],
+        rms_norm_eps=meta["attention.layer_norm_rms_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": meta["rope.freq_base"]},
         tie_word_embeddings="output.weight" not in weight, bos_token_id=None, eos_token_id=None)
 
     def halves(w, heads):
-        return w.reshape(heads, w.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(w.shape)
+        return w.reshape(heads, w.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(w.shape) if arch == "llama" else w
 
     state = {"model.embed_tokens.weight": weight["token_embd.weight"], "model.norm.weight": weight["output_norm.weight"],
              "lm_head.weight": weight.get("output.weight", weight["token_embd.weight"])}
-    names = {"attn_norm": "input_layernorm", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-             "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    names = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+             "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+             "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+    heads = {"attn_q": n_head, "attn_k": n_head_kv}
     for il in range(config.num_hidden_layers):
-        hf = f"model.layers.{il}."
         for ours, theirs in names.items():
-            state[f"{hf}{theirs}.weight"] = weight[f"blk.{il}.{ours}.weight"]
-        state[f"{hf}self_attn.q_proj.weight"] = halves(weight[f"blk.{il}.attn_q.weight"], n_head)
-        state[f"{hf}self_attn.k_proj.weight"] = halves(weight[f"blk.{il}.attn_k.weight"], n_head_kv)
-    model = LlamaForCausalLM(config).float().eval()
+            for part in ("weight", "bias"):
+                if (w := weight.get(f"blk.{il}.{ours}.{part}")) is not None:
+                    state[f"model.layers.{il}.{theirs}.{part}"] = halves(w, heads[ours]) if ours in heads else w
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float().eval()
     model.load_state_dict(state, strict=True)
     return model
 

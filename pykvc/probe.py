@@ -3,6 +3,7 @@
 "mean" (finch): the question, after each chunk of the context. "max" (kvzip): each chunk once more, with a request to
 repeat it before it, in the words of the authors' code.
 """
+import weakref
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ class Probe:
     """Of one session. kind: "none" | "mean" | "max"."""
 
     def __init__(self, kind: str, window: int, session: "Session") -> None:
-        self.kind, self.session = kind, session
+        self.kind, self.session = kind, weakref.proxy(session)  # no cycle: close() frees the model at once
         self.n_most = min(window, session.ctx.n_ubatch)
         if kind == "max":
             self.repeat, self.repeat_part = (session.model.tokenize(text.encode(), False) for text in (REPEAT, REPEAT_PART))

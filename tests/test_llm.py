@@ -1,4 +1,7 @@
 """LLM on SmolLM2-135M: the protocols, streams, saved states, and every mistake. Short prompts: this runs on 2 cores."""
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -349,6 +352,18 @@ def test_bad_call_changes_nothing(full, arguments, says):
     with pytest.raises(ValueError, match=says):
         full.generate(**arguments)
     assert full.n_tokens == n_tokens and full.generate(reset=False, max_tokens=1).n_predicted == 1
+
+
+def test_close_frees_at_once(model_path):
+    """Not when the garbage collector comes by: a model is hundreds of megabytes."""
+    llm = pykvc.LLM(model_path, n_ctx=256, kv_policy="finch", kv_budget=64)
+    session = weakref.ref(llm._session)
+    gc.disable()
+    try:
+        llm.close()
+        assert session() is None
+    finally:
+        gc.enable()
 
 
 def test_closed(model_path):
