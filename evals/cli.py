@@ -38,7 +38,7 @@ def run_tasks(
     protocol: Annotated[list[str], _flag("--protocol", help="question-in, question-out.")] = ["question-out"],
     type_k: Annotated[list[str], _flag("--type-k", "-ctk", "--cache-type-k", help="Cache types of K.")] = ["f16"],
     type_v: Annotated[list[str], _flag("--type-v", "-ctv", "--cache-type-v", help="Cache types of V.")] = ["f16"],
-    n: Annotated[Optional[int], _flag("--n", "-n", help="Items of each task. Default: what the task takes.")] = None,
+    n: Annotated[Optional[int], _flag("--n", "-n", help="Items of each task, or of each of its --sets. Default: what the task takes.")] = None,
     out: Annotated[Path, _flag("--out", "-o", help="Folder of the answers; a run that was interrupted goes on there.")] = Path("evals-out"),
     data_dir: Annotated[Optional[Path], _flag("--data-dir", help="Folder with TASK/*.jsonl[.gz]. Default: Hugging Face.")] = None,
     seed: Annotated[int, _flag("--seed", "-s", help="Of what a task draws, and of random policies' spec if they say so.")] = 0,
@@ -52,7 +52,7 @@ def run_tasks(
     depths: Annotated[Optional[str], _flag("--depths", help="niah: where needles stand, in percent: 0,50,100.")] = None,
     needles: Annotated[Optional[int], _flag("--needles", help="niah: needles in one context.")] = None,
     shots: Annotated[Optional[int], _flag("--shots", help="gsm8k, mmlu, commonsense_qa: examples before the question; longgenbench.")] = None,
-    exemplars: Annotated[Optional[str], _flag("--exemplars", help="gsm8k, longgenbench, commonsense_qa: cot, train.")] = None,
+    exemplars: Annotated[Optional[str], _flag("--exemplars", help="gsm8k, longgenbench, commonsense_qa: cot, train; auto.")] = None,
     questions: Annotated[Optional[int], _flag("--questions", help="longgenbench: of one generation; kv_retrieval: of one object.")] = None,
     sets: Annotated[Optional[str], _flag("--sets", help="longbench, safety: parts of the data, with commas.")] = None,
     pairs: Annotated[Optional[int], _flag("--pairs", help="kv_retrieval: pairs of an object.")] = None,
@@ -64,8 +64,8 @@ def run_tasks(
     settings = {"length": length, "depths": depths, "needles": needles, "shots": shots, "exemplars": exemplars, "questions": questions,
                 "sets": sets, "pairs": pairs, "tokens": tokens, "unsafe_code": unsafe_code or None}
     plan = Plan(tasks=names, cases=cases(values(policy), values(budget), values(decode_budget), values(cells), values(type_k), values(type_v)),
-                protocols=protocols(values(protocol)), out=out, data_dir=_folder(data_dir), n=_positive("--n", n), seed=seed, n_ctx=n_ctx, n_ubatch=n_ubatch,
-                n_threads=threads, n_gpu_layers=n_gpu_layers, chat=not plain, any_commit=any_commit,
+                protocols=protocols(values(protocol)), out=out, data_dir=_folder(data_dir), n=_positive("--n", n), seed=seed, n_ctx=n_ctx,
+                n_ubatch=n_ubatch, n_threads=threads, n_gpu_layers=n_gpu_layers, chat=not plain, any_commit=any_commit,
                 settings=_settings(names, {name: value for name, value in settings.items() if value is not None}))
     problems = []
     for name in values(model) or [None]:
@@ -102,7 +102,7 @@ def _bar() -> Iterator[tuple[Callable[[int], None], Callable[[int, str], None]]]
     """A bar on stderr with the time left; where that is no terminal, a line whenever something else begins."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(elapsed_when_finished=True))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stderr.isatty(), disable=not sys.stderr.isatty(),
                   speed_estimate_period=1800) as bars:
         bar, last = bars.add_task("loading", total=None), ""

@@ -3,7 +3,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Sequence
 
-from .report import CASE, GROUP
+from pykvc import _core
+
+from .report import title
 from .store import Row
 from .tasks import task
 
@@ -16,24 +18,29 @@ def draw(out: Path, rows: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
         raise ValueError("pictures need matplotlib: `pip install '.[evals]'`, or --no-pictures") from None
     matplotlib.use("Agg")
     paths = []
-    for name in dict.fromkeys(tuple(line[part] for part in GROUP[:4]) for line in lines):
-        path = out/("-".join(filter(None, name)).replace("/", "_") + ".png")
-        of_name = [row for row in rows if tuple(row[part] for part in GROUP[:4]) == name and row["score"] is not None]
-        tag = getattr(task(name[1]), "ACROSS", None)
-        if of_name:
-            _heat_map(path, ", ".join(filter(None, name)), of_name, tag) if tag else \
-                _curves(path, ", ".join(filter(None, name)), [line for line in lines if tuple(line[part] for part in GROUP[:4]) == name and line["n"]])
-            paths.append(path)
+    for name in dict.fromkeys(tuple(title(line)) for line in lines):
+        path = out/("-".join(name).replace("/", "_").replace(" ", "_") + ".png")
+        of_name = [row for row in rows if tuple(title(row)) == name and row["score"] is not None]
+        tag = getattr(task(name[0]), "ACROSS", None)
+        if of_name and tag:
+            _heat_map(path, ", ".join(name), of_name, tag)
+        elif of_name:
+            _curves(path, ", ".join(name), [line for line in lines if tuple(title(line)) == name and line["n"]])
+        paths += [path]*bool(of_name)
     return paths
 
 
 def label(row: Row) -> str:
-    types = "" if row["type_k"] == row["type_v"] == "f16" else f"{row['type_k']}/{row['type_v']}"
-    parts = [row["policy"].partition(":")[0], row["budget"], row["decode_budget"] and f"decode {row['decode_budget']}", row["cells"] and f"{row['cells']} cells", types]
+    """A configuration in short: only the parameters that are not the default."""
+    name, _, given = row["policy"].partition(":")
+    usual = _core.parse_spec(name).partition(":")[2].split(",")
+    changed = ",".join(parameter for parameter in given.split(",") if parameter not in usual)
+    parts = [f"{name}:{changed}" if changed else name, row["budget"], row["decode_budget"] and f"decode {row['decode_budget']}",
+             row["cells"] and f"{row['cells']} cells", "" if row["type_k"] == row["type_v"] == "f16" else f"{row['type_k']}/{row['type_v']}"]
     return " ".join(part for part in parts if part)
 
 
-def _heat_map(path: Path, title: str, rows: Sequence[Row], tag: str) -> None:
+def _heat_map(path: Path, heading: str, rows: Sequence[Row], tag: str) -> None:
     import matplotlib.pyplot as plt
     scores: dict[tuple, list[float]] = defaultdict(list)
     for row in rows:
@@ -42,7 +49,7 @@ def _heat_map(path: Path, title: str, rows: Sequence[Row], tag: str) -> None:
     values = [[sum(s)/len(s) if (s := scores.get((name, x))) else float("nan") for x in at] for name in names]
     figure, axes = plt.subplots(figsize=(2.6 + 0.62*len(at), 1.4 + 0.36*len(names)), layout="constrained")
     image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set(title=title, xlabel=f"{tag}, %" if tag == "depth" else tag, xticks=range(len(at)), yticks=range(len(names)))
+    axes.set(title=heading, xlabel=f"{tag}, %" if tag == "depth" else tag, xticks=range(len(at)), yticks=range(len(names)))
     axes.set_xticklabels([f"{x:g}" if isinstance(x, float) else str(x) for x in at])
     axes.set_yticklabels(names)
     for y, line in enumerate(values):
@@ -54,7 +61,7 @@ def _heat_map(path: Path, title: str, rows: Sequence[Row], tag: str) -> None:
     plt.close(figure)
 
 
-def _curves(path: Path, title: str, lines: Sequence[Row]) -> None:
+def _curves(path: Path, heading: str, lines: Sequence[Row]) -> None:
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     curves: dict[str, list[Row]] = defaultdict(list)
@@ -69,7 +76,8 @@ def _curves(path: Path, title: str, lines: Sequence[Row]) -> None:
         y = [line["score"] for line in points]
         error = [[line["score"] - line["score_low"] for line in points], [line["score_high"] - line["score"] for line in points]]
         axes.errorbar([line["n_kept"] for line in points], y, yerr=error, marker="o", capsize=3, label=name)
-    axes.set(title=title, xlabel=f"tokens kept a layer, of {max(line['n_before'] for line in lines):.0f}", ylabel="score", ylim=(-0.02, 1.02))
+    axes.set(title=heading, xlabel=f"tokens kept a layer, of {max(line['n_before'] for line in lines):.0f}", ylabel="score",
+             xlim=(0, 1.05*max(line["n_before"] for line in lines)), ylim=(-0.02, 1.02))
     axes.legend()
     figure.savefig(path, dpi=130)
     plt.close(figure)

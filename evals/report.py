@@ -93,7 +93,8 @@ def comma_separated(lines: Sequence[Row]) -> str:
 
 
 COLUMNS = (
-    ("policy", lambda x: f"`{x['policy']}`"), ("budget", lambda x: x["budget"]), ("decode", lambda x: x["decode_budget"]), ("cells", lambda x: x["cells"]),
+    ("policy", lambda x: f"`{x['policy']}`"), ("budget", lambda x: x["budget"]), ("decode", lambda x: x["decode_budget"]),
+    ("cells", lambda x: x["cells"]),
     ("K/V", lambda x: "" if x["type_k"] == x["type_v"] == "f16" else f"{x['type_k']}/{x['type_v']}"),
     ("n", lambda x: str(x["n"])), ("failed", lambda x: str(x["n_failed"] or "")),
     ("score", lambda x: _percent(x, "score")), ("95 %", lambda x: _interval(x, "score")),
@@ -107,13 +108,18 @@ COLUMNS = (
 OPTIONAL = ("decode", "cells", "K/V", "failed", "KL")  # where a line of the table has something to say
 
 
+def title(line: Row) -> list[str]:
+    """What stands in one table and in one picture: all of GROUP but the cache types, where it is not the default."""
+    more = ["plain"*(not line["chat"]), f"n_ubatch {line['n_ubatch']}"*(line["n_ubatch"] != 512), f"seed {line['seed']}"*bool(line["seed"])]
+    return [part for part in (line["task"], line["set"], line["model"], line["protocol"], *more) if part]
+
+
 def markdown(lines: Sequence[Row]) -> str:
     """A table for each model, task and protocol."""
     parts: dict[str, list[Row]] = defaultdict(list)
     for line in lines:
-        more = [f"seed {line['seed']}"]*bool(line["seed"]) + ["plain"]*(not line["chat"]) + [f"n_ubatch {line['n_ubatch']}"]*(line["n_ubatch"] != 512)
-        parts[", ".join([" ".join(filter(None, (line["task"], line["set"]))), line["model"], line["protocol"], *more])].append(line)
-    return "\n".join(f"## {title}\n\n{_table(of_title)}\n" for title, of_title in parts.items())
+        parts[", ".join(title(line))].append(line)
+    return "\n".join(f"## {name}\n\n{_table(of_name)}\n" for name, of_name in parts.items())
 
 
 def _table(lines: Sequence[Row]) -> str:

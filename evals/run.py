@@ -80,9 +80,8 @@ def run(plan: Plan, model: str | None, size: Callable[[int], None] = lambda n: N
         answers.check(identity, plan.any_commit)
         scores = stack.enter_context(Rows(plan.out/f"{subject.name}.scores.jsonl"))
         works = [work for name in plan.tasks for work in _works(plan, subject, name, answers)]
-        for work in works:
-            if work.todo:
-                _check(plan, subject, work)
+        for work in {(work.task, work.case): work for work in works if work.todo}.values():
+            _check(plan, subject, work)
         size(sum(_tokens(group, subject) for work in works for group in work.todo))
         for work in works:
             _answer(plan, subject, work, identity, answers, scores, watch)

@@ -1,8 +1,8 @@
 """Grade-school arithmetic, with worked examples in front (few-shot chain of thought); an example is a shot.
 
-Paper: Cobbe et al. 2021, arXiv 2110.14168; data: openai/gsm8k (MIT). The eight examples are those of Wei et al. 2022
-(arXiv 2201.11903), as carried by lm-evaluation-harness (MIT): gsm8k/cot_exemplars of the data folder. --exemplars train takes the
-training split instead, for more shots than eight. Greedy; the number after "The answer is" counts, else the last number.
+Paper: Cobbe et al. 2021, arXiv 2110.14168; data: openai/gsm8k (MIT). --exemplars cot: the eight of Wei et al. 2022 (arXiv 2201.11903), as
+carried by lm-evaluation-harness (MIT), in gsm8k/cot_exemplars of the data folder. --exemplars train: the training split, for more than
+eight. auto: cot where the folder has them, else train; an item's id says which. The number after "The answer is" counts, else the last.
 """
 import re
 from decimal import Decimal, InvalidOperation
@@ -10,24 +10,28 @@ from decimal import Decimal, InvalidOperation
 from ..data import rows, take
 from ..items import Item, Options
 
-SETTINGS = {"shots": 8, "exemplars": "cot"}
+SETTINGS = {"shots": 8, "exemplars": "auto"}
+FIELDS = ("question", "answer")
 NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 
 
 def load(options: Options) -> list[Item]:
-    shots = [f"Q: {row['question'].strip()}\nA: {worked(row['answer'])}\n\n" for row in exemplars(options)]
-    return [Item(id=f"{row.get('id', i)}/{options['shots']}-{options['exemplars']}", shots=shots, question=f"Q: {row['question'].strip()}\nA:",
-                 query=row["question"].strip(), gold=number(row["answer"].split("####")[-1]), stop=["Q:"], max_tokens=320)
-            for i, row in enumerate(rows(options.data_dir, "gsm8k/test", ("openai/gsm8k", "main", "test"), ("question", "answer"))[:options.n])]
+    kind, shown = exemplars(options)
+    shots = [f"Q: {row['question'].strip()}\nA: {worked(row['answer'])}\n\n" for row in shown]
+    return [Item(id=f"{row.get('id', i)}/{kind}", shots=shots, question=f"Q: {row['question'].strip()}\nA:", query=row["question"].strip(),
+                 gold=number(row["answer"].split("####")[-1]), stop=["Q:"], max_tokens=320)
+            for i, row in enumerate(rows(options.data_dir, "gsm8k/test", ("openai/gsm8k", "main", "test"), FIELDS)[:options.n])]
 
 
-def exemplars(options: Options) -> list[dict]:
-    fields = ("question", "answer")
-    if options["exemplars"] == "cot":
-        return take("--shots", rows(options.data_dir, "gsm8k/cot_exemplars", None, fields), options["shots"])
-    if options["exemplars"] == "train":
-        return take("--shots", rows(options.data_dir, "gsm8k/train", ("openai/gsm8k", "main", "train"), fields), options["shots"])
-    raise ValueError(f"--exemplars is cot (those of the paper on chain of thought, eight) or train, not {options['exemplars']!r}")
+def exemplars(options: Options) -> tuple[str, list[dict]]:
+    """("8-cot", the examples)"""
+    kind, n = options["exemplars"], options["shots"]
+    if kind == "auto":
+        kind = "cot" if options.data_dir and any(options.data_dir.glob("gsm8k/cot_exemplars.jsonl*")) else "train"
+    if kind not in ("cot", "train"):
+        raise ValueError(f"--exemplars is cot (the eight of the paper on chain of thought), train or auto, not {kind!r}")
+    hub, name = (None, "gsm8k/cot_exemplars") if kind == "cot" else (("openai/gsm8k", "main", "train"), "gsm8k/train")
+    return f"{n}-{kind}", take("--shots", rows(options.data_dir, name, hub, FIELDS), n)
 
 
 def score(item: Item, answer: str) -> bool:
@@ -41,8 +45,8 @@ def right(answer: str, gold: str) -> bool:
 
 def worked(answer: str) -> str:
     """Without the calculator's marks, and with the ending that is asked for."""
-    steps, _, number = re.sub(r"<<.*?>>", "", answer).partition("####")
-    return f"{steps.strip()} The answer is {number.strip()}." if number else steps.strip()
+    steps, _, result = re.sub(r"<<.*?>>", "", answer).partition("####")
+    return f"{steps.strip()} The answer is {result.strip()}." if result else steps.strip()
 
 
 def number(text: str) -> str:

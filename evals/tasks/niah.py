@@ -15,6 +15,7 @@ from ..items import Item, Options
 
 SETTINGS = {"length": 8000, "depths": "0,11,22,33,44,56,67,78,89,100", "needles": 3}
 ACROSS = "depth"  # of the picture
+MAX_TOKENS = 48
 
 
 def load(options: Options) -> list[Item]:
@@ -71,7 +72,7 @@ def _of_text(path: Path, needles: list[dict], depths: list[float], options: Opti
         groups.append([Item(
             id=f"{path.stem}/{options['length']}/{i}/{needle['id']}@{depth:g}", context=context + "\n\n",
             question=f"Question: {needle['question']}\nAnswer briefly, in the words of the text.", query=needle["question"],
-            gold=needle["answer"], max_tokens=48, tags={"depth": depth, "length": options["length"], "needle": needle["id"], "text": path.stem})
+            gold=needle["answer"], max_tokens=MAX_TOKENS, tags={"depth": depth, "length": options["length"], "needle": needle["id"], "text": path.stem})
             for depth, needle in zip(at, chosen)])
     return groups
 
