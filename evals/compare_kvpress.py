@@ -20,6 +20,7 @@ What the table's rows compare, and where kvpress differs from the policy of the 
   chunks, the chunk on the border lives with the window) and keeps a share of the chunks, so the number of tokens is not
   exact: the overlap may be below 100 % by rule. "aligned" uses window 60, and token counts and budgets that are
   multiples of 20: there both rules agree.
+- expected_attention: the same rule with a window as long as the prompt, for kvpress fits the queries of all of it but the sinks.
 """
 import argparse
 import sys
@@ -29,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 WINDOW, KERNEL, BETA, CHUNK = 64, 5, 20, 20
+MAX_TOKENS = 4096  # the longest window of expected_attention
 SPECS = {
     "knorm": "knorm",
     "keydiff": "keydiff",
@@ -38,6 +40,7 @@ SPECS = {
     "pyramidkv": f"pyramidkv:window={WINDOW},kernel={KERNEL},pool=avg,beta={BETA}",
     "chunkkv": f"chunkkv:window={WINDOW},chunk={CHUNK},pool=avg,kernel={KERNEL}",
     "chunkkv aligned": f"chunkkv:window=60,chunk={CHUNK},pool=none",
+    "expected_attention": f"expected_attention:window={MAX_TOKENS},recent=0",
 }
 
 
@@ -163,8 +166,8 @@ def pyramid(n: int, w: int, n_layer: int, budget: int) -> list[int]:
 def torch_half(model_path: Path, tokens: np.ndarray, budgets: list[int]) -> dict[str, np.ndarray]:
     """One forward pass; at each layer every press compresses the same keys, and the rows it returns are looked up."""
     import torch
-    from kvpress import (BasePress, ChunkKVPress, KeyDiffPress, KnormPress, PyramidKVPress, SnapKVPress, StreamingLLMPress,
-                         TOVAPress)
+    from kvpress import (BasePress, ChunkKVPress, ExpectedAttentionPress, KeyDiffPress, KnormPress, PyramidKVPress, SnapKVPress,
+                         StreamingLLMPress, TOVAPress)
     from transformers import DynamicCache
     model = load_hf(model_path)
     n, n_layer = len(tokens), model.config.num_hidden_layers
@@ -189,6 +192,7 @@ def torch_half(model_path: Path, tokens: np.ndarray, budgets: list[int]) -> dict
         yield "pyramidkv own budgets", PyramidKVPress(1 - budget / n, WINDOW, KERNEL, BETA)
         yield "chunkkv", ChunkKVPress(SnapKVPress(r, WINDOW, KERNEL), CHUNK)
         yield "chunkkv aligned", ChunkKVPress(SnapKVPress(r, 60, 1), CHUNK)
+        yield "expected_attention", ExpectedAttentionPress(r)
 
     class Ask(BasePress):
         def compress(self, module, hidden_states, keys, values, attentions, kwargs):
@@ -272,6 +276,8 @@ def main() -> None:
     budgets = [int(b) for b in args.budgets.split(",")]
     if min(budgets) <= WINDOW or max(budgets) >= args.tokens:
         cli.error(f"--budgets must lie above the window, {WINDOW}, and below --tokens, {args.tokens}")
+    if args.tokens > MAX_TOKENS:
+        cli.error(f"--tokens: at most {MAX_TOKENS}, which expected_attention can fit")
     args.work.mkdir(parents=True, exist_ok=True)
     f32_path, saved_path = args.work / f"{args.model.stem}-f32.gguf", args.work / "kvpress.npz"
     if not f32_path.exists():

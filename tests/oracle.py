@@ -1,7 +1,8 @@
 """Every policy again, slowly and in float64, written from the papers and not from cpp/policies: what the tests compare with.
 
 A layer is a dict as `Context.signals()` gives it: pos [n_head_kv, n], attn [n_head, n], sums [n_head_kv, n],
-keys [n_head_kv, n, d], q_mean [n_head, d], q_cov [n_head, d, d], v_norm [n_head_kv, n], each only where the policy needs it. A class is a policy, its arguments are the parameters:
+keys [n_head_kv, n, d], q_mean [n_head, d], q_cov [n_head, d, d], v_norm [n_head_kv, n], each only where the policy needs it.
+A class is a policy, its arguments are the parameters:
 
     oracle.snapkv(window=16).kept(layers, n_keep=[64] * 30)    # a layer: slots I32 [n_head_kv, n_keep], ascending
 
