@@ -22,6 +22,26 @@ if(PYKVC_CCACHE)
     endforeach()
 endif()
 
+# One wheel for every CPU of an architecture: ggml's CPU code is built once for each of its variants (libggml-cpu-haswell.so
+# and so on), and the one that fits best is chosen when the library is loaded. As fast as code for this machine alone, but
+# three times as long to build. The last variants need GCC 11 on x86, GCC 14 or Clang 16 on ARM.
+set(default OFF)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+    check_cxx_compiler_flag(-mavxvnni PYKVC_COMPILER_HAS_VARIANTS)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+    check_cxx_compiler_flag(-march=armv9.2-a+sve2+sme PYKVC_COMPILER_HAS_VARIANTS)
+endif()
+if(PYKVC_COMPILER_HAS_VARIANTS AND NOT DEFINED GGML_NATIVE) # -DGGML_NATIVE=ON wins
+    set(default ON)
+endif()
+option(PYKVC_PORTABLE "CPU code for every CPU of this architecture; OFF: for this machine's" ${default})
+if(NOT PYKVC_PORTABLE)
+    message(STATUS "PYKVC_PORTABLE is off: the libraries run on CPUs like this one")
+elseif(NOT PYKVC_COMPILER_HAS_VARIANTS)
+    message(FATAL_ERROR "PYKVC_PORTABLE: this compiler does not know all CPUs of ${CMAKE_SYSTEM_PROCESSOR}: "
+        "use GCC 11 (x86), GCC 14 (ARM) or newer, or Clang 16, or -DPYKVC_PORTABLE=OFF for this machine alone")
+endif()
+
 # What this x86 CPU can do, as lower-case words without _ and . (avx512vnni); "" where that cannot be told.
 function(pykvc_cpu_features out)
     set(text "")
@@ -43,7 +63,15 @@ endfunction()
 # Elsewhere (ARM) ggml's own GGML_NATIVE is right. A macro, as ggml's options read variables of its caller.
 macro(pykvc_cpu_flags)
     pykvc_cpu_features(_has)
-    if(_has AND NOT DEFINED GGML_NATIVE AND NOT CMAKE_CROSSCOMPILING AND CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+    if(PYKVC_PORTABLE)
+        set(GGML_NATIVE OFF)
+        set(GGML_BACKEND_DL ON) # so a CUDA build runs without a driver, too: on the CPU
+        set(GGML_CPU_ALL_VARIANTS ON)
+        # ggml's own threads are as fast. GNU's OpenMP hangs in a forked child, and would be one more library to bundle.
+        if(NOT DEFINED GGML_OPENMP)
+            set(GGML_OPENMP OFF)
+        endif()
+    elseif(_has AND NOT DEFINED GGML_NATIVE AND NOT CMAKE_CROSSCOMPILING AND CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
         set(GGML_NATIVE OFF)
         foreach(_line
                 # option       compiler flag   features

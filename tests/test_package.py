@@ -1,0 +1,39 @@
+"""The installed package: whole wherever it is copied, and with the licences of what is in it."""
+import shutil
+import subprocess
+import sys
+from importlib.metadata import files
+from pathlib import Path
+
+from pykvc import _core
+
+LOADED = """
+import pathlib, sys
+import _core
+maps = pathlib.Path("/proc/self/maps")  # Linux
+loaded = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line} if maps.exists() else set()
+print("CPU" in _core.system_info())
+print(*sorted(path for path in loaded if path.rpartition("/")[2].startswith(("libllama", "libggml"))), sep="\\n")
+"""
+
+
+def test_libraries_are_found_beside_the_module(tmp_path):
+    """A wheel is unpacked anywhere: no path of the machine that built it may be in it."""
+    module = Path(_core.__file__)
+    shutil.copy(module, tmp_path)
+    shutil.copytree(module.parent/"lib", tmp_path/"lib")
+    done = subprocess.run([sys.executable, "-c", LOADED], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    has_cpu, *loaded = done.stdout.split()
+    assert has_cpu == "True"
+    assert all(path.startswith(str(tmp_path.resolve())) for path in loaded)
+    if sys.platform == "linux":
+        names = {Path(path).name for path in loaded}
+        assert {"libllama.so", "libggml.so", "libggml-base.so"} < names
+        assert sum(name.startswith("libggml-cpu") for name in names) == 1  # of a portable build's variants the one that fits
+
+
+def test_licences():
+    texts = {path.name: path.read_text() for path in files("pykvc") if path.parent.name == "licenses"}
+    assert "pykvc" in texts["LICENSE"]
+    assert "The ggml authors" in texts["LICENSE.llama.cpp"]
