@@ -1,6 +1,6 @@
 #pragma once
 
-// Flash attention of a prompt on the CPU. Included once, by ggml-cpu/ops.cpp (0003-cpu-attention.patch): it uses that
+// Flash attention of a prompt on the CPU. Included once, by ggml-cpu/ops.cpp (0004-cpu-attention.patch): it uses that
 // file's simd_gemm and vector functions, and is compiled for the same CPU.
 //
 // ggml converts and transposes each tile of 64 keys again for every tile of 64 queries of every query head, one value at
