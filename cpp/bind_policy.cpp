@@ -63,6 +63,7 @@ public:
         nd.spans  = this->obj.attr("spans").cast<bool>();
         sinks     = this->obj.attr("sinks").cast<int32_t>();
         recent    = this->obj.attr("recent").cast<int32_t>();
+        differ    = this->obj.attr("heads_differ").cast<bool>();
         has_budgets = this->obj.attr("_overrides").contains("budgets");
         has_keep    = this->obj.attr("_overrides").contains("keep");
         if (nd.window < 0 || nd.future < 0 || sinks < 0 || recent < 0) {
@@ -79,6 +80,7 @@ public:
     int32_t n_sink() const override { return sinks; }
     int32_t n_recent(int32_t) const override { return recent; }
     int32_t min_budget() const override { return sinks + recent + 1; }
+    bool    heads_differ() const override { return differ; }
 
     std::vector<int32_t> budgets(const request & r) const override {
         if (!has_budgets) {
@@ -134,7 +136,7 @@ private:
     py::object obj;
     needs   nd;
     int32_t sinks = 0, recent = 0;
-    bool    has_budgets = false, has_keep = false;
+    bool    differ = false, has_budgets = false, has_keep = false;
 };
 
 std::shared_ptr<const config> config_from_python(const py::object & pol, const std::string & kv_budget, const std::string & kv_decode_budget,
@@ -149,7 +151,8 @@ std::shared_ptr<const config> config_from_python(const py::object & pol, const s
 static py::list table() {
     py::list res;
     for (const auto & info : policy_table()) {
-        const auto nd = info.make(parse_spec(info.name).p)->need();
+        const auto pol = info.make(parse_spec(info.name).p);
+        const auto nd = pol->need();
         py::dict d, n;
         n["window"] = nd.window; n["newest"] = nd.newest; n["sums"] = nd.sums; n["keys"] = nd.keys; n["spans"] = nd.spans;
         n["future"] = nd.future; n["values"] = nd.values;
@@ -162,7 +165,7 @@ static py::list table() {
             params.append(x);
         }
         d["name"] = info.name; d["title"] = info.title; d["paper"] = info.paper; d["decode"] = decode_name(info.decode);
-        d["layers_differ"] = info.layers_differ; d["needs"] = n; d["params"] = params;
+        d["layers_differ"] = info.layers_differ; d["heads_differ"] = pol->heads_differ(); d["needs"] = n; d["params"] = params;
         res.append(d);
     }
     return res;
@@ -248,7 +251,7 @@ static py::list plan(const std::string & text, const std::vector<i32_array> & po
 void bind_policy(py::module_ & m) {
     using namespace kvc;
     using namespace py::literals;
-    m.def("policies", &table, "The policy table: name, title, paper, decode, layers_differ, needs, params.");
+    m.def("policies", &table, "The policy table: name, title, paper, decode, layers_differ, heads_differ, needs, params.");
     m.def("parse_spec", [](const std::string & s) { return parse_spec(s).canonical(); }, "spec"_a,
             "The canonical form of a spec: every parameter, in declared order. ValueError names what is valid.");
     m.def("parse_budget", [](const std::string & s, const std::string & name) {
@@ -259,5 +262,5 @@ void bind_policy(py::module_ & m) {
             "attn"_a = py::none(), "sums"_a = py::none(), "keys"_a = py::none(), "probed"_a = py::none(),
             "q_mean"_a = py::none(), "q_cov"_a = py::none(), "v_norm"_a = py::none(), "score() of a policy over host arrays: F32 [n_head_kv, n_kv].");
     m.def("plan", &plan, "spec"_a, "pos"_a, "score"_a, "budget"_a, py::kw_only(), "prompt"_a = true, "n_frozen"_a = py::none(),
-            "spans"_a = std::vector<std::pair<int32_t, int32_t>>(), "room"_a = false, "budgets() and keep() of a policy: slots kept a layer, I32 [n_head_kv, n_keep].");
+            "spans"_a = std::vector<std::pair<int32_t, int32_t>>(), "room"_a = false, "budgets() and keep() of a policy: slots kept a layer, I32 [n_head_kv, n_keep], -1 where a head keeps fewer.");
 }

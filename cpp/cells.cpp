@@ -1,7 +1,8 @@
 // kv_cells: a cache of fewer cells than the context has tokens. Evictions make room before each ubatch.
 //
 // Layers whose budgets differ are allocated at their own length: a layer of budget B_l has B_l + n_ubatch rows, and all
-// of them together n_layer * kv_cells. A layer's rows begin at 0, so row = cell - cell_begin(layer).
+// of them together n_layer * kv_cells. A layer's rows begin at 0, so row = cell - cell_begin(layer). Where heads differ,
+// nobody knows yet which layer will have the longest: all are allocated alike, and no head keeps more than its layer holds.
 
 #include "engine.h"
 
@@ -88,12 +89,13 @@ std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, c
     for (size_t i = 0; i < layers.size(); ++i) {
         r.layers.push_back({ (int32_t) cparams.n_ctx_seq, 0, nullptr, nullptr });
     }
-    const auto n_keep = c->layers_differ ? c->pol->budgets(r) : std::vector<int32_t>(layers.size(), r.budget);
+    const bool own_length = c->layers_differ && !c->pol->heads_differ();
+    const auto n_keep = own_length ? c->pol->budgets(r) : std::vector<int32_t>(layers.size(), r.budget);
 
     next_rows.resize(hp.n_layer(), 0);
     for (size_t i = 0; i < layers.size(); ++i) {
         uint32_t n = (uint32_t) n_keep[i] + cparams.n_ubatch;
-        if (c->layers_differ && on_gpu(model, cparams, layers[i])) {
+        if (own_length && on_gpu(model, cparams, layers[i])) {
             n = GGML_PAD(n, N_PAD) + N_PAD; // kernels want whole blocks, and run() keeps up to one block more
         }
         next_rows[layers[i]] = std::min(n, cparams.n_ctx_seq);

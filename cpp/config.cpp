@@ -48,11 +48,15 @@ std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, con
     cfg->pol           = std::move(pol);
     cfg->spec          = name;
     cfg->decode        = decode;
+    cfg->layers_differ = cfg->pol->heads_differ(); // their longest heads do
     cfg->need          = cfg->pol->need();
     cfg->prompt_budget = parse_budget(kv_budget, "kv_budget");
     cfg->decode_budget = parse_budget(kv_decode_budget, "kv_decode_budget");
     cfg->cells_text    = kv_cells;
     cfg->guess         = false;
+    if (cfg->pol->heads_differ() && decode != decode_mode::none) {
+        throw std::invalid_argument(name + ": heads that keep different numbers of tokens (heads_differ) need decode 'none'");
+    }
     check_budgets(*cfg->pol, name, decode, cfg->prompt_budget, cfg->decode_budget);
     return cfg;
 }

@@ -1,4 +1,5 @@
 #include "engine.h"
+#include "select.h"
 
 #include "llama-batch.h"
 #include "llama-impl.h"
@@ -30,6 +31,12 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
     if (kv.n_stream > 1 && cfg->layers_differ) {
         throw std::invalid_argument(cfg->spec + " gives layers different budgets, which several sequences in one context "
                 "do not support yet: use n_seq_max 1");
+    }
+    for (const auto & layer : kv.layers) {
+        if (cfg->pol->heads_differ() && !ggml_backend_buffer_is_host(layer.k->buffer)) {
+            throw std::invalid_argument(cfg->spec + " gives KV heads different budgets, which takes a mask for each head: only the "
+                    "CPU's attention has been tested with one, so use n_gpu_layers 0, or offload_kqv off");
+        }
     }
     streams.resize(kv.n_stream);
     for (auto & q : streams) {
@@ -65,12 +72,28 @@ int32_t engine::n_slots(uint32_t s, int32_t ikv) const {
     return n_cells(s) - streams[s].n_base + streams[s].n_kept[ikv];
 }
 
+// Slots at the beginning of a layer that a shorter head does not have.
+int32_t engine::n_empty(uint32_t s, int32_t ikv, int32_t h) const {
+    const auto & q = streams[s];
+    const int32_t n = q.n_kept[ikv];
+    return cfg->pol->heads_differ() ? first_slot(q.kept[ikv].data() + (size_t) h*n, n) : 0;
+}
+
+// Slots of all heads of a layer that hold a token.
+int64_t engine::n_held(uint32_t s, int32_t ikv) const {
+    int64_t n = (int64_t) n_slots(s, ikv)*n_hkv;
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        n -= n_empty(s, ikv, h);
+    }
+    return n;
+}
+
 uint32_t engine::cell_begin(int32_t ikv) const {
     // several streams are read through one view, so their layers all begin at 0 (checked in run())
     return kv.n_stream > 1 ? 0 : streams[0].n_base - streams[0].n_kept[ikv];
 }
 
-// I32 [n_head_kv, n_slots]
+// I32 [n_head_kv, n_slots], -1 where a slot is empty
 std::vector<int32_t> engine::slot_pos(uint32_t s, int32_t ikv) const {
     const auto & q = streams[s];
     const auto & cells = kv.v_cells[s];
@@ -321,7 +344,7 @@ bool engine::is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) con
         return !has_room(s, n_new);
     }
     for (int32_t l = 0; l < n_layer(); ++l) {
-        if (n_slots(s, l) > n_target) {
+        if (n_held(s, l) > (int64_t) n_target*n_hkv) {
             return true;
         }
     }

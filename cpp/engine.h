@@ -6,7 +6,8 @@
 // After an eviction layer l holds n_kept[l] rows, which stand for cells [n_base - n_kept[l], n_base): right-aligned, so
 // that the next token takes the same cell in every layer and llama.cpp's one cell table still serves all. The rows
 // themselves begin at 0 of the layer's tensors: row = cell - cell_begin(layer). Each KV head of a layer keeps rows of
-// its own. Keys keep the RoPE position they were written with.
+// its own; where heads keep different numbers, the first rows of a shorter one are empty (zeros) and masked. Keys keep the
+// RoPE position they were written with.
 //
 //   config.cpp  which policy a context gets, and which models can evict
 //   engine.cpp  hooks: what happened to the cache, and when an eviction is due
@@ -123,6 +124,7 @@ public:
     void set_cache_rows(ggml_tensor * rows, const llama_ubatch * ubatch, int32_t ikv, bool trans) const;
     void set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch) const;
     void set_bias(ggml_tensor * bias, int32_t ikv) const;
+    void set_empty(ggml_tensor * bias, int32_t ikv) const;
 
     // -- saved states
     uint32_t state_tag(uint32_t n_stream) const;
@@ -147,7 +149,7 @@ public:
     bool has_room(llama_seq_id seq_id, int32_t n_new) const;
     std::vector<layer_signals>      signals(llama_context * lctx, llama_seq_id seq_id);
     std::vector<std::vector<float>> scores (llama_context * lctx, llama_seq_id seq_id);
-    std::vector<int32_t>            kept(llama_seq_id seq_id, int32_t ikv) const; // I32 [n_head_kv, n] positions
+    std::vector<int32_t>            kept(llama_seq_id seq_id, int32_t ikv) const; // I32 [n_head_kv, n] positions, -1: empty
     llama_pos floor(llama_seq_id seq_id) const;
     int32_t   n_layer() const;
     int32_t   n_head_kv() const { return n_hkv; }
@@ -166,7 +168,7 @@ private:
     struct stream {
         int32_t   n_base = 0;                   // cells of the compacted part
         std::vector<int32_t> n_kept;            // [n_layer] rows of it a layer holds
-        std::vector<std::vector<int32_t>> kept; // a layer I32 [n_head_kv, n_kept] original positions
+        std::vector<std::vector<int32_t>> kept; // a layer I32 [n_head_kv, n_kept] original positions, after -1s in a shorter head
         llama_pos floor = 0;                    // every head of every layer holds [floor, end)
         llama_pos gen   = -1;                   // first generated position; -1: still the prompt
         int32_t   n_prompt = 0;                 // slots of the mean layer when generation began
@@ -192,6 +194,8 @@ private:
 
     // evict.cpp
     int32_t  n_cells(uint32_t s) const;
+    int32_t  n_empty(uint32_t s, int32_t ikv, int32_t h) const;
+    int64_t  n_held(uint32_t s, int32_t ikv) const;
     std::vector<int32_t> slot_pos(uint32_t s, int32_t ikv) const;
     std::vector<int32_t> frozen(uint32_t s, cause why) const;
     int32_t  target(uint32_t s, cause why, int32_t n_new, const std::vector<int32_t> & n_frozen) const;
@@ -208,6 +212,7 @@ private:
     void alloc_signals(const llama_cparams & cparams);
     layer_signals no_signals(uint32_t s, int32_t ikv) const;
     layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const;
+    std::vector<float> score(const layer_signals & sig) const; // F32 [n_head_kv, n_kv], -inf where a slot is empty
     ggml_tensor * build_attn(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<std::pair<llama_pos, int32_t>> & queries,
                              const std::vector<float> * weight) const;
     void read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const;

@@ -1,6 +1,7 @@
 // One eviction: signals -> scores -> plan -> compaction. Nothing is moved before the whole plan stands.
 
 #include "engine.h"
+#include "select.h"
 
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
@@ -20,14 +21,17 @@ static double ms_since(int64_t t0) {
     return 1e-3*(ggml_time_us() - t0);
 }
 
-static void check_plan(const std::string & who, int32_t il, int32_t n_kv, int32_t n_hkv, int32_t n_keep, const std::vector<int32_t> & slots) {
+static void check_plan(const std::string & who, int32_t il, const layer_plan & lp, int32_t n_hkv, int32_t n_keep, bool heads_differ,
+        const std::vector<int32_t> & slots) {
     for (int32_t h = 0; h < n_hkv; ++h) {
-        for (int32_t i = 0; i < n_keep; ++i) {
-            const int32_t cur  = slots[(size_t) h*n_keep + i];
-            const int32_t prev = i > 0 ? slots[(size_t) h*n_keep + i - 1] : -1;
-            if (cur <= prev || cur >= n_kv) {
-                throw std::invalid_argument(who + ": keep() of layer " + std::to_string(il) + " must give ascending slots in [0, " +
-                        std::to_string(n_kv) + "), got " + std::to_string(cur) + " after " + std::to_string(prev));
+        const int32_t * keep = slots.data() + (size_t) h*n_keep;
+        const int32_t first = first_slot(lp.pos + (size_t) h*lp.n_kv, lp.n_kv);
+        for (int32_t i = heads_differ ? first_slot(keep, n_keep) : 0; i < n_keep; ++i) {
+            const int32_t cur  = keep[i];
+            const int32_t prev = i > 0 ? keep[i - 1] : -1;
+            if (cur <= prev || cur < first || cur >= lp.n_kv) {
+                throw std::invalid_argument(who + ": keep() of layer " + std::to_string(il) + " must give ascending slots in [" +
+                        std::to_string(first) + ", " + std::to_string(lp.n_kv) + "), got " + std::to_string(cur) + " after " + std::to_string(prev));
             }
         }
     }
@@ -52,9 +56,8 @@ bool engine::run(llama_context * lctx, const job & j) {
     std::vector<std::vector<float>> score(n_layer());
     for (int32_t l = 0; l < n_layer(); ++l) {
         auto sig = read_signals(lctx, s, l);
-        score[l].resize(sig.pos.size());
-        cfg->pol->score(sig.view(n_layer()), score[l].data());
-        pos[l] = std::move(sig.pos);
+        score[l] = this->score(sig);
+        pos[l]   = std::move(sig.pos);
         r.layers.push_back({ sig.n_kv, n_frozen[l], pos[l].data(), score[l].data() });
     }
     st.score_ms += ms_since(t0);
@@ -98,7 +101,7 @@ bool engine::run(llama_context * lctx, const job & j) {
         }
         slots[l].resize((size_t) n_hkv*n_keep[l]);
         cfg->pol->keep(r, l, n_keep[l], slots[l].data());
-        check_plan(cfg->spec, l, r.layers[l].n_kv, n_hkv, n_keep[l], slots[l]);
+        check_plan(cfg->spec, l, r.layers[l], n_hkv, n_keep[l], cfg->pol->heads_differ(), slots[l]);
     }
     st.plan_ms += ms_since(t0);
 
@@ -147,7 +150,8 @@ void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots
         for (int32_t h = 0; h < n_hkv; ++h) {
             int32_t n_tail = 0;
             for (int32_t i = n - 1; i >= 0; --i) {
-                kept[(size_t) h*n + i] = pos[(size_t) h*n_kv + slots[l][(size_t) h*n + i]];
+                const int32_t j = slots[l][(size_t) h*n + i];
+                kept[(size_t) h*n + i] = j < 0 ? -1 : pos[(size_t) h*n_kv + j];
                 n_tail += n_tail == n - 1 - i && kept[(size_t) h*n + i] == last - n_tail;
             }
             n_exact = std::min(n_exact, n_tail);
@@ -159,7 +163,7 @@ void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots
         for (int32_t i = 0; n_probed > 0 && i < n; ++i) {
             for (int32_t h = 0; h < n_hkv; ++h) {
                 const int32_t j = slots[l][(size_t) h*n + i];
-                probed.push_back(j < n_probed ? q.probed[l][(size_t) j*n_hkv + h] : INFINITY);
+                probed.push_back(j >= 0 && j < n_probed ? q.probed[l][(size_t) j*n_hkv + h] : INFINITY);
             }
         }
         q.probed[l] = std::move(probed);
@@ -179,27 +183,34 @@ void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots
     kv.v_heads[s] = n_base;
 }
 
-// K or V of one stream, any type: whole rows of a head are moved as bytes, so nothing is quantized twice.
+// K or V of one stream, any type: whole rows of a head are moved as bytes, so nothing is quantized twice. Empty rows are
+// zeros: what is masked is still multiplied by 0, and NaN would stay NaN.
 void engine::compact_rows(ggml_tensor * t, bool trans, int32_t n_head_dim, int32_t n_src, int32_t n_dst, const int32_t * slots) const {
     if (trans) { // the rows' values of each channel lie together
         const size_t es = ggml_type_size(t->type), n_rows = t->ne[1];
-        std::vector<uint8_t> src(n_src*es), dst(n_dst*es);
+        std::vector<uint8_t> src(n_src*es), dst;
         for (int32_t j = 0; j < n_hkv*n_head_dim; ++j) {
             const int32_t * keep = slots + (size_t) (j/n_head_dim)*n_dst;
+            dst.assign(n_dst*es, 0);
             ggml_backend_tensor_get(t, src.data(), j*n_rows*es, src.size());
             for (int32_t i = 0; i < n_dst; ++i) {
-                memcpy(&dst[i*es], &src[keep[i]*es], es);
+                if (keep[i] >= 0) {
+                    memcpy(&dst[i*es], &src[keep[i]*es], es);
+                }
             }
             ggml_backend_tensor_set(t, dst.data(), j*n_rows*es, dst.size());
         }
         return;
     }
     const size_t n_row = t->nb[1], n_head = ggml_row_size(t->type, n_head_dim);
-    std::vector<uint8_t> src(n_src*n_row), dst(n_dst*n_row);
+    std::vector<uint8_t> src(n_src*n_row), dst(n_dst*n_row, 0);
     ggml_backend_tensor_get(t, src.data(), 0, src.size());
     for (int32_t i = 0; i < n_dst; ++i) {
         for (int32_t h = 0; h < n_hkv; ++h) {
-            memcpy(&dst[i*n_row + h*n_head], &src[slots[(size_t) h*n_dst + i]*n_row + h*n_head], n_head);
+            const int32_t j = slots[(size_t) h*n_dst + i];
+            if (j >= 0) {
+                memcpy(&dst[i*n_row + h*n_head], &src[j*n_row + h*n_head], n_head);
+            }
         }
     }
     ggml_backend_tensor_set(t, dst.data(), 0, dst.size());
@@ -213,7 +224,8 @@ void engine::compact_sums(int32_t ikv, uint32_t s, int32_t n_src, int32_t n_dst,
         const size_t offs = s*t->nb[2] + h*t->nb[1];
         ggml_backend_tensor_get(t, src.data(), offs, src.size()*sizeof(float));
         for (int32_t i = 0; i < n_dst; ++i) {
-            dst[i] = src[slots[(size_t) h*n_dst + i]];
+            const int32_t j = slots[(size_t) h*n_dst + i];
+            dst[i] = j < 0 ? 0.0f : src[j];
         }
         ggml_backend_tensor_set(t, dst.data(), offs, dst.size()*sizeof(float));
     }

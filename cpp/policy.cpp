@@ -66,6 +66,14 @@ static int32_t slot_of(uint64_t key) {
     return (int32_t) (0xffffffffu - (uint32_t) key);
 }
 
+int32_t first_slot(const int32_t * pos, int32_t n_kv) {
+    int32_t j = 0;
+    while (j < n_kv && pos[j] < 0) {
+        ++j;
+    }
+    return j;
+}
+
 void mark_range(slot_marks & marks, int32_t begin, int32_t end) {
     const int32_t n = (int32_t) marks.size();
     for (int32_t j = std::max(begin, 0); j < std::min(end, n); ++j) {

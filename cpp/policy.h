@@ -8,7 +8,8 @@
 // thread at a time. Errors are std::invalid_argument with a sentence that names what is valid.
 //
 // A *slot* is a cell of one layer and KV head, counted from the oldest token the head still holds. Before the first
-// eviction slot j is position j; afterwards heads differ, and pos says which token a slot holds.
+// eviction slot j is position j; afterwards heads differ, and pos says which token a slot holds. Where heads_differ(), the
+// first slots of a head that holds fewer than its layer are empty: position -1, no attention, keys of 0, never kept again.
 
 #include "spec.h"
 
@@ -60,7 +61,7 @@ struct span { int32_t begin, end; }; // original positions [begin, end)
 struct layer_plan {
     int32_t n_kv;            // slots now
     int32_t n_frozen;        // the first slots that stay whatever happens (a frozen prompt), 0 at prompt end
-    const int32_t * pos;     // I32 [n_head_kv, n_kv]
+    const int32_t * pos;     // I32 [n_head_kv, n_kv], -1 where a slot is empty
     const float   * score;   // F32 [n_head_kv, n_kv], higher is kept longer
 };
 
@@ -86,6 +87,10 @@ public:
     // The least kv_budget, in tokens, that means anything: sinks + window + 1 for most.
     virtual int32_t min_budget() const { return 1; }
 
+    // True: KV heads of a layer may keep different numbers, r.budget on average. A layer takes as many rows as its longest
+    // head: that is what budgets() says and what is freed; the others' missing rows are masked. Only where generated tokens stay.
+    virtual bool heads_differ() const { return false; }
+
     // Slots each layer keeps. The mean over layers is r.budget exactly; no layer asks for more than it has.
     virtual std::vector<int32_t> budgets(const request & r) const;
 
@@ -93,7 +98,8 @@ public:
     virtual void score(const layer_view & v, float * out) const = 0;
 
     // Slots to keep of layer il: I32 [n_head_kv, n_keep], ascending in each head. The default keeps n_frozen,
-    // n_sink() and n_recent(n_keep), then the best scores; equal scores go to the older slot.
+    // n_sink() and n_recent(n_keep), then the best scores; equal scores go to the older slot. Where heads_differ(), n_keep is
+    // the most a head may keep, with kv_cells maybe less than budgets() asked for; a head that keeps fewer begins with -1s.
     virtual void keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) const;
 };
 
@@ -106,7 +112,7 @@ struct policy_info {
     const char * title;       // one sentence: signal, budget, unit, variant
     const char * paper;       // arXiv number, or ""
     decode_mode  decode;
-    bool         layers_differ; // budgets() gives layers different numbers
+    bool         layers_differ; // budgets() gives layers different numbers, as it does where heads_differ()
     const std::vector<param_info> & (*params)();
     std::unique_ptr<policy> (*make)(const kvc::params & p);
 };

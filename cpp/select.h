@@ -17,6 +17,9 @@ using slot_marks = std::vector<uint8_t>;
 // As a number: the greater key is kept longer.
 uint64_t rank_key(float score, int32_t slot);
 
+// The first slot of a head that is not empty. pos: I32 [n_kv] of that head.
+int32_t first_slot(const int32_t * pos, int32_t n_kv);
+
 // Marks [begin, end), cut to the slots there are.
 void mark_range(slot_marks & marks, int32_t begin, int32_t end);
 

@@ -1,6 +1,7 @@
 // The graph: what attention leaves behind for a policy to look at, and the masks of layers that hold fewer cells.
 
 #include "engine.h"
+#include "select.h"
 
 #include "llama-batch.h"
 #include "llama-context.h"
@@ -108,6 +109,17 @@ private:
     int32_t        ikv;
 };
 
+class empty_input : public llm_graph_input_i {
+public:
+    empty_input(const engine * e, ggml_tensor * bias, int32_t ikv) : e(e), bias(bias), ikv(ikv) {}
+    void set_input(const llama_ubatch *) override { e->set_empty(bias, ikv); }
+    bool can_reuse(const llm_graph_params &) override { return true; }
+private:
+    const engine * e;
+    ggml_tensor  * bias; // F16 or F32, as the mask, [n_rows, 1, n_head_kv]
+    int32_t        ikv;
+};
+
 } // namespace
 
 // Where the new tokens' rows go: llama.cpp's cells where a layer's rows are the cells, else inputs of our own, one for
@@ -149,20 +161,28 @@ void engine::build_mask(llm_graph_result * res, int il, ggml_tensor *& kq_mask, 
         return;
     }
     const int64_t i0 = cell_begin(ikv), n = n_rows(ikv, kq_mask->ne[0]);
-    if (n == kq_mask->ne[0]) {
-        return;
+    if (n != kq_mask->ne[0]) {
+        // one copy for all layers that read the same cells: attention wants a contiguous mask
+        char name[GGML_MAX_NAME];
+        snprintf(name, sizeof(name), "kvc_mask_%d_%d", (int) i0, (int) n);
+        auto * mask = ggml_get_tensor(ctx, name);
+        if (!mask) {
+            mask = ggml_view_4d(ctx, kq_mask, n, kq_mask->ne[1], kq_mask->ne[2], kq_mask->ne[3],
+                    kq_mask->nb[1], kq_mask->nb[2], kq_mask->nb[3], i0*ggml_element_size(kq_mask));
+            mask = ggml_cont(ctx, mask);
+            ggml_set_name(mask, name);
+        }
+        kq_mask = mask;
     }
-    // one copy for all layers that read the same cells: attention wants a contiguous mask
-    char name[GGML_MAX_NAME];
-    snprintf(name, sizeof(name), "kvc_mask_%d_%d", (int) i0, (int) n);
-    auto * mask = ggml_get_tensor(ctx, name);
-    if (!mask) {
-        mask = ggml_view_4d(ctx, kq_mask, n, kq_mask->ne[1], kq_mask->ne[2], kq_mask->ne[3],
-                kq_mask->nb[1], kq_mask->nb[2], kq_mask->nb[3], i0*ggml_element_size(kq_mask));
-        mask = ggml_cont(ctx, mask);
-        ggml_set_name(mask, name);
+    if (n_held(0, ikv) < (int64_t) n_slots(0, ikv)*n_hkv) {
+        // a mask for each head: all query heads of a KV head, and all tokens, are without the rows it does not have
+        const int64_t n_head = model.hparams.n_head(il), n_tokens = kq_mask->ne[1];
+        auto * bias = ggml_new_tensor_3d(ctx, kq_mask->type, n, 1, n_hkv);
+        ggml_set_input(bias);
+        res->add_input(std::make_unique<empty_input>(this, bias, ikv));
+        bias = ggml_repeat_4d(ctx, bias, n, n_head/n_hkv*n_tokens, n_hkv, 1);
+        kq_mask = ggml_add(ctx, ggml_reshape_3d(ctx, bias, n, n_tokens, n_head), kq_mask);
     }
-    kq_mask = mask;
 }
 
 void engine::build_tap(llm_graph_result * res, int il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cur,
@@ -249,10 +269,24 @@ void engine::set_bias(ggml_tensor * bias, int32_t ikv) const {
     for (int64_t h = 0; h < n_head; ++h) {
         std::fill_n(data.begin() + h*n_kv, mask_n, -INFINITY);
         for (size_t i = 0; i < n_keep; ++i) {
-            data[h*n_kv + slots[(h/g)*n_keep + i]] = 0.0f;
+            const int32_t slot = slots[(h/g)*n_keep + i];
+            if (slot >= 0) {
+                data[h*n_kv + slot] = 0.0f;
+            }
         }
     }
     ggml_backend_tensor_set(bias, data.data(), 0, ggml_nbytes(bias));
+}
+
+void engine::set_empty(ggml_tensor * bias, int32_t ikv) const {
+    ggml_backend_tensor_memset(bias, 0, 0, ggml_nbytes(bias));
+    const size_t es = ggml_element_size(bias);
+    const std::vector<float>       f32(n_slots(0, ikv), -INFINITY);
+    const std::vector<ggml_fp16_t> f16(n_slots(0, ikv), ggml_fp32_to_fp16(-INFINITY));
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        const void * inf = bias->type == GGML_TYPE_F16 ? (const void *) f16.data() : f32.data();
+        ggml_backend_tensor_set(bias, inf, h*bias->nb[2], n_empty(0, ikv, h)*es);
+    }
 }
 
 //
@@ -300,6 +334,15 @@ void run_graph(llama_context * lctx, llm_graph_result * res, ggml_tensor * out, 
     llama_synchronize(lctx);
 }
 
+std::vector<float> engine::score(const layer_signals & sig) const {
+    std::vector<float> res(sig.pos.size());
+    cfg->pol->score(sig.view(n_layer()), res.data());
+    for (size_t i = 0; i < res.size(); ++i) {
+        res[i] = sig.pos[i] < 0 ? -INFINITY : res[i];
+    }
+    return res;
+}
+
 // softmax(scale * Q K^T + mask) of some queries of the ring, computed in one small graph of the layer and summed with
 // `weight` [window], a number for each row of the ring: F32 [n_kv, 1, n_head]. Without weights F32 [n_kv, window, n_head].
 ggml_tensor * engine::build_attn(llama_context * lctx, uint32_t s, const layer_signals & sig,
@@ -308,11 +351,17 @@ ggml_tensor * engine::build_attn(llama_context * lctx, uint32_t s, const layer_s
     const auto & layer = kv.layers[sig.il];
     const int32_t n_window = cfg->need.window;
 
-    std::vector<float> mask((size_t) sig.n_kv*n_window, 0.0f); // F32 [n_kv, n_window]
+    // one mask for all heads, by the positions of head 0: from the floor on they agree. One for each where a head has empty slots.
+    const int32_t n_mask = n_held(s, sig.il) < (int64_t) sig.pos.size() ? sig.n_head : 1;
+    std::vector<float> mask((size_t) n_mask*n_window*sig.n_kv, 0.0f); // F32 [n_kv, n_window, n_mask]
     for (const auto & query : queries) {
-        // positions of head 0: from the floor on all heads agree
-        for (int32_t j = sig.n_kv - 1; j >= 0 && sig.pos[j] > query.first; --j) {
-            mask[(size_t) query.second*sig.n_kv + j] = -INFINITY;
+        for (int32_t h = 0; h < n_mask; ++h) {
+            const int32_t * pos = sig.pos.data() + (size_t) (h/(sig.n_head/n_hkv))*sig.n_kv;
+            float * row = mask.data() + ((size_t) h*n_window + query.second)*sig.n_kv;
+            std::fill_n(row, first_slot(pos, sig.n_kv), -INFINITY);
+            for (int32_t j = sig.n_kv - 1; j >= 0 && pos[j] > query.first; --j) {
+                row[j] = -INFINITY;
+            }
         }
     }
 
@@ -323,7 +372,7 @@ ggml_tensor * engine::build_attn(llama_context * lctx, uint32_t s, const layer_s
     k = ggml_view_3d(ctx, k, sig.head_dim, n_hkv, sig.n_kv, ggml_row_size(k->type, sig.head_dim), k->nb[1], s*k->nb[2]);
     auto * win = tensors[sig.il].win;
     auto * qw = ggml_view_3d(ctx, win, sig.head_dim, sig.n_head, n_window, sig.head_dim*sizeof(float), win->nb[1], (size_t) s*n_window*win->nb[1]);
-    auto * m  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, sig.n_kv, n_window);
+    auto * m  = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, sig.n_kv, n_window, n_mask);
     ggml_set_input(m);
 
     auto * out = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, qw, 0, 2, 1, 3)); // [n_kv, n_window, n_head]
@@ -354,9 +403,16 @@ void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
     const int32_t n_window = cfg->need.window;
 
     // Heads disagree on what lies below the floor. Queries from the floor on see all of that; earlier ones are left out.
+    // So are those that came before all that some head holds.
+    llama_pos first = std::max(q.floor - 1, 0);
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        const int32_t * pos = sig.pos.data() + (size_t) h*sig.n_kv;
+        const int32_t j = first_slot(pos, sig.n_kv);
+        first = std::max(first, j < sig.n_kv ? pos[j] : (llama_pos) q.tokens.size());
+    }
     std::vector<std::pair<llama_pos, int32_t>> queries; // position, ring row
     for (int32_t r = 0; r < n_window; ++r) {
-        if (q.win_pos[r] >= q.floor - 1 && q.win_pos[r] >= 0) {
+        if (q.win_pos[r] >= first) {
             queries.emplace_back(q.win_pos[r], r);
         }
     }

@@ -9,8 +9,8 @@ F32 = npt.NDArray[np.float32]
 # -- the policy table and the host half of the engine: no model needed ---------------------------------------------
 
 def policies() -> list[dict[str, Any]]:
-    """The table: name, title, paper, decode ('none' | 'whole' | 'generated'), layers_differ, needs (of the default parameters:
-    window, newest, sums, keys, spans), params [{name, value, doc, min, max, choices, integer}]."""
+    """The table: name, title, paper, decode ('none' | 'whole' | 'generated'), layers_differ, heads_differ, needs (of the default
+    parameters: window, newest, sums, keys, spans), params [{name, value, doc, min, max, choices, integer}]."""
 
 def parse_spec(spec: str) -> str:
     """The canonical form of a spec: every parameter, in declared order. ValueError names what is valid."""
@@ -25,7 +25,8 @@ def score(spec: str, pos: I32, *, il: int = 0, n_layer: int = 1, n_head: int = .
 
 def plan(spec: str, pos: Sequence[I32], score: Sequence[F32], budget: int, *, prompt: bool = True,
          n_frozen: Sequence[int] | None = None, spans: Sequence[tuple[int, int]] = (), room: bool = False) -> list[I32]:
-    """budgets() and keep() of a policy: pos, score a layer [n_head_kv, n_kv] -> slots kept a layer, I32 [n_head_kv, n_keep]."""
+    """budgets() and keep() of a policy: pos, score a layer [n_head_kv, n_kv] -> slots kept a layer, I32 [n_head_kv, n_keep],
+    -1 where a head keeps fewer."""
 
 # -- llama.cpp ------------------------------------------------------------------------------------------------------
 
@@ -115,11 +116,11 @@ class Context:
         """Evaluates a probe after the sequence, lets the policy see what it attends to of positions [begin, end), and takes it out."""
     def has_room(self, n: int, seq: int = 0) -> bool: ...
     def make_room(self, n: int, seq: int = 0) -> None: """With kv_cells: evicts if n more tokens do not fit."""
-    def kept(self, seq: int = 0) -> list[I32]: """a layer [n_head_kv, n_kept], original positions ascending"""
-    def scores(self, seq: int = 0) -> list[F32]: """a layer [n_head_kv, n_kv], what the policy would rank by now"""
+    def kept(self, seq: int = 0) -> list[I32]: """a layer [n_head_kv, n_kept], original positions ascending, -1 first where a head holds fewer"""
+    def scores(self, seq: int = 0) -> list[F32]: """a layer [n_head_kv, n_kv], what the policy would rank by now; -inf where a head holds nothing"""
     def signals(self, seq: int = 0) -> list[dict[str, Any]]: """a layer: pos, attn, sums, keys, probed, n_query (those the policy needs)"""
     def stats(self) -> dict[str, Any]:
-        """cells_used [n_seq_max], cells_allocated (a sequence), kept [n_layer_kv] (sequence 0), bytes_allocated, bytes_used, bytes_full
+        """cells_used [n_seq_max], cells_allocated (a sequence), kept [n_layer_kv] (rows, those of the longest head; sequence 0), bytes_allocated, bytes_used, bytes_full
         (what the evaluated tokens would take), n_evictions, n_evicted (cells of the mean layer), score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
     def save(self) -> bytes: """whole state, with what was kept"""
     def load(self, data: bytes) -> None: """ValueError: other model, policy or version; the context is then empty"""

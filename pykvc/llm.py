@@ -252,15 +252,16 @@ class LLM:
         return self._session.logits()
 
     def kept(self) -> list[I32]:
-        """Per layer that evicts [n_head_kv, n_kept]: original positions of what the cache holds, ascending."""
+        """Per layer that evicts [n_head_kv, n_kept]: original positions of what the cache holds, ascending. Where heads keep
+        different numbers (adakv), n_kept is the longest head's, and a shorter one begins with -1s."""
         return self._session.ctx.kept()
 
     def scores(self) -> list[F32]:
-        """Per layer that evicts [n_head_kv, n_kv]: what the policy would rank by now, a column for each of kept()."""
+        """Per layer that evicts [n_head_kv, n_kv]: what the policy would rank by now, a column for each of kept(); -inf for -1."""
         return self._session.ctx.scores()
 
     def stats(self) -> dict[str, Any]:
-        """n_tokens; cells (in use), cells_allocated, kept [n_layer]; bytes_allocated, of them bytes_signals (the window
+        """n_tokens; cells (in use), cells_allocated, kept [n_layer] (a layer's rows: its longest head's); bytes_allocated, of them bytes_signals (the window
         of queries, the sums), bytes_used, bytes_full (without eviction); n_evictions, n_evicted (cells of the mean layer); score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
         stats = self._session.ctx.stats()
         return {"n_tokens": self.n_tokens, "cells": int(stats["cells_used"][0]), **stats}

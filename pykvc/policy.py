@@ -33,7 +33,7 @@ class Layer:
     n_head_kv: int
     head_dim: int
     n_query: int      # queries the window or the fit really had, <= Policy.window
-    pos: I32          # [n_head_kv, n_kv] original position of each slot, ascending
+    pos: I32          # [n_head_kv, n_kv] original position of each slot, ascending; -1, first: empty (heads_differ), its score is not asked
     attn: F32 | None  # [n_head, n_kv] attention of the last queries, weighted mean over them; None unless window > 0
     sums: F32 | None  # [n_head_kv, n_kv] attention summed over every query so far, mean over the group; None unless sums
     keys: F32 | None  # [n_head_kv, n_kv, head_dim] rotated as they lie in the cache; None unless keys
@@ -75,6 +75,9 @@ class Policy:
     recent: int = 0           # the last slots, always kept and counted in the budget
     decode: Literal["none", "whole", "generated"] = "none"
     # generated tokens: never evicted | all cells compete | only they compete, the prompt is frozen
+    heads_differ: bool = False
+    # KV heads of a layer may keep different numbers, request.budget on average. The layer takes the rows of its longest head, which is
+    # what budgets() says; a shorter head's list in keep() begins with -1s, and what it lacks is masked. Needs decode "none", and the CPU.
 
     _overrides: ClassVar[frozenset[str]] = frozenset()  # which optional methods the engine is to call
 
@@ -88,12 +91,13 @@ class Policy:
 
     def budgets(self, request: Request) -> list[int]:
         """[n_layer] slots each layer keeps: their sum is n_layer * request.budget, none more than the layer has.
+        heads_differ: the slots of each layer's longest head, whatever their sum.
 
         Not overridden: the same for every layer."""
         raise NotImplementedError
 
     def keep(self, layer_index: int, request: Request, n_keep: int) -> I32:
-        """I32 [n_head_kv, n_keep] slots to keep of a layer, ascending in each head.
+        """I32 [n_head_kv, n_keep] slots to keep of a layer, ascending in each head. heads_differ: -1s first in a head that keeps fewer.
 
         Not overridden: n_frozen, sinks and recent, then the best scores."""
         raise NotImplementedError
@@ -110,7 +114,7 @@ class Policy:
             value = getattr(self, attribute)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 refuse(attribute, "a number of tokens >= 0")
-        for attribute in ("sums", "keys", "values", "spans"):
+        for attribute in ("sums", "keys", "values", "spans", "heads_differ"):
             if not isinstance(getattr(self, attribute), bool):
                 refuse(attribute, "True or False")
         if self.future > 0 and self.window == 0:
@@ -133,7 +137,7 @@ class Policy:
         request = _request(view)
         n_layer = len(request.layers)
         budgets = self._array("budgets", self.budgets(request), (n_layer,), np.int32)
-        if budgets.sum() != n_layer * request.budget:
+        if not self.heads_differ and budgets.sum() != n_layer * request.budget:
             raise ValueError(f"{self.name}.budgets() add up to {budgets.sum()}, not {n_layer} layers x {request.budget}")
         for il, (n_keep, layer) in enumerate(zip(budgets, request.layers)):
             if not max(1, layer.n_frozen) <= n_keep <= layer.n_kv:
@@ -145,7 +149,8 @@ class Policy:
         request = _request(view)
         layer = request.layers[il]
         slots = self._array("keep", self.keep(il, request, n_keep), (layer.pos.shape[0], n_keep), np.int32)
-        if slots.min() < 0 or slots.max() >= layer.n_kv or (np.diff(slots, axis=1) <= 0).any():
+        empty = slots < 0 if self.heads_differ else np.zeros(slots.shape, bool)
+        if slots.min() < -self.heads_differ or slots.max() >= layer.n_kv or ((np.diff(slots, axis=1) <= 0) & ~empty[:, :-1]).any():
             raise ValueError(f"{self.name}.keep() returns slots of [0, {layer.n_kv}), ascending in each head, each once")
         return slots
 

@@ -6,6 +6,8 @@ A class is a policy, its arguments are the parameters:
 
     oracle.snapkv(window=16).kept(layers, n_keep=[64] * 30)    # a layer: slots I32 [n_head_kv, n_keep], ascending
 
+n_keep is what a head keeps on average; adakv's heads differ, a shorter one begins with -1s.
+
 A score of NaN says that the slot is kept whatever its score, so a test must not look at it.
 """
 import numpy as np
@@ -215,6 +217,23 @@ class pyramidkv(snapkv):
         return np.array([w + high - il * (high - low) / max(1, n_layer - 1) for il in range(n_layer)])
 
 
+class adakv(snapkv):
+    """2407.11550: SnapKV's score. Of the budget beside the window every head has alpha for its own best, rounded down; the rest of
+    all heads' budgets goes to the best scores of all heads, equal ones to the older slot, then to the lower head."""
+    def __init__(self, window=32, kernel=5, pool="avg", alpha=0.2):
+        super().__init__(window, kernel, pool)
+        self.alpha = alpha
+
+    def keep(self, pos, score, n_keep, n_frozen=0, spans=(), prompt=True):
+        before = range(score.shape[1] - self.window)
+        heads = [set(best(row, before, int(self.alpha * (n_keep - self.window)))) for row in score]
+        others = [(-row[j], j, h) for h, row in enumerate(score) for j in before if j not in heads[h]]
+        for _, j, h in sorted(others)[:len(score) * (n_keep - self.window) - sum(map(len, heads))]:
+            heads[h].add(j)
+        lists = [sorted(head) + list(range(before.stop, score.shape[1])) for head in heads]
+        return np.array([[-1] * (max(map(len, lists)) - len(x)) + x for x in lists], dtype=np.int32)
+
+
 class pyramidinfer(Policy):
     """2405.12532: attention of the newest queries, the newest weighted 1.2; one set per layer. Schedule and share of
     recent tokens as the header of cpp/policies/pyramidinfer.cpp states them, for the paper leaves them open."""
@@ -366,5 +385,5 @@ class random_shot(shotkv):
         return None
 
 
-POLICIES = {c.__name__: c for c in (full, random, streaming_llm, h2o, tova, knorm, keydiff, snapkv, pyramidkv, pyramidinfer, chunkkv, finch, kvzip,
-                                    expected_attention, shotkv, random_shot)}
+POLICIES = {c.__name__: c for c in (full, random, streaming_llm, h2o, tova, knorm, keydiff, snapkv, pyramidkv, adakv, pyramidinfer, chunkkv, finch,
+                                    kvzip, expected_attention, shotkv, random_shot)}

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+import pykvc
 import tiny
 from pykvc import _core
 
@@ -32,6 +33,9 @@ def test_unsupported_models_are_refused(models, arch, why):
 
 @pytest.mark.parametrize("kwargs, why", [
     (dict(policy="pyramidkv:window=8", n_seq_max=2), "n_seq_max 1"),
+    (dict(policy="adakv:window=8", n_seq_max=2), "n_seq_max 1"),
+    (dict(policy="adakv:window=8", budget="8"), "at least 9"),
+    (dict(policy="adakv:window=8", decode_budget="8"), "does not evict generated"),
     (dict(policy="h2o", flash_attn="on"), "flash attention"),
     (dict(policy="h2o", type_v="q8_0"), "quantized V"),
     (dict(budget="8"), "at least 9"),
@@ -68,6 +72,94 @@ def test_rollback_floor(models):
     assert [k[:, -2:].tolist() for k in c.kept()] == [[[52, 53]]*2]*3
     c.decode(ids(3, 1))
     assert c.remove_tail(0) and c.pos_max() == -1 and c.pos_floor() == 0
+
+
+def unequal(kept):
+    """Slots of each head [n_layer, n_head_kv], once every head of every layer is seen to be in order."""
+    for layer in kept:
+        for head in layer:
+            assert (np.diff(head[head >= 0]) > 0).all() and (np.diff(head) >= 0).all()
+    return np.array([(k >= 0).sum(axis=1) for k in kept])
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"flash_attn": "off"}, {"type_k": "q8_0", "type_v": "q8_0"}])
+def test_heads_that_differ(models, kwargs):
+    """adakv: rows are those of the longest head, empty slots are passed over from then on, also after a state."""
+    how = dict(policy="adakv:window=8,kernel=1,alpha=0.1", budget="32", **kwargs)
+    c = context(models["llama"], **how)
+    c.decode(ids(200))
+    row_bytes = c.stats()["bytes_used"]//(200*3)
+    assert c.evict() and not c.evict()  # H*B is met exactly, whatever the longest head is
+    n = unequal(c.kept())
+    assert (n.sum(axis=1) == 2*32).all() and np.ptp(n, axis=1).max() > 4
+    assert c.stats()["kept"] == n.max(axis=1).tolist() and c.stats()["bytes_used"] == n.max(axis=1).sum()*row_bytes
+    for layer, signal, score in zip(c.kept(), c.signals(), c.scores()):
+        g = signal["attn"].shape[0]//2
+        assert np.array_equal(signal["pos"], layer) and (np.isinf(score) == (layer < 0)).all()
+        assert (signal["attn"][np.repeat(layer < 0, g, axis=0)] == 0).all()
+        np.testing.assert_allclose(signal["attn"].sum(axis=1), 1, atol=2e-3)
+
+    d = context(models["llama"], **how)
+    d.load(c.save())
+    for x in (c, d):
+        x.decode(ids(40, 1))
+        assert x.evict()
+        for t in ids(5, 2):
+            x.decode(np.array([t], np.int32))
+    n = unequal(c.kept())
+    assert (n.sum(axis=1) == 2*(32 + 5)).all()
+    assert all(map(np.array_equal, c.kept(), d.kept())) and np.array_equal(c.logits(), d.logits())
+
+
+def test_heads_that_differ_roll_back_to_the_floor(models):
+    """A head may keep its window alone: where that is removed, it holds nothing, and goes on from there."""
+    class Two(pykvc.Policy):
+        name, window, heads_differ = "two", 8, True
+
+        def score(self, layer):
+            return layer.pos
+
+        def budgets(self, request):
+            return [20]*len(request.layers)
+
+        def keep(self, il, request, n_keep):
+            n = request.layers[il].n_kv
+            return np.array([[*range(12), *range(n - 8, n)], [-1]*12 + [*range(n - 8, n)]])
+
+    c = context(models["llama"], Two(), "14")
+    c.decode(ids(60))
+    assert c.evict() and c.pos_floor() == 52
+    assert not c.remove_tail(51) and c.remove_tail(52)
+    assert all(k.tolist() == [[*range(12)], [-1]*12] for k in c.kept())
+    with pytest.raises(ValueError, match="at least one token"):
+        c.signals()
+    c.decode(ids(4, 1))
+    assert np.isfinite(c.logits()).all() and all(k[1].tolist() == [-1]*12 + [52, 53, 54, 55] for k in c.kept())
+    assert all(x["n_query"] == 4 and np.isfinite(x["attn"]).all() for x in c.signals())
+
+
+@pytest.mark.parametrize("slots, why", [([3, -1, 5], "ascending"), ([-1, 3, 3], "ascending"), ([-2, 3, 5], "ascending"), ([-1, 3, 60], "ascending")])
+def test_a_python_policy_with_heads_that_differ_is_checked(models, slots, why):
+    class Some(pykvc.Policy):
+        name, heads_differ = "some", True
+
+        def score(self, layer):
+            return layer.pos
+
+        def budgets(self, request):
+            return [3]*len(request.layers)
+
+        def keep(self, il, request, n_keep):
+            return np.array([[3, 4, 5], slots])
+
+    c = context(models["llama"], Some(), "3")
+    c.decode(ids(60))
+    with pytest.raises(ValueError, match=why):
+        c.evict()
+    assert c.stats()["kept"] == [60]*3
+    Some.decode = "whole"
+    with pytest.raises(ValueError, match="heads_differ"):
+        context(models["llama"], Some(), "3")
 
 
 @pytest.mark.parametrize("spec", ["streaming_llm:interval=8", "h2o:interval=8", "tova:interval=8", "shotkv:window=8,interval=8,recent=8",
@@ -140,7 +232,7 @@ def test_environment(models, monkeypatch):
         context(models["llama"], None)
 
 
-@pytest.mark.parametrize("policy", ["snapkv:window=8,kernel=3", "h2o", "full"])
+@pytest.mark.parametrize("policy", ["snapkv:window=8,kernel=3", "adakv:window=8,kernel=3", "h2o", "full"])
 def test_damaged_states_are_refused(models, policy):
     c = context(models["llama"], policy, "" if policy == "full" else "24")
     c.decode(ids(60))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import pykvc
+import tiny
 from pykvc import _core
 from pykvc.prose import prose
 
@@ -62,7 +63,7 @@ def test_stock(model, model_path, tokens, stock, tmp_path, monkeypatch, type_k, 
     assert np.array_equal(off, want)
     assert c.save() == state  # every byte of the cache, in stock's own format
 
-    for spec in ["snapkv", "pyramidkv", "shotkv", "knorm"] + (["h2o"] if not fa else []):
+    for spec in ["snapkv", "pyramidkv", "adakv", "shotkv", "knorm"] + (["h2o"] if not fa else []):
         on, c = run_ours(model, toks, evict=True, policy=spec, budget=str(len(toks)), **args)
         assert np.array_equal(on, want), spec
         kept = c.kept()
@@ -88,22 +89,78 @@ class Blocks(pykvc.Policy):
         return np.array(rows, np.int32)
 
 
-@pytest.mark.parametrize("type_k, type_v", [("f16", "f16"), ("f32", "f32"), ("bf16", "bf16"), ("q8_0", "f16")])
-def test_blocks_are_a_mask(model, tokens, type_k, type_v):
-    """Without flash attention, aligned blocks compacted == the full cache under a per-head -inf mask, bit for bit."""
-    logits = []
+class UnequalBlocks(Blocks):
+    """And another number of them in every head: a shorter head lacks whole blocks at its beginning."""
+    name, heads_differ = "unequal_blocks", True
+
+    def keep(self, il, request, n_keep):
+        slots = super().keep(il, request, n_keep)
+        for h in range(1, len(slots)):
+            n_empty = 64*min((h + il) % 3, n_keep//64 - 1)
+            slots[h] = np.append(np.full(n_empty, -1), slots[h, n_empty:])
+        return slots
+
+
+def compact_and_masked(model, tokens, n_prefill=1, **kwargs):
+    """Logits F32 [2, 32, n_vocab] and kept sets after an eviction of 1,024 tokens, compacted and as a mask over the whole cache.
+    The steps are single tokens, but for the first n_prefill."""
+    logits, kept = [], []
     for mask_only in (False, True):
-        c = _core.Context(model, n_ctx=2048, n_threads=2, type_k=type_k, type_v=type_v, flash_attn="off", policy=Blocks(), budget="256")
+        c = _core.Context(model, n_ctx=2048, n_threads=2, **kwargs)
         c.decode(tokens[:1024])
         assert c.evict(mask_only=mask_only)
-        assert c.stats()["kept"][:4] == ([1024]*4 if mask_only else [192, 256, 320, 192])
-        rows = []
-        for t in tokens[1024:1024 + N_STEPS]:
+        kept.append(c.kept())
+        c.decode(tokens[1024:1024 + n_prefill], logits="all")
+        rows = [*c.logits()]
+        for t in tokens[1024 + n_prefill:1024 + N_STEPS]:
             c.decode(np.array([t], np.int32))
             rows.append(c.logits()[-1])
-        logits.append(np.array(rows))
+        logits.append(rows)
+    assert all(k.shape[1] == 1024 for k in kept[1])  # nothing has moved there
+    return np.array(logits), kept[0]
+
+
+@pytest.mark.parametrize("policy", [Blocks, UnequalBlocks])
+@pytest.mark.parametrize("type_k, type_v", [("f16", "f16"), ("f32", "f32"), ("bf16", "bf16"), ("q8_0", "f16")])
+def test_blocks_are_a_mask(model, tokens, policy, type_k, type_v):
+    """Without flash attention, aligned blocks compacted == the full cache under a per-head -inf mask, bit for bit."""
+    logits, kept = compact_and_masked(model, tokens, type_k=type_k, type_v=type_v, flash_attn="off", policy=policy(), budget="256")
+    assert [k.shape[1] for k in kept[:4]] == [192, 256, 320, 192]
+    assert ((kept[1] >= 0).sum(axis=1) == ([256, 128, 256] if policy.heads_differ else [256]*3)).all()
     assert np.array_equal(*logits)
     assert np.ptp(logits[0]) > 1
+
+
+def kl(a, b):
+    """KL divergence of the softmaxes of two logits [n, n_vocab], nats: [n]."""
+    a, b = (x.astype(float) - np.logaddexp.reduce(x.astype(float), axis=1, keepdims=True) for x in (a, b))
+    return (np.exp(a)*(a - b)).sum(axis=1)
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    """F32 weights: what differs is attention, not rounding of activations to the weights' quantization."""
+    return _core.Model(str(tiny.write(tmp_path_factory.mktemp("tiny")/"llama.gguf")))
+
+
+@pytest.mark.parametrize("policy", ["adakv", UnequalBlocks()])
+@pytest.mark.parametrize("type_k, n_prefill", [("f16", 1), ("f16", 24), ("q8_0", 1), ("q8_0", 24)])
+def test_flash_attention_takes_a_mask_for_each_head(random_model, policy, type_k, n_prefill):
+    """The same keep sets, compacted with flash attention and masked without: rounding is all that differs, in single tokens
+    and in a second prompt."""
+    tokens = np.random.default_rng(0).integers(0, tiny.N_VOCAB, 1024 + N_STEPS, dtype=np.int32)
+    logits, kept = compact_and_masked(random_model, tokens, n_prefill, type_k=type_k, flash_attn="on", policy=policy, budget="128")
+    n_held = np.array([(k >= 0).sum(axis=1) for k in kept])  # [n_layer, n_head_kv]
+    assert np.ptp(n_held, axis=1).max() > 40
+    assert kl(*logits).mean() < 5e-4
+
+
+def test_flash_attention_of_a_real_model(model, tokens):
+    logits, kept = compact_and_masked(model, tokens, flash_attn="on", policy="adakv", budget="128")
+    n_held = np.array([(k >= 0).sum(axis=1) for k in kept])
+    assert (n_held.sum(axis=1) == 128*model.n_head_kv).all() and (n_held.max(axis=1) == [k.shape[1] for k in kept]).all()
+    assert np.ptp(n_held, axis=1).max() > 64
+    assert kl(*logits).mean() < 5e-3  # snapkv at the same budget, where no head has a mask of its own: 2e-3
 
 
 @pytest.mark.parametrize("type_kv, fa", [(t, 1) for t in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")]

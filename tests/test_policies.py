@@ -11,7 +11,8 @@ N_LAYER, N_HEAD_KV, GROUP, HEAD_DIM = 5, 3, 3, 16
 TABLE = {p["name"]: p for p in _core.policies()}
 NAMES = list(TABLE)
 VARIANTS = ["h2o:recent=0.25", "streaming_llm:sinks=0", "snapkv:window=16,kernel=7,pool=max", "snapkv:kernel=1",
-            "pyramidkv:window=8,beta=3", "pyramidkv:beta=1", "pyramidinfer:recent=0.5,decay=0.5,sinks=2", "chunkkv:chunk=7,window=9",
+            "pyramidkv:window=8,beta=3", "pyramidkv:beta=1", "adakv:alpha=0", "adakv:alpha=0.95,window=16,pool=max",
+            "pyramidinfer:recent=0.5,decay=0.5,sinks=2", "chunkkv:chunk=7,window=9",
             "chunkkv:pool=avg,chunk=20", "chunkkv:pool=max,kernel=3", "chunkkv:reuse=2", "finch:pool=avg,kernel=7,recent=3", "finch:pool=max", "kvzip:sinks=0",
             "expected_attention:epsilon=0.02,sinks=0,recent=0", "expected_attention:sinks=9,recent=3", "shotkv:fit=trim", "shotkv:queries=all",
             "shotkv:layers=shared", "random_shot:fit=trim,seed=3", "random:seed=7"]
@@ -73,7 +74,10 @@ def spans_for(spec, seed, n):
 
 
 def whole_budgets(kept):
-    return [x.shape[1] for x in kept]
+    """What each layer keeps: a head on average, for adakv's heads differ (-1: nothing there)."""
+    n_slots = [int((x >= 0).sum()) for x in kept]
+    assert all(n % len(x) == 0 for n, x in zip(n_slots, kept))
+    return [n // len(x) for n, x in zip(n_slots, kept)]
 
 
 def assert_same(kept, expected):
@@ -160,8 +164,12 @@ def test_invariants(seed, n, share, spec):
     window = 1 if spec.startswith(("tova", "pyramidinfer")) else p["recent"] if asks else p.get("window", 0)
     for il in range(N_LAYER):
         assert kept[il].dtype == np.int32 and kept[il].shape[0] == N_HEAD_KV
-        assert (np.diff(kept[il], axis=1) > 0).all() and kept[il].min() >= 0 and kept[il].max() < n
-        for row in kept[il]:
+        heads = [row[row >= 0] for row in kept[il]]
+        longest = max(map(len, heads))
+        assert [[-1] * (longest - len(head)) + head.tolist() for head in heads] == kept[il].tolist()
+        assert longest == min(map(len, heads)) or TABLE[spec.partition(":")[0]]["heads_differ"]
+        for row in heads:
+            assert (np.diff(row) > 0).all() and row.max() < n
             assert set(range(p.get("sinks", 0))) | set(range(n - window, n)) <= set(row.tolist())
     assert_same(_core.plan(spec, pos, scores, budget, spans=spans), kept)
 
@@ -172,6 +180,34 @@ def test_budget_of_everything_keeps_everything(spec, budget):
     layers = signals_for(spec, 0, 100)
     kept = _core.plan(spec, [x["pos"] for x in layers], core_scores(spec, layers), budget, spans=spans_for(spec, 0, 100))
     assert_same(kept, [x["pos"] for x in layers])
+
+
+def test_adakv_gives_each_head_what_its_scores_deserve():
+    """Three heads, budget 60 with a window of 32: 84 slots beside the windows. At alpha 0 the sharp head gets what is above the
+    others' level, at 0.5 the others keep 14 of their own, at 1 it is snapkv."""
+    n, budget = 400, 60
+    pos, rng = [np.tile(np.arange(n, dtype=np.int32), (3, 1))], np.random.default_rng(0)
+    score = [np.stack([rng.random(n) + 2, rng.random(n), rng.random(n)]).astype(np.float32)]
+
+    def n_kept(alpha):
+        return (_core.plan(f"adakv:alpha={alpha}", pos, score, budget)[0] >= 0).sum(axis=1).tolist()
+    assert n_kept(0) == [32 + 84, 32, 32] and n_kept(0.5) == [32 + 56, 32 + 14, 32 + 14] and n_kept(1) == [60, 60, 60]
+    assert_same(_core.plan("adakv:alpha=1", pos, score, budget), _core.plan("snapkv", pos, score, budget))
+    ties = _core.plan("adakv:alpha=0", pos, [np.zeros((3, n), np.float32)], budget)[0]
+    assert ties.tolist() == [[*range(28), *range(n - 32, n)]] * 3
+    with pytest.raises(ValueError, match="33"):
+        _core.plan("adakv", pos, score, 32)
+
+
+def test_adakv_passes_empty_slots_over():
+    """What a shorter head has lost is not chosen again, and what it has is all it can keep."""
+    n, pos = 300, np.tile(np.arange(300, dtype=np.int32), (2, 1))
+    score = np.random.default_rng(1).random((2, n)).astype(np.float32)
+    pos[1, :240], score[1, :240] = -1, -np.inf
+    kept, = _core.plan("adakv:alpha=0.5", [pos], [score], 100)
+    assert (kept >= 0).sum() == 200 and (kept[1][kept[1] >= 0] >= 240).all()
+    kept, = _core.plan("adakv:alpha=0.5", [pos], [score], 250)
+    assert (kept >= 0).sum() == 360 and kept.shape[1] == 300 and (kept[1, :240] == -1).all()
 
 
 def test_random_depends_on_its_seed_alone():

@@ -66,7 +66,8 @@ LLAMA_API int32_t kvc_end_prompt(struct llama_context * ctx, llama_seq_id seq_id
 // First position a llama_memory_seq_rm(seq, p0, -1) may start at.
 LLAMA_API llama_pos kvc_floor(struct llama_context * ctx, llama_seq_id seq_id);
 
-// Rows a head of layer il (0 .. n_layer-1) holds; out: NULL or I32 [n_head_kv, that many] original positions.
+// Rows layer il (0 .. n_layer-1) holds; out: NULL or I32 [n_head_kv, that many] original positions, -1 first where a head
+// holds fewer (adakv).
 LLAMA_API int32_t kvc_kept(struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t * out);
 
 LLAMA_API int32_t kvc_get_usage(struct llama_context * ctx, struct kvc_usage * out);

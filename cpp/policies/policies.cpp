@@ -14,6 +14,7 @@ const std::vector<policy_info> & policy_table() {
         keydiff_info,
         snapkv_info,
         pyramidkv_info,
+        adakv_info,
         pyramidinfer_info,
         chunkkv_info,
         finch_info,

@@ -16,6 +16,7 @@ extern const policy_info knorm_info;
 extern const policy_info keydiff_info;
 extern const policy_info snapkv_info;
 extern const policy_info pyramidkv_info;
+extern const policy_info adakv_info;
 extern const policy_info pyramidinfer_info;
 extern const policy_info chunkkv_info;
 extern const policy_info finch_info;
