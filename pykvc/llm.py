@@ -261,8 +261,8 @@ class LLM:
         return self._session.ctx.scores()
 
     def stats(self) -> dict[str, Any]:
-        """n_tokens; cells (in use), cells_allocated, kept [n_layer] (a layer's rows: its longest head's); bytes_allocated, of them bytes_signals (the window
-        of queries, the sums), bytes_used, bytes_full (without eviction); n_evictions, n_evicted (cells of the mean layer); score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
+        """n_tokens; cells (in use), cells_allocated, kept [n_layer] (a layer's cells, those of its longest head); bytes_allocated, of
+        them bytes_signals (the window of queries, the sums), bytes_used, bytes_full (without eviction); n_evictions, n_evicted (cells of the mean layer); score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
         stats = self._session.ctx.stats()
         return {"n_tokens": self.n_tokens, "cells": int(stats["cells_used"][0]), **stats}
 
