@@ -46,7 +46,9 @@ void engine::alloc_signals(const llama_cparams & cparams) {
         }
         if (cfg->need.sums) {
             t.sums = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, layer.k->ne[1], n_hkv, kv.n_stream);
-            t.ones = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, (int64_t) cparams.n_ubatch*hp.n_head(layer.il));
+            // llama.cpp reserves for a multiple of the sequences
+            const int64_t n_tokens = (cparams.n_ubatch + kv.n_stream - 1)/kv.n_stream*kv.n_stream;
+            t.ones = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n_tokens*hp.n_head(layer.il));
             ggml_format_name(t.sums, "kvc_sums_l%d", layer.il);
             ggml_set_name(t.ones, "1");
         }

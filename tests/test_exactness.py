@@ -151,7 +151,7 @@ def test_flash_attention_takes_a_mask_for_each_head(random_model, policy, type_k
     tokens = np.random.default_rng(0).integers(0, tiny.N_VOCAB, 1024 + N_STEPS, dtype=np.int32)
     logits, kept = compact_and_masked(random_model, tokens, n_prefill, type_k=type_k, flash_attn="on", policy=policy, budget="128")
     n_held = np.array([(k >= 0).sum(axis=1) for k in kept])  # [n_layer, n_head_kv]
-    assert np.ptp(n_held, axis=1).max() > 40
+    assert np.ptp(n_held, axis=1).max() > 32
     assert kl(*logits).mean() < 5e-4
 
 

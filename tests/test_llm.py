@@ -295,6 +295,33 @@ def test_save_and_load(half, tmp_path, pending):
     assert half.generate(reset=False, max_tokens=5).tokens == expected
 
 
+def test_heads_that_differ(full, model_path, tmp_path):
+    """adakv: a head of a layer keeps the budget on average, the layer's memory is its longest head's, and all goes on from there."""
+    how = dict(n_ctx=1024, kv_policy="adakv:window=16", kv_budget=0.5)
+    with pykvc.LLM(model_path, **how) as llm, pykvc.LLM(model_path, n_ctx=1024, kv_policy="snapkv:window=16", kv_budget=0.5) as even:
+        answer, same = llm.generate(PROMPT, max_tokens=8), even.generate(PROMPT, max_tokens=1)
+        n = int(0.5*answer.n_prompt + 0.5)
+        assert answer.tokens[0] == full.generate(PROMPT, max_tokens=1).tokens[0]
+        llm.truncate(answer.n_prompt)
+        assert all((k >= 0).sum() == n*len(k) and k.min() == -1 for k in llm.kept())
+        assert [k.shape[1] for k in llm.kept()] == llm.stats()["kept"] == answer.kv["kept"]
+        assert same.kv["bytes_used"] < llm.stats()["bytes_used"] < full.generate(PROMPT, max_tokens=1).kv["bytes_used"]
+        assert all((np.isneginf(s) == (k < 0)).all() for s, k in zip(llm.scores(), llm.kept()))
+        assert not llm.compress()  # it is met
+
+        llm.prefill(PROMPT)
+        assert llm.compress()
+        llm.save(tmp_path / "state")
+        kept, expected = llm.kept(), llm.generate(reset=False, max_tokens=5).tokens
+        llm.load(tmp_path / "state")
+        assert all((a == b).all() for a, b in zip(llm.kept(), kept)) and llm.generate(reset=False, max_tokens=5).tokens == expected
+        floor = llm._session.ctx.pos_floor()
+        with pytest.raises(ValueError, match=str(floor)):
+            llm.truncate(floor - 1)
+        llm.truncate(floor)
+        assert llm.generate(QUESTION, reset=False, max_tokens=3).n_predicted == 3
+
+
 def test_load_says_what_differs(half, full, model_path, tmp_path):
     path, cut, foreign = tmp_path / "state", tmp_path / "cut", tmp_path / "foreign"
     half.generate(PROMPT, max_tokens=2)
