@@ -6,7 +6,7 @@ from typing import Annotated, Any, Callable, Iterator, Optional
 
 import typer
 
-from pykvc import command
+from pykvc import command, models
 from pykvc.command import sentences, values
 
 from . import pictures, report
@@ -60,15 +60,15 @@ def run_tasks(
     unsafe_code: Annotated[bool, _flag("--unsafe-code", help="humaneval: run code where it cannot be locked in.")] = False,
 ) -> None:
     """Ask what is not answered yet, save each answer, score it."""
-    names = values(tasks)
+    wanted = values(tasks)
     settings = {"length": length, "depths": depths, "needles": needles, "shots": shots, "exemplars": exemplars, "questions": questions,
                 "sets": sets, "pairs": pairs, "tokens": tokens, "unsafe_code": unsafe_code or None}
-    plan = Plan(tasks=names, cases=cases(values(policy), values(budget), values(decode_budget), values(cells), values(type_k), values(type_v)),
+    plan = Plan(tasks=wanted, cases=cases(values(policy), values(budget), values(decode_budget), values(cells), values(type_k), values(type_v)),
                 protocols=protocols(values(protocol)), out=out, data_dir=_folder(data_dir), n=_positive("--n", n), seed=seed, n_ctx=n_ctx,
                 n_ubatch=n_ubatch, n_threads=threads, n_gpu_layers=n_gpu_layers, chat=not plain, any_commit=any_commit,
-                settings=_settings(names, {name: value for name, value in settings.items() if value is not None}))
-    problems = []
-    for name in values(model) or [None]:
+                settings=_settings(wanted, {name: value for name, value in settings.items() if value is not None}))
+    problems, names = [], [models.resolve(name) for name in values(model) or [None]]
+    for name in names:
         with _bar() as (size, watch):
             problems += run(plan, name, size, watch)
     for problem in problems:

@@ -1,6 +1,7 @@
 """Rows of a data set: from a folder of JSONL files with the fields of the Hugging Face original, else from Hugging Face."""
 import gzip
 import json
+import logging
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -40,6 +41,7 @@ def _online(name: str, configuration: str | None, split: str) -> Iterator[Row]:
         import datasets
     except ImportError:
         raise ValueError("without --data-dir the data come from Hugging Face: `pip install datasets` first") from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
     try:
         yield from datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # whatever the library or the network has to say

@@ -12,7 +12,7 @@ from pykvc import _core, models
 from .ask import Asked, ask, groups
 from .cases import Case
 from .items import Item, Options
-from .prompts import Prompt, count, render
+from .prompts import count, render
 from .store import KEY, Row, Rows, key
 from .tasks import task
 
