@@ -123,6 +123,19 @@ void bind_llama(py::module_ & m) {
     m.def("system_info", []() { return std::string(llama_print_system_info()); }, "CPU and backend features llama.cpp was built with.");
     m.def("set_log", [](py::object cb) { log_callback() = std::move(cb); }, "callback"_a, "level (1 debug .. 4 error) and text of each llama.cpp message; None: silent.");
 
+    m.def("devices", []() {
+        static const std::map<int, const char *> kinds = { { GGML_BACKEND_DEVICE_TYPE_CPU, "CPU" }, { GGML_BACKEND_DEVICE_TYPE_GPU, "GPU" },
+            { GGML_BACKEND_DEVICE_TYPE_IGPU, "IGPU" }, { GGML_BACKEND_DEVICE_TYPE_ACCEL, "ACCEL" } };
+        std::vector<std::tuple<std::string, std::string, std::string>> res;
+        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+            auto * dev = ggml_backend_dev_get(i);
+            const auto kind = kinds.find(ggml_backend_dev_type(dev));
+            res.emplace_back(ggml_backend_dev_name(dev), ggml_backend_dev_description(dev), kind == kinds.end() ? "other" : kind->second);
+        }
+        return res;
+    }, "Name, description and kind (CPU, GPU, IGPU, ACCEL) of what this build can run on.");
+    m.def("pretend_lacking", kvc::pretend_lacking, "ops"_a, "Tests: no device runs these ops of ggml, if it is asked.");
+
     py::class_<Model, std::shared_ptr<Model>>(m, "Model", "A loaded GGUF. ValueError: not a GGUF, truncated, unknown architecture.")
         .def(py::init<const std::string &, int, bool, bool, bool>(), "path"_a, py::kw_only(), "n_gpu_layers"_a = 0, "use_mmap"_a = true, "use_mlock"_a = false, "vocab_only"_a = false)
         .def_property_readonly("desc", [](const Model & m) { return m.str(llama_model_desc); })

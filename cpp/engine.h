@@ -13,6 +13,7 @@
 //   engine.cpp  hooks: what happened to the cache, and when an eviction is due
 //   cells.cpp   fewer cells than tokens: how many rows a layer gets, and room before each ubatch
 //   update.cpp  where evictions run
+//   device.cpp  what the device that holds a layer can run
 //   signal.cpp  the graph: query window, attention sums, mask views; the score graph
 //   fit.cpp     the queries that are to be expected
 //   evict.cpp   signals -> scores -> plan -> compaction of one sequence
@@ -208,9 +209,15 @@ private:
     void     clear_sums(uint32_t s);
     std::vector<span> sentences(const stream & q) const;
 
+    // device.cpp
+    void ask_device(int32_t ikv, int32_t n_ubatch); // throws what is missing, or finds a way around
+
     // signal.cpp
     void alloc_signals(const llama_cparams & cparams);
     layer_signals no_signals(uint32_t s, int32_t ikv) const;
+    ggml_tensor * graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, ggml_tensor * weight) const;
+    ggml_tensor * graph_sums(ggml_context * ctx, int32_t ikv, ggml_tensor * kq, int64_t s0) const;
+    ggml_tensor * graph_dot(ggml_context * ctx, int32_t ikv, ggml_tensor * x, ggml_tensor * w) const;
     layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const;
     std::vector<float> score(const layer_signals & sig) const; // F32 [n_head_kv, n_kv], -inf where a slot is empty
     ggml_tensor * build_attn(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<std::pair<llama_pos, int32_t>> & queries,
@@ -248,6 +255,7 @@ private:
         ggml_tensor * win  = nullptr; // F32 [head_dim*n_head, window*n_stream] ring of the last queries
         ggml_tensor * sums = nullptr; // F32 [kv_size, n_head_kv, n_stream]
         ggml_tensor * ones = nullptr; // F32 [n_ubatch*n_head] all 1/g
+        bool out_prod = true;         // the layer's device has it
     };
     std::vector<layer_tensors> tensors;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
@@ -285,5 +293,8 @@ bool uses_flash_attn(llama_context * lctx);
 // A small graph of ours, between those of the model: build it, then run it for one result.
 llm_graph_result * begin_graph(llama_context * lctx);
 void run_graph(llama_context * lctx, llm_graph_result * res, ggml_tensor * out, const std::function<void()> & set_inputs);
+
+// Test only: from now on no device runs these ops, by their names in ggml. The ops themselves go on to work.
+void pretend_lacking(const std::vector<std::string> & ops);
 
 } // namespace kvc

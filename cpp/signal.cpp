@@ -62,6 +62,7 @@ void engine::alloc_signals(const llama_cparams & cparams) {
         ctxs_bufs.emplace_back(std::move(it.second), buf);
     }
     for (size_t l = 0; l < kv.layers.size(); ++l) {
+        ask_device((int32_t) l, (int32_t) cparams.n_ubatch);
         if (tensors[l].ones) {
             const std::vector<float> ones(tensors[l].ones->ne[0], (float) n_hkv/hp.n_head(kv.layers[l].il));
             ggml_backend_tensor_set(tensors[l].ones, ones.data(), 0, ggml_nbytes(tensors[l].ones));
@@ -223,16 +224,30 @@ void engine::build_tap(llm_graph_result * res, int il, ggml_tensor * q, ggml_ten
         // cur = cont(permute(v * softmax)): without flash attention the probabilities are there to be summed
         auto * kq = cur->src[0]->src[0]->src[1]; // F32 [n_kv, n_tps, n_head, n_seqs]
         GGML_ASSERT(kq->op == GGML_OP_SOFT_MAX);
-        const int64_t n_kv = kq->ne[0];
-        const int64_t n_q  = n_tps*kq->ne[2]/n_hkv; // queries of a KV head: those of its whole group lie together
-        const int64_t s0   = k->view_offs/k->nb[3];
-        kq = ggml_reshape_4d(ctx, kq, n_kv, n_q, n_hkv, n_seqs);
-        auto * ones = ggml_view_4d(ctx, t.ones, 1, n_q, n_hkv, n_seqs, sizeof(float), n_q*sizeof(float), n_q*n_hkv*sizeof(float), 0);
-        auto * add  = ggml_out_prod(ctx, kq, ones); // F32 [n_kv, 1, n_head_kv, n_seqs]
-        auto * sums = ggml_view_4d(ctx, t.sums, n_kv, 1, n_hkv, n_seqs, t.sums->nb[1], t.sums->nb[1], t.sums->nb[2],
-                s0*t.sums->nb[2]);
-        ggml_build_forward_expand(gf, ggml_cpy(ctx, ggml_add(ctx, add, sums), sums));
+        ggml_build_forward_expand(gf, graph_sums(ctx, ikv, kq, k->view_offs/k->nb[3]));
     }
+}
+
+// Adds probabilities, F32 [n_kv, n_tps, n_head, n_seqs], to the sums of the streams from s0 on.
+ggml_tensor * engine::graph_sums(ggml_context * ctx, int32_t ikv, ggml_tensor * kq, int64_t s0) const {
+    const auto & t = tensors[ikv];
+    const int64_t n_kv = kq->ne[0], n_seqs = kq->ne[3];
+    const int64_t n_q  = kq->ne[1]*kq->ne[2]/n_hkv; // queries of a KV head: those of its whole group lie together
+    kq = ggml_reshape_4d(ctx, kq, n_kv, n_q, n_hkv, n_seqs);
+    auto * ones = ggml_view_4d(ctx, t.ones, 1, n_q, n_hkv, n_seqs, sizeof(float), n_q*sizeof(float), n_q*n_hkv*sizeof(float), 0);
+    auto * add  = graph_dot(ctx, ikv, kq, ones); // F32 [n_kv, 1, n_head_kv, n_seqs]
+    auto * sums = ggml_view_4d(ctx, t.sums, n_kv, 1, n_hkv, n_seqs, t.sums->nb[1], t.sums->nb[1], t.sums->nb[2],
+            s0*t.sums->nb[2]);
+    return ggml_cpy(ctx, ggml_add(ctx, add, sums), sums);
+}
+
+// sum over i of x[:, i] * w[i]: x F32 [n, m, ...], w F32 [1, m, ...] -> F32 [n, 1, ...]
+ggml_tensor * engine::graph_dot(ggml_context * ctx, int32_t ikv, ggml_tensor * x, ggml_tensor * w) const {
+    if (tensors[ikv].out_prod) {
+        return ggml_out_prod(ctx, x, w);
+    }
+    w = ggml_reshape_4d(ctx, w, w->ne[1], 1, w->ne[2], w->ne[3]);
+    return ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, x)), w);
 }
 
 // Only layers of one sequence have rows of their own.
@@ -345,12 +360,33 @@ std::vector<float> engine::score(const layer_signals & sig) const {
     return res;
 }
 
-// softmax(scale * Q K^T + mask) of some queries of the ring, computed in one small graph of the layer and summed with
-// `weight` [window], a number for each row of the ring: F32 [n_kv, 1, n_head]. Without weights F32 [n_kv, window, n_head].
+// softmax(scale * Q K^T + mask) of the ring's queries: F32 [n_kv, window, n_head], of a mask F32 [n_kv, window, 1 or n_head]. With a weight
+// F32 [1, window, n_head] their sum: F32 [n_kv, 1, n_head].
+ggml_tensor * engine::graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, ggml_tensor * weight) const {
+    const auto & hp    = model.hparams;
+    const auto & layer = kv.layers[ikv];
+    const int64_t n_head = hp.n_head(layer.il), head_dim = hp.n_embd_head_k(layer.il), n_window = cfg->need.window;
+
+    auto * k = layer.k;
+    k = ggml_view_3d(ctx, k, head_dim, n_hkv, mask->ne[0], ggml_row_size(k->type, head_dim), k->nb[1], s*k->nb[2]);
+    auto * win = tensors[ikv].win;
+    auto * q = ggml_view_3d(ctx, win, head_dim, n_head, n_window, head_dim*sizeof(float), win->nb[1], (size_t) s*n_window*win->nb[1]);
+
+    auto * out = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, q, 0, 2, 1, 3)); // [n_kv, n_window, n_head]
+    ggml_prec_set_acc(out, GGML_PREC_F32);
+    if (hp.attn_soft_cap) {
+        out = ggml_scale(ctx, out, 1.0f/hp.f_attn_logit_softcapping);
+        out = ggml_scale(ctx, ggml_tanh(ctx, out), hp.f_attn_logit_softcapping);
+    }
+    out = ggml_soft_max_ext(ctx, out, mask, attn[ikv].scale, 0.0f);
+    ggml_soft_max_add_sinks(out, attn[ikv].sinks);
+    return weight ? graph_dot(ctx, ikv, out, weight) : out;
+}
+
+// The scores of some queries of the ring, computed in one small graph of the layer; weight [window]: a number for each row of
+// the ring. F32 [n_kv, 1, n_head], without weights F32 [n_kv, window, n_head].
 ggml_tensor * engine::build_attn(llama_context * lctx, uint32_t s, const layer_signals & sig,
         const std::vector<std::pair<llama_pos, int32_t>> & queries, const std::vector<float> * weight) const {
-    const auto & hp    = model.hparams;
-    const auto & layer = kv.layers[sig.il];
     const int32_t n_window = cfg->need.window;
 
     // one mask for all heads, by the positions of head 0: from the floor on they agree. One for each where a head has empty slots.
@@ -370,27 +406,14 @@ ggml_tensor * engine::build_attn(llama_context * lctx, uint32_t s, const layer_s
     auto * res = begin_graph(lctx);
     auto * ctx = res->get_ctx();
 
-    auto * k = layer.k;
-    k = ggml_view_3d(ctx, k, sig.head_dim, n_hkv, sig.n_kv, ggml_row_size(k->type, sig.head_dim), k->nb[1], s*k->nb[2]);
-    auto * win = tensors[sig.il].win;
-    auto * qw = ggml_view_3d(ctx, win, sig.head_dim, sig.n_head, n_window, sig.head_dim*sizeof(float), win->nb[1], (size_t) s*n_window*win->nb[1]);
-    auto * m  = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, sig.n_kv, n_window, n_mask);
-    ggml_set_input(m);
-
-    auto * out = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, qw, 0, 2, 1, 3)); // [n_kv, n_window, n_head]
-    ggml_prec_set_acc(out, GGML_PREC_F32);
-    if (hp.attn_soft_cap) {
-        out = ggml_scale(ctx, out, 1.0f/hp.f_attn_logit_softcapping);
-        out = ggml_scale(ctx, ggml_tanh(ctx, out), hp.f_attn_logit_softcapping);
+    auto * m = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, sig.n_kv, n_window, n_mask);
+    auto * w = weight ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_window, sig.n_head) : nullptr;
+    for (auto * input : { m, w }) {
+        if (input) {
+            ggml_set_input(input);
+        }
     }
-    out = ggml_soft_max_ext(ctx, out, m, attn[sig.il].scale, 0.0f);
-    ggml_soft_max_add_sinks(out, attn[sig.il].sinks);
-    ggml_tensor * w = nullptr;
-    if (weight) {
-        w = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_window, sig.n_head);
-        ggml_set_input(w);
-        out = ggml_out_prod(ctx, out, w);
-    }
+    auto * out = graph_scores(ctx, s, sig.il, m, w);
     run_graph(lctx, res, out, [&]() {
         ggml_backend_tensor_set(m, mask.data(), 0, ggml_nbytes(m));
         for (int32_t h = 0; w && h < sig.n_head; ++h) {

@@ -31,6 +31,8 @@ def plan(spec: str, pos: Sequence[I32], score: Sequence[F32], budget: int, *, pr
 # -- llama.cpp ------------------------------------------------------------------------------------------------------
 
 def system_info() -> str: ...
+def devices() -> list[tuple[str, str, str]]: """name, description, kind: CPU, GPU, IGPU, ACCEL"""
+def pretend_lacking(ops: Sequence[str]) -> None: """Tests: no device runs these ops of ggml, if it is asked."""
 def set_log(callback: Callable[[int, str], None] | None) -> None: """level (1 debug .. 4 error), text; None: silent."""
 
 class Model:

@@ -66,7 +66,8 @@ int main(int argc, char ** argv) {
     llama_backend_init();
 
     llama_model_params mparams = llama_model_default_params();
-    mparams.n_gpu_layers = 0;
+    const char * ngl = getenv("PYKVC_TEST_NGL");
+    mparams.n_gpu_layers = ngl ? atoi(ngl) : 0;
     llama_model * model = llama_model_load_from_file(argv[1], mparams);
     if (!model) {
         fail(std::string("cannot load ") + argv[1]);
