@@ -54,7 +54,7 @@ def test_without_out_prod(model, lacking, warnings, policy, signal, n_seq_max):
 def test_a_device_that_cannot_write_signals_is_refused(model, lacking, policy, op):
     """llama.cpp would abort in the first decode."""
     lacking([op])
-    with pytest.raises(ValueError, match=rf"CPU \(.*\) cannot run {op} .* n_gpu_layers 0"):
+    with pytest.raises(ValueError, match=rf"CPU \(.*\) cannot run {op} .*n_gpu_layers 0"):
         context(model, policy)
     assert context(model, "knorm").evict()  # a policy without signals needs neither
 
