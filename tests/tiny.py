@@ -7,9 +7,10 @@ import numpy as np
 N_EMBD, N_HEAD, N_HEAD_KV, N_FF, N_VOCAB = 64, 4, 2, 96, 128
 
 
-def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, head_dim: int = 32, yarn: float = 1) -> Path:
+def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, head_dim: int = 32, yarn: float = 1, quant: str = "F32",
+          n_vocab: int = N_VOCAB) -> Path:
     """arch: llama | qwen2 (the other pairs in RoPE) | gemma3 (a global layer after five with a window of 32) | hunyuan-dense (a norm
-    after RoPE) | qwen2vl (M-RoPE) | mamba (recurrent). yarn: what RoPE is stretched by."""
+    after RoPE) | qwen2vl (M-RoPE) | mamba (recurrent). yarn: what RoPE is stretched by. quant: the type of the matrices, as gguf.GGMLQuantizationType names it."""
     rng = np.random.default_rng(0)
     head_dim = 16 if arch == "qwen2vl" else head_dim  # 32: a block of a quantized cache
     w = gguf.GGUFWriter(path, arch)
@@ -22,7 +23,7 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
     w.add_key_length(head_dim)
     w.add_value_length(head_dim)
     w.add_layer_norm_rms_eps(1e-5)
-    w.add_vocab_size(N_VOCAB)
+    w.add_vocab_size(n_vocab)
     w.add_tokenizer_model("no_vocab")
     if yarn > 1:
         w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
@@ -31,12 +32,17 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
 
     def put(name, *shape, scale=None):  # numpy order: [out, in]
         scale = 0.7/np.sqrt(shape[-1])*2 if scale is None else scale
-        w.add_tensor(name, (rng.standard_normal(shape)*scale).astype(np.float32))
+        data = (rng.standard_normal(shape)*scale).astype(np.float32)
+        kind = gguf.GGMLQuantizationType[quant]
+        if kind == gguf.GGMLQuantizationType.F32 or len(shape) < 2:
+            w.add_tensor(name, data)
+        else:
+            w.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
 
     def ones(name, n):
         w.add_tensor(name, np.ones(n, np.float32))
 
-    put("token_embd.weight", N_VOCAB, N_EMBD, scale=1.0)
+    put("token_embd.weight", n_vocab, N_EMBD, scale=1.0)
     ones("output_norm.weight", N_EMBD)
     if arch == "mamba":
         w.add_ssm_conv_kernel(4)
