@@ -321,14 +321,15 @@ bool engine::is_due(const llama_ubatch & ubatch) {
         if (q.tokens.empty()) {
             continue;
         }
+        const bool can_score = has_queries(s); // if not, the tokens to come are queries: the next call evicts
         if (cfg->guess && q.gen < 0 && n_new == 1) {
-            if (is_over(s, cause::prompt, n_new, target(s, cause::prompt, n_new, {}))) {
-                due.push_back({ s, cause::prompt, n_new });
-            } else {
+            if (!is_over(s, cause::prompt, n_new, target(s, cause::prompt, n_new, {}))) {
                 end_prompt(seq_id);
+            } else if (can_score) {
+                due.push_back({ s, cause::prompt, n_new });
             }
         }
-        if (over_budget(s, n_new)) {
+        if (can_score && over_budget(s, n_new)) {
             due.push_back({ s, cause::decode, n_new });
         }
         if (is_bounded() && !has_room(s, n_new)) { // if the evictions before it did not make it
@@ -336,6 +337,12 @@ bool engine::is_due(const llama_ubatch & ubatch) {
         }
     }
     return !due.empty();
+}
+
+// Does a policy that scores by the last queries have one? A removed tail took its own along.
+bool engine::has_queries(uint32_t s) const {
+    const auto & q = streams[s];
+    return q.win_pos.empty() || *std::max_element(q.win_pos.begin(), q.win_pos.end()) >= std::max(q.floor - 1, 0);
 }
 
 // Is there anything to evict?

@@ -172,3 +172,20 @@ def test_state_machine(tiny_llama):
     run_state_machine_as_test(CacheMachine, settings=settings(
         max_examples=max(1, n_steps//40), stateful_step_count=40, deadline=None, derandomize="PYKVC_FUZZ_STEPS" not in os.environ, phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck)))
+
+
+def test_tail_that_took_the_queries_along(tiny_llama):
+    """tova scores by the last token. Removed, and followed by a call that would go over the budget, the next call evicts."""
+    c = _core.Context(_core.Model(str(tiny_llama)), n_ctx=256, n_threads=1, policy="tova:interval=4", budget="16", decode_budget="4")
+    tokens = np.arange(100, dtype=np.int32)
+    c.decode(tokens[:40])
+    c.evict()
+    c.end_prompt()
+    for i in range(40, 47):
+        c.decode(tokens[i:i + 1])
+    n_evictions = c.stats()["n_evictions"]
+    assert c.remove_tail(46) and c.kept()[0].shape[1] == 22
+    c.decode(tokens[46:58])
+    assert c.stats()["n_evictions"] == n_evictions and c.kept()[0].shape[1] == 34
+    c.decode(tokens[58:59])
+    assert c.stats()["n_evictions"] == n_evictions + 1 and c.kept()[0].shape[1] == 21
