@@ -14,7 +14,9 @@
 //   cells.cpp   fewer cells than tokens: how many rows a layer gets, and room before each ubatch
 //   update.cpp  where evictions run
 //   device.cpp  what the device that holds a layer can run
-//   signal.cpp  the graph: query window, attention sums, mask views; the score graph
+//   tap.cpp     the model's graph: query window, attention sums, mask views
+//   attn.cpp    a graph of one layer: what some queries give to its cells
+//   signal.cpp  what a policy looks at, of one layer
 //   fit.cpp     the queries that are to be expected
 //   evict.cpp   signals -> scores -> plan -> compaction of one sequence
 //   state.cpp   what a saved state needs beyond llama.cpp's cells
@@ -213,16 +215,20 @@ private:
     // device.cpp
     void ask_device(int32_t ikv, int32_t n_ubatch); // throws what is missing, or finds a way around
 
+    // tap.cpp
+    ggml_tensor * graph_sums(ggml_context * ctx, int32_t ikv, ggml_tensor * kq, int64_t s0) const;
+    ggml_tensor * graph_dot(ggml_context * ctx, int32_t ikv, ggml_tensor * x, ggml_tensor * w) const;
+
+    // attn.cpp
+    ggml_tensor * graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, ggml_tensor * weight) const;
+    ggml_tensor * build_attn(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<std::pair<llama_pos, int32_t>> & queries,
+                             const std::vector<float> * weight) const;
+
     // signal.cpp
     void alloc_signals(const llama_cparams & cparams);
     layer_signals no_signals(uint32_t s, int32_t ikv) const;
-    ggml_tensor * graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, ggml_tensor * weight) const;
-    ggml_tensor * graph_sums(ggml_context * ctx, int32_t ikv, ggml_tensor * kq, int64_t s0) const;
-    ggml_tensor * graph_dot(ggml_context * ctx, int32_t ikv, ggml_tensor * x, ggml_tensor * w) const;
     layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const;
     std::vector<float> score(const layer_signals & sig) const; // F32 [n_head_kv, n_kv], -inf where a slot is empty
-    ggml_tensor * build_attn(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<std::pair<llama_pos, int32_t>> & queries,
-                             const std::vector<float> * weight) const;
     void read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const;
     std::vector<float> read_probe(llama_context * lctx, uint32_t s, int32_t ikv, int32_t n_probe) const;
     void read_keys(uint32_t s, layer_signals & sig) const;

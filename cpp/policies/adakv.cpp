@@ -17,34 +17,13 @@ namespace kvc {
 
 namespace {
 
-struct adakv : policy {
-    const int32_t     window;
-    const pool_params pool;
-    const double      alpha;
+struct adakv : window_policy {
+    const double alpha;
 
-    explicit adakv(const params & p) : window(p.i("window")), pool(p), alpha(p.f("alpha")) {}
-
-    needs need() const override {
-        needs n;
-        n.window = window;
-        return n;
-    }
-
-    int32_t n_recent(int32_t budget) const override {
-        (void) budget;
-        return window;
-    }
-
-    int32_t min_budget() const override {
-        return window + 1;
-    }
+    explicit adakv(const params & p) : window_policy(p), alpha(p.f("alpha")) {}
 
     bool heads_differ() const override {
         return true;
-    }
-
-    void score(const layer_view & v, float * out) const override {
-        pooled_window_score(v, window, pool, out);
     }
 
     // The longest head of each layer.

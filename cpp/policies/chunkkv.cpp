@@ -16,32 +16,11 @@ namespace kvc {
 
 namespace {
 
-struct chunkkv : policy {
-    const int32_t     chunk;
-    const int32_t     window;
-    const pool_params pool;
-    const int32_t     reuse;
+struct chunkkv : window_policy {
+    const int32_t chunk;
+    const int32_t reuse;
 
-    explicit chunkkv(const params & p) : chunk(p.i("chunk")), window(p.i("window")), pool(p), reuse(p.i("reuse")) {}
-
-    needs need() const override {
-        needs n;
-        n.window = window;
-        return n;
-    }
-
-    int32_t n_recent(int32_t budget) const override {
-        (void) budget;
-        return window;
-    }
-
-    int32_t min_budget() const override {
-        return window + 1;
-    }
-
-    void score(const layer_view & v, float * out) const override {
-        pooled_window_score(v, window, pool, out);
-    }
+    explicit chunkkv(const params & p) : window_policy(p), chunk(p.i("chunk")), reuse(p.i("reuse")) {}
 
     void keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) const override {
         const layer_plan & lp = r.layers[il];

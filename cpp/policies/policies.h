@@ -51,4 +51,18 @@ void pool_row(float * row, int32_t n, const pool_params & pool);
 // keys for each query head, then averaged over the group. The last `window` cells get the greatest score of the layer.
 void pooled_window_score(const layer_view & v, int32_t window, const pool_params & pool, float * out);
 
+// SnapKV's signal, for those that spend the budget otherwise: the pooled attention of the last `window` queries, whose
+// tokens are always kept and count in the budget.
+struct window_policy : policy {
+    const int32_t     window;
+    const pool_params pool;
+
+    explicit window_policy(const params & p);
+
+    needs   need() const override;
+    int32_t n_recent(int32_t budget) const override;
+    int32_t min_budget() const override { return window + 1; }
+    void    score(const layer_view & v, float * out) const override { pooled_window_score(v, window, pool, out); }
+};
+
 } // namespace kvc

@@ -16,27 +16,10 @@ namespace kvc {
 
 namespace {
 
-struct pyramidkv : policy {
-    const int32_t     window;
-    const pool_params pool;
-    const double      beta;
+struct pyramidkv : window_policy {
+    const double beta;
 
-    explicit pyramidkv(const params & p) : window(p.i("window")), pool(p), beta(p.f("beta")) {}
-
-    needs need() const override {
-        needs n;
-        n.window = window;
-        return n;
-    }
-
-    int32_t n_recent(int32_t budget) const override {
-        (void) budget;
-        return window;
-    }
-
-    int32_t min_budget() const override {
-        return window + 1;
-    }
+    explicit pyramidkv(const params & p) : window_policy(p), beta(p.f("beta")) {}
 
     std::vector<int32_t> budgets(const request & r) const override {
         const int32_t n_layer = (int32_t) r.layers.size();
@@ -63,10 +46,6 @@ struct pyramidkv : policy {
             ideal.push_back(window + (n_layer == 1 ? b : max - il * (max - min) / (n_layer - 1)));
         }
         return whole_budgets(r, ideal, min_budget());
-    }
-
-    void score(const layer_view & v, float * out) const override {
-        pooled_window_score(v, window, pool, out);
     }
 };
 

@@ -72,33 +72,20 @@ void pooled_window_score(const layer_view & v, int32_t window, const pool_params
     }
 }
 
+window_policy::window_policy(const params & p) : window(p.i("window")), pool(p) {}
+
+needs window_policy::need() const {
+    needs n;
+    n.window = window;
+    return n;
+}
+
+int32_t window_policy::n_recent(int32_t budget) const {
+    (void) budget;
+    return window;
+}
+
 namespace {
-
-struct snapkv : policy {
-    const int32_t     window;
-    const pool_params pool;
-
-    explicit snapkv(const params & p) : window(p.i("window")), pool(p) {}
-
-    needs need() const override {
-        needs n;
-        n.window = window;
-        return n;
-    }
-
-    int32_t n_recent(int32_t budget) const override {
-        (void) budget;
-        return window;
-    }
-
-    int32_t min_budget() const override {
-        return window + 1;
-    }
-
-    void score(const layer_view & v, float * out) const override {
-        pooled_window_score(v, window, pool, out);
-    }
-};
 
 const std::vector<param_info> & list_params() {
     static const std::vector<param_info> list = {
@@ -110,7 +97,7 @@ const std::vector<param_info> & list_params() {
 }
 
 std::unique_ptr<policy> make(const params & p) {
-    return std::make_unique<snapkv>(p);
+    return std::make_unique<window_policy>(p);
 }
 
 } // namespace
