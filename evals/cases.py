@@ -6,6 +6,7 @@ from typing import Sequence
 from pykvc import _core, options
 
 PROTOCOLS = ("question-in", "question-out")
+SAME = "same"
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,18 @@ class Case:
 
 def cases(policy: Sequence[str], budget: Sequence[str], decode_budget: Sequence[str], cells: Sequence[str],
           type_k: Sequence[str], type_v: Sequence[str]) -> list[Case]:
-    """Every combination, full once. "none" is no budget, or as many cells as tokens. ValueError names what is valid."""
+    """Every combination, full once. "none" is no budget, or as many cells as tokens; a decode_budget "same" is the budget's value.
+    ValueError names what is valid."""
     budgets = [options.budget("--budget", _none(value)) for value in budget]
-    decode_budgets = [options.budget("--decode-budget", _none(value)) for value in decode_budget]
+    decode_budgets = [SAME if value == SAME else options.budget("--decode-budget", _none(value)) for value in decode_budget]
     found = []
     for chosen in itertools.product([_core.parse_spec(spec) for spec in policy], budgets, decode_budgets,
                                     [options.cells(_none(value)) for value in cells],
                                     [options.cache_type("--type-k", value) for value in type_k],
                                     [options.cache_type("--type-v", value) for value in type_v]):
         case = Case(*chosen)
+        if case.decode_budget == SAME:
+            case = replace(case, decode_budget=case.budget)
         if case.name == "full":
             case = replace(case, budget="", decode_budget="", cells="")
         elif not (case.budget or case.decode_budget or case.cells):

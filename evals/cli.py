@@ -1,4 +1,4 @@
-"""The command line: `python -m evals run | report | list`. A mistake ends with exit status 2 and one sentence on stderr."""
+"""The command line: `python -m evals run | study | report | list`. A mistake ends with exit status 2 and one sentence on stderr."""
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -6,13 +6,13 @@ from typing import Annotated, Any, Callable, Iterator, Optional
 
 import typer
 
-from pykvc import command, models
+from pykvc import _core, command, models, options
 from pykvc.command import sentences, values
 
-from . import pictures, report
+from . import estimate, pictures, report, study
 from .cases import cases, protocols
-from .run import Plan, run
-from .tasks import TASKS, task
+from .run import Plan, run, run_all
+from .tasks import TASKS, settings_of, task
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="What eviction does to answers: tasks, policies and budgets against the whole cache.")
@@ -33,7 +33,7 @@ def run_tasks(
     model: Annotated[Optional[list[str]], _flag("-m", "--model", help="GGUF files, known names or user/repo[:quant]. Default: SmolLM2-135M.")] = None,
     policy: Annotated[list[str], _flag("--policy", "--kv-policy", help="NAME[:key=value,...]; full is what the others are compared with.")] = ["full"],
     budget: Annotated[list[str], _flag("--budget", "--kv-budget", help="Cells a layer keeps of the prompt: 512, 25% or 0.25; none.")] = ["none"],
-    decode_budget: Annotated[list[str], _flag("--decode-budget", "--kv-decode-budget", help="The same of the generated tokens.")] = ["none"],
+    decode_budget: Annotated[list[str], _flag("--decode-budget", "--kv-decode-budget", help="The same of the generated tokens; same: as the budget.")] = ["none"],
     cells: Annotated[list[str], _flag("--cells", "--kv-cells", help="Cells allocated: evict whenever they are full; none: once, at the end.")] = ["none"],
     protocol: Annotated[list[str], _flag("--protocol", help="question-in, question-out.")] = ["question-out"],
     type_k: Annotated[list[str], _flag("--type-k", "-ctk", "--cache-type-k", help="Cache types of K.")] = ["f16"],
@@ -49,10 +49,13 @@ def run_tasks(
     plain: Annotated[bool, _flag("--plain", help="Ask without the model's chat template.")] = False,
     any_commit: Annotated[bool, _flag("--any-commit", help="Go on with answers that another commit gave.")] = False,
     length: Annotated[Optional[int], _flag("--length", help="niah, fidelity: tokens of a context. longbench: at most; 0: all.")] = None,
+    of: Annotated[Optional[str], _flag("--of", help="fidelity: prose, or the task whose contexts and questions are compared.")] = None,
+    reference: Annotated[Optional[str], _flag("--reference", help="fidelity: the whole cache of the same types, or of f16.")] = None,
     depths: Annotated[Optional[str], _flag("--depths", help="niah: where needles stand, in percent: 0,50,100.")] = None,
     needles: Annotated[Optional[int], _flag("--needles", help="niah: needles in one context.")] = None,
     shots: Annotated[Optional[int], _flag("--shots", help="gsm8k, mmlu, commonsense_qa: examples before the question; longgenbench.")] = None,
     exemplars: Annotated[Optional[str], _flag("--exemplars", help="gsm8k, longgenbench, commonsense_qa: cot, train; auto.")] = None,
+    order: Annotated[Optional[int], _flag("--order", help="gsm8k, longgenbench: a seed for another order of the examples; 0: as they are.")] = None,
     questions: Annotated[Optional[int], _flag("--questions", help="longgenbench: of one generation; kv_retrieval: of one object.")] = None,
     sets: Annotated[Optional[str], _flag("--sets", help="longbench, safety: parts of the data, with commas.")] = None,
     pairs: Annotated[Optional[int], _flag("--pairs", help="kv_retrieval: pairs of an object.")] = None,
@@ -61,28 +64,17 @@ def run_tasks(
 ) -> None:
     """Ask what is not answered yet, save each answer, score it."""
     wanted = values(tasks)
-    settings = {"length": length, "depths": depths, "needles": needles, "shots": shots, "exemplars": exemplars, "questions": questions,
+    settings = {"length": length, "depths": depths, "needles": needles, "shots": shots, "exemplars": exemplars, "order": order, "of": of, "reference": reference, "questions": questions,
                 "sets": sets, "pairs": pairs, "tokens": tokens, "unsafe_code": unsafe_code or None}
     plan = Plan(tasks=wanted, cases=cases(values(policy), values(budget), values(decode_budget), values(cells), values(type_k), values(type_v)),
                 protocols=protocols(values(protocol)), out=out, data_dir=_folder(data_dir), n=_positive("--n", n), seed=seed, n_ctx=n_ctx,
                 n_ubatch=n_ubatch, n_threads=threads, n_gpu_layers=n_gpu_layers, chat=not plain, any_commit=any_commit,
-                settings=_settings(wanted, {name: value for name, value in settings.items() if value is not None}))
+                settings=settings_of(wanted, {name: value for name, value in settings.items() if value is not None}))
     problems, names = [], [models.resolve(name) for name in values(model) or [None]]
     for name in names:
         with _bar() as (size, watch):
             problems += run(plan, name, size, watch)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if problems:
-        raise typer.Exit(1)
-
-
-def _settings(names: list[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each task's own flags. ValueError if no task has one that was given."""
-    for name in given:
-        if not any(name in task(t).SETTINGS for t in names):
-            raise ValueError(f"--{name.replace('_', '-')} is a setting of {', '.join(t for t, module in TASKS.items() if name in module.SETTINGS)}")
-    return {t: {name: value for name, value in given.items() if name in task(t).SETTINGS} for t in names}
+    _end(problems)
 
 
 def _positive(name: str, value: int | None) -> int | None:
@@ -116,6 +108,56 @@ def _bar() -> Iterator[tuple[Callable[[int], None], Callable[[int, str], None]]]
         yield lambda n: bars.update(bar, total=n), watch
 
 
+@app.command("study")
+@sentences
+def run_study(
+    name: Annotated[str, typer.Argument(help="A study of evals/studies (sensitivity, or 1), or a .toml file.")],
+    model: Annotated[Optional[list[str]], _flag("-m", "--model", help="As in run.")] = None,
+    n: Annotated[Optional[int], _flag("--n", "-n", help="Items of each task, whatever the file says.")] = None,
+    out: Annotated[Optional[Path], _flag("--out", "-o", help="Folder of answers and report. Default: evals-out/NAME.")] = None,
+    data_dir: Annotated[Optional[Path], _flag("--data-dir", help="As in run.")] = None,
+    tasks: Annotated[Optional[list[str]], _flag("--task", help="Only these of the study.")] = None,
+    policy: Annotated[Optional[list[str]], _flag("--policy", "--kv-policy", help="Only these, by name; full is always run.")] = None,
+    budget: Annotated[Optional[list[str]], _flag("--budget", "--kv-budget", help="Only these.")] = None,
+    protocol: Annotated[Optional[list[str]], _flag("--protocol", help="Only these.")] = None,
+    threads: Annotated[Optional[int], _flag("--threads", "-t", help="CPU threads; default: all.")] = None,
+    n_gpu_layers: Annotated[int, _flag("--n-gpu-layers", "-ngl", help="Layers on the GPU.")] = 0,
+    plain: Annotated[bool, _flag("--plain", help="Ask without the model's chat template.")] = False,
+    any_commit: Annotated[bool, _flag("--any-commit", help="Go on with answers that another commit gave.")] = False,
+    unsafe_code: Annotated[bool, _flag("--unsafe-code", help="humaneval: run code where it cannot be locked in.")] = False,
+    dry_run: Annotated[bool, _flag("--dry-run", help="Say what there is to do and about how long it takes.")] = False,
+) -> None:
+    """Do what is not done yet of a study, then write its report: tables and pictures."""
+    found, where = study.read(name), _folder(data_dir)
+    models_given = values(model) or found.model or [None]
+    if len(models_given) < found.n_models:
+        raise ValueError(f"{found.name} compares models: give at least {found.n_models} with --model")
+    folder = out or Path("evals-out")/found.name
+    only = study.Only(values(tasks), [_core.parse_spec(spec).partition(":")[0] for spec in values(policy)],
+                      [options.budget("--budget", value) for value in values(budget)], protocols(values(protocol)))
+    plans = study.plans(found, folder, where, _positive("--n", n), only, chat=not plain, unsafe_code=unsafe_code,
+                        n_threads=threads, n_gpu_layers=n_gpu_layers, any_commit=any_commit)
+    names = [models.resolve(one) for one in models_given]
+    if dry_run:
+        for one in names:
+            print(estimate.sentence(plans, one))
+        return
+    problems = []
+    for one in names if plans else []:
+        with _bar() as (size, watch):
+            problems += run_all(plans, one, size, watch)
+    for line in study.report(found, folder):
+        print(line)
+    _end(problems)
+
+
+def _end(problems: list[str]) -> None:
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+
+
 @app.command("report")
 @sentences
 def show_report(
@@ -138,7 +180,9 @@ def show_report(
 @app.command("list")
 @sentences
 def list_tasks() -> None:
-    """Name the tasks, with what they are and their settings."""
+    """Name the tasks, with what they are and their settings, and the studies."""
     for name, module in TASKS.items():
         settings = ", ".join(f"--{setting.replace('_', '-')} {value}" for setting, value in module.SETTINGS.items())
         print(f"{name}: {module.__doc__.splitlines()[0]}" + (f" [{settings}]" if settings else ""))
+    for name in study.names():
+        print(f"study {name}: {study.read(name).title}")

@@ -1,5 +1,6 @@
 """An item as text: what comes before the question, which may be evicted first, and the question."""
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pykvc import _core
 from pykvc.spans import Span
@@ -31,6 +32,7 @@ def render(item: Item, model: "_core.Model", chat: bool) -> Prompt:
     return Prompt(text[:cut], text[cut:], [(a + begin, b + begin) for a, b in item.spans] if whole else [], query)
 
 
+@lru_cache(1 << 16)  # a text is counted for every configuration
 def count(model: "_core.Model", text: str) -> int:
     """Tokens of a text, without BOS."""
     return len(model.tokenize(text.encode(), False, True))

@@ -12,7 +12,7 @@ from .items import Item
 from .store import Row, key, read
 from .tasks import task
 
-GROUP = ("model", "task", "set", "protocol", "chat", "n_ubatch", "seed", "type_k", "type_v")  # full is looked for inside a group
+GROUP = ("model", "task", "set", "settings", "protocol", "chat", "n_ubatch", "seed", "type_k", "type_v")  # full is looked for inside a group
 CASE = ("policy", "budget", "decode_budget", "cells")
 
 
@@ -31,7 +31,9 @@ def scored(out: Path, tasks: Sequence[str] = (), rescore: bool = False) -> list[
             score = known.get(key(row), {}).get("score")
             if score is None and "error" not in row:
                 score = float(module.score(Item(row["item"], "", row["gold"], tags=row["tags"]), row["answer"]))
-            found.append({**row, "score": score, "set": row.get("tags", {}).get(getattr(module, "SPLIT", None), "")})
+            settings = {**module.SETTINGS, **row.get("settings", {})}
+            found.append({**row, "score": score, "set": row.get("tags", {}).get(getattr(module, "SPLIT", None), ""),
+                          "settings": changed(row["task"], settings), "shots": settings.get("shots")})
     if not found:
         raise ValueError(f"{out} holds no answers of {', '.join(tasks)}")
     return found
@@ -45,6 +47,12 @@ def table(rows: Sequence[Row]) -> list[Row]:
     return [_line(dict(zip(GROUP + CASE, names)), of_case, _reference(configurations, names)) for names, of_case in configurations.items()]
 
 
+def changed(name: str, settings: Row) -> str:
+    """What is not the task's default, of what changes its items: "shots 4, order 1". --sets stands in the table as such."""
+    usual = task(name).SETTINGS
+    return ", ".join(f"{key} {value}" for key, value in settings.items() if value != usual.get(key) and key not in ("sets", "unsafe_code"))
+
+
 def _reference(configurations: dict[tuple, list[Row]], names: tuple) -> dict[str, float]:
     """Item -> score of full."""
     full = configurations.get((*names[:len(GROUP)], "full", "", "", ""), [])
@@ -53,7 +61,7 @@ def _reference(configurations: dict[tuple, list[Row]], names: tuple) -> dict[str
 
 def _line(names: Row, rows: list[Row], reference: dict[str, float]) -> Row:
     done = [row for row in rows if row["score"] is not None]
-    line = {**names, "n": len(done), "n_failed": len(rows) - len(done)}
+    line = {**names, "shots": rows[0].get("shots"), "n": len(done), "n_failed": len(rows) - len(done)}
     if not done:
         return line
     scores = [row["score"] for row in done]
@@ -111,7 +119,7 @@ OPTIONAL = ("decode", "cells", "K/V", "failed", "KL")  # where a line of the tab
 def title(line: Row) -> list[str]:
     """What stands in one table and in one picture: all of GROUP but the cache types, where it is not the default."""
     more = ["plain"*(not line["chat"]), f"n_ubatch {line['n_ubatch']}"*(line["n_ubatch"] != 512), f"seed {line['seed']}"*bool(line["seed"])]
-    return [part for part in (line["task"], line["set"], line["model"], line["protocol"], *more) if part]
+    return [part for part in (line["task"], line["set"], line["settings"], line["model"], line["protocol"], *more) if part]
 
 
 def markdown(lines: Sequence[Row]) -> str:

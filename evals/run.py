@@ -2,7 +2,7 @@
 import hashlib
 import subprocess
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -13,6 +13,7 @@ from .ask import Asked, ask, groups
 from .cases import Case
 from .items import Item, Options
 from .prompts import count, render
+from .report import changed
 from .store import KEY, Row, Rows, key
 from .tasks import task
 
@@ -43,7 +44,9 @@ class Plan:
 @dataclass(frozen=True)
 class Work:
     """The questions of one task for one configuration and protocol."""
+    plan: Plan
     task: str
+    settings: Row                 # of the task, all of them
     case: Case
     protocol: str
     n_ctx: int
@@ -69,23 +72,29 @@ class Subject:
 
 
 def run(plan: Plan, model: str | None, size: Callable[[int], None] = lambda n: None, watch: Watch = lambda n, what: None) -> list[str]:
-    """Does what is left of the plan for one model; returns what went wrong, in sentences.
+    """run_all() of one plan."""
+    return run_all([plan], model, size, watch)
+
+
+def run_all(plans: Sequence[Plan], model: str | None, size: Callable[[int], None] = lambda n: None,
+            watch: Watch = lambda n, what: None) -> list[str]:
+    """Does what is left of the plans, which share an `out`, for one model; returns what went wrong, in sentences.
 
     size: is told how many tokens there are to evaluate; watch: how many were, and what is under way.
-    ValueError for every mistake in the plan, before anything is evaluated."""
+    ValueError for every mistake in a plan, before anything is evaluated."""
     subject = open_model(model)
     identity = {"model": subject.name, "model_sha256": subject.sha256, "commit": commit()}
     with ExitStack() as stack:
-        answers = stack.enter_context(Rows(plan.out/f"{subject.name}.answers.jsonl"))
-        answers.check(identity, plan.any_commit)
-        scores = stack.enter_context(Rows(plan.out/f"{subject.name}.scores.jsonl"))
-        works = [work for name in plan.tasks for work in _works(plan, subject, name, answers)]
-        for work in {(work.task, work.case): work for work in works if work.todo}.values():
-            _check(plan, subject, work)
-        size(sum(_tokens(group, subject) for work in works for group in work.todo))
+        answers = stack.enter_context(Rows(plans[0].out/f"{subject.name}.answers.jsonl"))
+        answers.check(identity, plans[0].any_commit)
+        scores = stack.enter_context(Rows(plans[0].out/f"{subject.name}.scores.jsonl"))
+        works = all_works(plans, subject, answered(answers))
+        for work in {_checked_alike(work): work for work in works if work.todo}.values():
+            _check(subject, work)
+        size(sum(_weight(group, subject) for work in works for group in work.todo))
         for work in works:
-            _answer(plan, subject, work, identity, answers, scores, watch)
-        return [problem for work in works for problem in _problems(plan, work, answers, scores)]
+            _answer(subject, work, identity, answers, scores, watch)
+        return [problem for work in works for problem in _problems(work, answers, scores)]
 
 
 def open_model(model: str | None) -> Subject:
@@ -107,7 +116,22 @@ def commit() -> str:
 
 # -- what is to be done -------------------------------------------------------------------------------------------------
 
-def _works(plan: Plan, subject: Subject, name: str, answers: Rows) -> list[Work]:
+def answered(answers: Rows) -> set[tuple]:
+    """Keys of the rows that need not be asked again."""
+    return {k for k, row in answers.rows.items() if _done(row)}
+
+
+def all_works(plans: Sequence[Plan], subject: Subject, done: set[tuple]) -> list[Work]:
+    """Of all plans, without what one before asks already. done: the keys of what is answered."""
+    works: dict[tuple, Work] = {}
+    for plan in plans:
+        for name in plan.tasks:
+            for work in _works(plan, subject, name, done):
+                works.setdefault(tuple(key(_key_row(plan, name, item, work.protocol, work.case)) for item, _ in work.asked), work)
+    return list(works.values())
+
+
+def _works(plan: Plan, subject: Subject, name: str, done: set[tuple]) -> list[Work]:
     module, vocabulary = task(name), subject.vocabulary
     settings = {**module.SETTINGS, **(plan.settings or {}).get(name, {})}
     items = module.load(Options(lambda text: count(vocabulary, text), plan.data_dir, plan.n, plan.seed, plan.chat, settings))
@@ -120,8 +144,8 @@ def _works(plan: Plan, subject: Subject, name: str, answers: Rows) -> list[Work]
     works = []
     for case in plan.cases:
         for protocol in plan.protocols:
-            left = [(item, prompt) for item, prompt in asked if not _done(answers.rows.get(key(_key_row(plan, name, item, protocol, case))))]
-            works.append(Work(name, case, protocol, n_ctx, asked, groups(left, protocol, case)))
+            left = [(item, prompt) for item, prompt in asked if key(_key_row(plan, name, item, protocol, case)) not in done]
+            works.append(Work(plan, name, settings, case, protocol, n_ctx, asked, groups(left, protocol, case)))
     return works
 
 
@@ -135,26 +159,38 @@ def _key_row(plan: Plan, name: str, item: Item, protocol: str, case: Case) -> Ro
             "seed": plan.seed}
 
 
-def _tokens(group: Asked, subject: Subject) -> int:
-    return count(subject.vocabulary, group[0][1].head) + sum(count(subject.vocabulary, prompt.tail) + 4*item.max_tokens for item, prompt in group)
+def tokens_of(group: Asked, subject: Subject) -> int:
+    """To evaluate before the answers."""
+    return count(subject.vocabulary, group[0][1].head) + sum(count(subject.vocabulary, prompt.tail) for _, prompt in group)
+
+
+def _weight(group: Asked, subject: Subject) -> int:
+    """About how long it takes: generated tokens take longer."""
+    return tokens_of(group, subject) + sum(4*item.max_tokens for item, _ in group)
 
 
 # -- answers ------------------------------------------------------------------------------------------------------------
 
-def _open(plan: Plan, subject: Subject, work: Work) -> pykvc.LLM:
+def _open(subject: Subject, work: Work) -> pykvc.LLM:
+    plan = work.plan
     return pykvc.LLM(subject.path, n_ctx=work.n_ctx, n_batch=plan.n_ubatch, n_ubatch=plan.n_ubatch, n_threads=plan.n_threads,
                      n_gpu_layers=plan.n_gpu_layers, seed=plan.seed, **work.case.settings())
 
 
-def _check(plan: Plan, subject: Subject, work: Work) -> None:
+def _checked_alike(work: Work) -> tuple:
+    """Ratios cannot be too small."""
+    return work.task, work.n_ctx, replace(work.case, **{name: "25%" for name in ("budget", "decode_budget") if "." in getattr(work.case, name)})
+
+
+def _check(subject: Subject, work: Work) -> None:
     """A budget that cannot be, or a question too long to be asked after each chunk, is a mistake now and not in an hour."""
-    with _open(plan, subject, work) as llm:
+    with _open(subject, work) as llm:
         if work.case.asks:
             llm.prefill("a", kv_query=max((prompt.query for _, prompt in work.asked), key=lambda query: len(llm.tokenize(query))))
 
 
-def _answer(plan: Plan, subject: Subject, work: Work, identity: Row, answers: Rows, scores: Rows, watch: Watch) -> None:
-    llm, asks, what = None, getattr(task(work.task), "ask", ask), f"{work.task}, {work.protocol}: {work.case.label()}"
+def _answer(subject: Subject, work: Work, identity: Row, answers: Rows, scores: Rows, watch: Watch) -> None:
+    plan, llm, asks, what = work.plan, None, getattr(task(work.task), "ask", ask), _name(work)
     for item, _ in work.asked:  # a run was killed between the two
         row = answers.rows.get(key(_key_row(plan, work.task, item, work.protocol, work.case)))
         if _done(row) and key(row) not in scores.rows:
@@ -162,12 +198,13 @@ def _answer(plan: Plan, subject: Subject, work: Work, identity: Row, answers: Ro
     try:
         for group in work.todo:
             watch(0, what)
-            left = list(group)
+            left = [(item, prompt) for item, prompt in group  # another plan may have asked it since
+                    if not _done(answers.rows.get(key(_key_row(plan, work.task, item, work.protocol, work.case))))]
             while left:
                 try:
-                    llm = llm or _open(plan, subject, work)
+                    llm = llm or _open(subject, work)
                     for item, figures in asks(llm, left[:], work.protocol, work.case, plan.n_threads):
-                        row = {**_key_row(plan, work.task, item, work.protocol, work.case), **identity, "n_ctx": work.n_ctx, **figures,
+                        row = {**_key_row(plan, work.task, item, work.protocol, work.case), **identity, "n_ctx": work.n_ctx, "settings": work.settings, **figures,
                                "gold": item.gold, "tags": item.tags}
                         answers.append(row)
                         left.pop(0)
@@ -175,11 +212,11 @@ def _answer(plan: Plan, subject: Subject, work: Work, identity: Row, answers: Ro
                 except Exception as error:  # of one row; the others go on, with a model that knows nothing of it
                     if not left:
                         raise
-                    answers.append({**_key_row(plan, work.task, left[0][0], work.protocol, work.case), **identity,
+                    answers.append({**_key_row(plan, work.task, left[0][0], work.protocol, work.case), **identity, "settings": work.settings,
                                     "error": f"{type(error).__name__}: {error}"})
                     left.pop(0)
                     llm = llm and llm.close()
-            watch(_tokens(group, subject), what)
+            watch(_weight(group, subject), what)
     finally:
         if llm is not None:
             llm.close()
@@ -196,12 +233,17 @@ def _score(item: Item, row: Row, scores: Rows) -> None:
 
 # -- what went wrong ----------------------------------------------------------------------------------------------------
 
-def _problems(plan: Plan, work: Work, answers: Rows, scores: Rows) -> list[str]:
+def _name(work: Work) -> str:
+    return ", ".join(filter(None, [work.task, changed(work.task, work.settings), work.protocol])) + f": {work.case.label()}"
+
+
+def _problems(work: Work, answers: Rows, scores: Rows) -> list[str]:
     """Also prints what happened."""
+    plan = work.plan
     keys = [key(_key_row(plan, work.task, item, work.protocol, work.case)) for item, _ in work.asked]
     rows = [answers.rows[k] for k in keys if k in answers.rows]
     done, failed = [row for row in rows if _done(row)], [row for row in rows if not _done(row)]
-    n_evictions, name = sum(row["evictions"] for row in done), f"{work.task}, {work.protocol}: {work.case.label()}"
+    n_evictions, name = sum(row["evictions"] for row in done), _name(work)
     values = [scores.rows[key(row)]["score"] for row in done if "score" in scores.rows.get(key(row), {})]
     mean = f"{sum(values)/len(values):.3f}" if values else "none"
     print(f"{name}: {len(done)} answers, {n_evictions} evictions, score {mean}", flush=True)

@@ -99,6 +99,13 @@ class LLM:
         self._session.feed(ids, found)
         return len(ids)
 
+    def evaluate(self, tokens: Sequence[int]) -> F32:
+        """Appends tokens as prefill() does and returns the logits after each of them: [len(tokens), n_vocab]."""
+        ids = prompts_of.check_ids(self._session.model, tokens)
+        self._session.check_room(len(ids), self.n_tokens, spare=0)
+        self._session.turn += 1
+        return self._session.evaluate(ids)
+
     def compress(self, kv_query: str | None = None) -> bool:
         """Evicts down to kv_budget, now. False: nothing was over it. ValueError if no kv_budget was given. kv_query: as generate()."""
         self._session.query = self._query(kv_query) or self._session.query

@@ -92,17 +92,29 @@ class Session:
                 self.ctx.make_room(len(chunk) + self.probe.n_tokens)
             self.decode(chunk)
 
-    def decode(self, ids: list[int]) -> None:
+    def decode(self, ids: list[int], logits: str = "last") -> None:
         """Evaluates tokens, the pending one first."""
         n_before, fresh = self.n_tokens, False
         self.tokens += ids
         try:
-            self.ctx.decode(np.asarray(ids, dtype=np.int32))
+            self.ctx.decode(np.asarray(ids, dtype=np.int32), logits=logits)
             fresh = True
         finally:
             self._cut(self.ctx.pos_max() + 1, fresh)
             if self.n_tokens > n_before:
                 self.pending = None
+
+    def evaluate(self, ids: list[int]) -> F32:
+        """feed(), and the logits after each token: [len(ids), n_vocab]."""
+        rows, n_call = [np.empty((0, self.model.n_vocab), np.float32)], min(self.ctx.n_batch, self.ctx.n_ubatch)
+        if self.pending is not None:
+            self.decode([self.pending])
+        if self.evicts and ids:
+            self.ctx.begin_prompt()
+        for i in range(0, len(ids), n_call):
+            self.decode(ids[i:i + n_call], logits="all")
+            rows.append(np.array(self.ctx.logits()))
+        return np.concatenate(rows)
 
     def _cut(self, n_tokens: int, fresh: bool) -> None:
         del self.tokens[n_tokens:]

@@ -288,7 +288,7 @@ def test_paired_difference_is_that_of_the_pairs():
 
 
 def row(item: int, policy: str, score: float, budget: str = "", **more) -> dict:
-    return {"model": "m", "task": "niah", "set": "", "protocol": "question-out", "chat": True, "n_ubatch": 512, "seed": 0, "type_k": "f16", "type_v": "f16",
+    return {"model": "m", "task": "niah", "set": "", "settings": "", "protocol": "question-out", "chat": True, "n_ubatch": 512, "seed": 0, "type_k": "f16", "type_v": "f16",
             "policy": policy, "budget": budget, "decode_budget": "", "cells": "", "item": str(item), "score": score, "n_context": 1000, "n_prompt": 1020,
             "n_predicted": 8, "kept": [100, 300] if budget else [1000]*2, "evictions": bool(budget), "bytes_used": 2**20, "bytes_full": 2**22,
             "bytes_allocated": 2**23, "prefill_ms": 1.0, "evict_ms": 1.0, "decode_ms": 1.0, "tags": {"depth": 50.0*(item % 3)}, **more}

@@ -4,6 +4,7 @@ A task may also say what its picture lays out (ACROSS) and what its table keeps 
 itself (ask, as evals/ask.py); and give the report more columns (extra).
 """
 from types import ModuleType
+from typing import Any, Sequence
 
 from . import commonsense_qa, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, mmlu, niah, safety
 
@@ -16,3 +17,15 @@ def task(name: str) -> ModuleType:
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: valid are {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def settings_of(names: Sequence[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was given, for each task what it has a setting for. ValueError if no task has one, or it is of another kind."""
+    for name, value in given.items():
+        if not any(name in task(t).SETTINGS for t in names):
+            raise ValueError(f"--{name.replace('_', '-')} is a setting of {', '.join(t for t, module in TASKS.items() if name in module.SETTINGS)}, "
+                             f"not of {', '.join(names)}")
+        for usual in (task(t).SETTINGS[name] for t in names if name in task(t).SETTINGS):
+            if isinstance(usual, (bool, int)) and type(value) is not type(usual):
+                raise ValueError(f"--{name.replace('_', '-')} is {'true or false' if isinstance(usual, bool) else 'a whole number'}, not {value!r}")
+    return {t: {name: value for name, value in given.items() if name in task(t).SETTINGS} for t in names}

@@ -1,10 +1,16 @@
 """How far the next token's distribution moves: KL divergence from the whole cache, and how often both have the same first choice.
 
-No data set: any text, in niah/haystack/*.txt of the data folder. A context of --length tokens is evaluated and evicted, a sentence or
-two follow as the question, and then --tokens tokens of the text, teacher-forced: after each, the distribution is compared with that of
-a cache that keeps everything (same types). The score is the share of equal first choices; KL is in nats, a mean over tokens.
+Teacher-forced: a context is evaluated and evicted, a question follows, and then --tokens tokens of an answer, whatever the model would
+have said. Before each of them its distribution is compared with that of a cache that keeps everything. --of prose: any text, in
+niah/haystack/*.txt of the data folder; --length tokens of it are the context, a sentence or two the question, what follows the answer.
+--of TASK: the contexts and questions of that task, and as the answer what the whole cache answers. --reference same: the whole cache of
+the same types; f16: of that, so that the loss by quantized types counts, too. The score is the share of equal first choices; KL is in
+nats, a mean over tokens.
 """
 import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Iterator
 
@@ -13,16 +19,36 @@ import numpy as np
 import pykvc
 from pykvc.spans import sentence_spans
 
+from ..ask import Mark
 from ..cases import Case
 from ..items import Item, Options
+from ..prompts import Prompt
 from .niah import haystacks
 
-SETTINGS = {"length": 2000, "tokens": 64}
+SETTINGS = {"length": 2000, "tokens": 64, "of": "prose", "reference": "same"}
 N_QUESTION = 32  # tokens at least
 N_DEFAULT = 16
+SPARE = 64       # cells beyond those of `tokens`
 
 
 def load(options: Options) -> list[Item]:
+    if options["reference"] not in ("same", "f16"):
+        raise ValueError(f"--reference is same (the cache types of the case) or f16, not {options['reference']!r}")
+    items = _prose(options) if options["of"] == "prose" else _of_task(options)
+    return [replace(item, id=f"{item.id}/f16") for item in items] if options["reference"] == "f16" else items
+
+
+def _of_task(options: Options) -> list[Item]:
+    from . import TASKS
+    name = options["of"]
+    if name not in TASKS or name == "fidelity":
+        raise ValueError(f"--of is prose, or a task: {', '.join(t for t in TASKS if t != 'fidelity')}, not {name!r}")
+    settings = {**TASKS[name].SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {})}  # no code is run
+    items = TASKS[name].load(replace(options, n=options.n or N_DEFAULT, settings=settings))
+    return [replace(item, id=f"{name}:{item.id}/{options['tokens']}", gold="", stop=(), max_tokens=options["tokens"] + SPARE) for item in items]
+
+
+def _prose(options: Options) -> list[Item]:
     texts = [_chunks(path.read_text(encoding="utf-8"), path.stem, options) for path in haystacks("fidelity", options)]
     items = [item for of_round in zip(*texts) for item in of_round][:options.n or N_DEFAULT]
     if not items:
@@ -40,41 +66,105 @@ def _chunks(text: str, name: str, options: Options) -> Iterator[Item]:
             tokens, begin = 0, b
         if len(parts) == 3:
             yield Item(id=f"{name}/{options['length']}/{options['tokens']}/{begin}", context=parts[0], question=parts[1], query="", chat=False,
-                       gold=parts[2], max_tokens=options["tokens"] + 64)
+                       gold=parts[2], max_tokens=options["tokens"] + SPARE)
             parts = []
 
 
+# -- in place of answers ------------------------------------------------------------------------------------------------
+
 def ask(llm: pykvc.LLM, group: list, protocol: str, case: Case, n_threads: int | None) -> Iterator[tuple[Item, dict[str, Any]]]:
-    """In place of answers: for each teacher-forced token the KL divergence and whether the first choice is the same, as JSON."""
-    for item, prompt in group:
-        with pykvc.LLM(llm.path, n_ctx=llm.n_ctx, n_threads=n_threads, type_k=case.type_k, type_v=case.type_v) as full:
-            full.prefill(prompt.head)
+    """For each token the KL divergence and whether the first choice is the same, as JSON. As evals/ask.py evaluates and evicts."""
+    references = {item.id: _reference(llm, item, prompt, case, n_threads) for item, prompt in group}  # not while ours is timed
+    if protocol == "question-in":
+        for item, prompt in group:
+            begin = perf_counter()
+            n_prompt = _context(llm, prompt, case) + llm.prefill(prompt.tail)
+            first, timings = llm.logits(), {"prefill_ms": _ms(begin)}
+            kept, n_evictions, timings["evict_ms"] = _evict(llm, case)
+            yield item, {"n_context": 0, "n_prompt": n_prompt, "kept": kept, "evictions": n_evictions, **timings, **_compare(llm, references[item.id], first)}
+        return
+    begin = perf_counter()
+    n_context, timings = _context(llm, group[0][1], case), {"prefill_ms": _ms(begin)}
+    kept, n_evictions, timings["evict_ms"] = _evict(llm, case)
+    with Mark(llm, case, again=len(group) > 1) as mark:
+        for i, (item, prompt) in enumerate(group):
+            if i:
+                mark.return_to()
+            begin = perf_counter()
+            n_prompt = n_context + llm.prefill(prompt.tail)
+            timings["prefill_ms"] = round(_ms(begin) + timings["prefill_ms"]*(i == 0), 1)
+            yield item, {"n_context": n_context, "n_prompt": n_prompt, "kept": kept, "evictions": n_evictions, **timings,
+                         **_compare(llm, references[item.id], llm.logits())}
+            timings["evict_ms"] = 0.0
+
+
+def _context(llm: pykvc.LLM, prompt: Prompt, case: Case) -> int:
+    llm.reset()
+    return llm.prefill(prompt.head, spans=prompt.spans, span_unit="chars", **(dict(kv_query=prompt.query) if case.asks else {}))
+
+
+def _evict(llm: pykvc.LLM, case: Case) -> tuple[list[int], int, float]:
+    """(cells a layer keeps, evictions, ms)"""
+    before, begin = llm.stats()["n_evictions"], perf_counter()
+    if case.compresses:
+        llm.compress()
+    stats = llm.stats()
+    return [int(n) for n in stats["kept"]], stats["n_evictions"] - before, _ms(begin)
+
+
+def _compare(llm: pykvc.LLM, reference: tuple[list[int], np.ndarray], first: np.ndarray) -> dict[str, Any]:
+    (ids, p), begin = reference, perf_counter()
+    q = _log_softmax(np.vstack([first[None], llm.evaluate(ids[:-1])]))
+    kl, same = np.maximum(0, (np.exp(p)*(p - q)).sum(axis=1)), p.argmax(axis=1) == q.argmax(axis=1)
+    stats = llm.stats()
+    return {"n_predicted": len(p), **{name: stats[name] for name in ("cells_allocated", "bytes_used", "bytes_full", "bytes_allocated")},
+            "decode_ms": _ms(begin), "stop_reason": "length",
+            "answer": json.dumps({"kl": [round(float(x), 6) for x in kl], "same": [int(x) for x in same]})}
+
+
+def _ms(begin: float) -> float:
+    return round(1e3*(perf_counter() - begin), 1)
+
+
+class References:
+    """What the whole cache says, kept in files as long as this process lives: every case is compared with it."""
+
+    def __init__(self) -> None:
+        self.folder: tempfile.TemporaryDirectory | None = None
+        self.known: dict[tuple, tuple[list[int], Path]] = {}
+
+    def get(self, key: tuple) -> tuple[list[int], np.ndarray] | None:
+        ids, path = self.known.get(key, (None, None))
+        return None if path is None else (ids, np.load(path))
+
+    def put(self, key: tuple, ids: list[int], p: np.ndarray) -> None:
+        self.folder = self.folder or tempfile.TemporaryDirectory(prefix="pykvc-fidelity-")
+        path = Path(self.folder.name)/f"{len(self.known)}.npy"
+        np.save(path, p)
+        self.known[key] = ids, path
+
+
+REFERENCES = References()
+
+
+def _reference(llm: pykvc.LLM, item: Item, prompt: Prompt, case: Case, n_threads: int | None) -> tuple[list[int], np.ndarray]:
+    """(tokens of the answer, log probabilities before each of them [n, n_vocab])"""
+    types = ("f16", "f16") if item.id.endswith("/f16") else (case.type_k, case.type_v)
+    key, n = (str(llm.path), item.id, types), item.max_tokens - SPARE
+    if (known := REFERENCES.get(key)) is None:
+        with pykvc.LLM(llm.path, n_ctx=llm.n_ctx, n_threads=n_threads, type_k=types[0], type_v=types[1]) as full:
+            if prompt.head:
+                full.prefill(prompt.head)
             full.prefill(prompt.tail)
-            llm.reset()
-            before, begin = llm.stats()["n_evictions"], perf_counter()
-            query = dict(kv_query=prompt.query) if case.asks else {}
-            n_context = llm.prefill(prompt.head, spans=prompt.spans, span_unit="chars", **query)
-            n_prompt = n_context + len(llm.tokenize(prompt.tail, add_special=False))
-            if protocol == "question-in":
-                llm.prefill(prompt.tail)
-            middle = perf_counter()
-            if case.compresses:
-                llm.compress()
-            end, kept = perf_counter(), [int(n) for n in llm.stats()["kept"]]
-            if protocol == "question-out":
-                llm.prefill(prompt.tail)
-            kl, same, ids = [], [], llm.tokenize(item.gold, add_special=False)[:item.max_tokens - 64]
-            for token in ids:
-                for one in (full, llm):
-                    one.prefill(tokens=[token])
-                p, q = _log_softmax(full.logits()), _log_softmax(llm.logits())
-                kl.append(round(max(0.0, float(np.sum(np.exp(p)*(p - q)))), 6))
-                same.append(int(p.argmax() == q.argmax()))
-            stats = llm.stats()
-            yield item, {"n_context": n_context, "n_prompt": n_prompt, "n_predicted": len(ids), "kept": kept, "evictions": stats["n_evictions"] - before,
-                         **{name: stats[name] for name in ("cells_allocated", "bytes_used", "bytes_full", "bytes_allocated")},
-                         "prefill_ms": round(1e3*(middle - begin), 1), "evict_ms": round(1e3*(end - middle), 1),
-                         "decode_ms": round(1e3*(perf_counter() - end), 1), "stop_reason": "length", "answer": json.dumps({"kl": kl, "same": same})}
+            n_prompt, first = full.n_tokens, full.logits()
+            if item.gold:
+                ids = full.tokenize(item.gold, add_special=False)[:n]
+            else:
+                ids = full.generate(reset=False, max_tokens=n).tokens
+                full.truncate(n_prompt)
+            known = ids, _log_softmax(np.vstack([first[None], full.evaluate(ids[:-1])]))
+        REFERENCES.put(key, *known)
+    return known
 
 
 def score(item: Item, answer: str) -> float:
@@ -88,5 +178,6 @@ def extra(answer: str) -> dict[str, float]:
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64) - logits.max()
-    return x - np.log(np.exp(x).sum())
+    """[..., n_vocab], in double precision as far as the sum goes."""
+    x = logits - logits.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x, dtype=np.float64).sum(axis=-1, keepdims=True)).astype(np.float32)

@@ -2,15 +2,17 @@
 
 Paper: Cobbe et al. 2021, arXiv 2110.14168; data: openai/gsm8k (MIT). --exemplars cot: the eight of Wei et al. 2022 (arXiv 2201.11903), as
 carried by lm-evaluation-harness (MIT), in gsm8k/cot_exemplars of the data folder. --exemplars train: the training split, for more than
-eight. auto: cot where the folder has them, else train; an item's id says which. The number after "The answer is" counts, else the last.
+eight. auto: cot where the folder has them, else train; an item's id says which. --order N: the examples in another order, drawn with
+seed N; 0: as they are. The number after "The answer is" counts, else the last.
 """
+import random
 import re
 from decimal import Decimal, InvalidOperation
 
 from ..data import rows, take
 from ..items import Item, Options
 
-SETTINGS = {"shots": 8, "exemplars": "auto"}
+SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0}
 FIELDS = ("question", "answer")
 NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 
@@ -31,7 +33,10 @@ def exemplars(options: Options) -> tuple[str, list[dict]]:
     if kind not in ("cot", "train"):
         raise ValueError(f"--exemplars is cot (the eight of the paper on chain of thought), train or auto, not {kind!r}")
     hub, name = (None, "gsm8k/cot_exemplars") if kind == "cot" else (("openai/gsm8k", "main", "train"), "gsm8k/train")
-    return f"{n}-{kind}", take("--shots", rows(options.data_dir, name, hub, FIELDS), n)
+    chosen = take("--shots", rows(options.data_dir, name, hub, FIELDS), n)
+    if options["order"]:
+        random.Random(options["order"]).shuffle(chosen)
+    return f"{n}-{kind}" + f"-order{options['order']}"*bool(options["order"]), chosen
 
 
 def score(item: Item, answer: str) -> bool:

@@ -9,7 +9,7 @@ from ..data import rows
 from ..items import Item, Options
 from . import gsm8k
 
-SETTINGS = {"shots": 8, "exemplars": "auto", "questions": 20}
+SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0, "questions": 20}
 LEAD = ("Answer each question step by step, in the format of the examples. Begin each answer with 'Answer_' and its number, and end it with "
         "'The answer is'. Do not repeat the questions. Answer all of them.\n\nExamples:\n\n")
 

@@ -1,0 +1,172 @@
+"""A study: a TOML file with runs, benches and captures of attention, done in one folder and reported there.
+
+    title = "..."                     model = [...], n = 100: defaults that the command line replaces
+    [[run]]                           flags of `python -m evals run` by their long names, a value or a list of values
+    [[bench]]                         flags of `pykvc bench`, likewise
+    [[attention]]                     task and its settings, policy, budget, layers: evals/attention.py
+    [[picture]]                       x, y, panel, line: evals/panels.py
+
+A list given to a setting of a task (shots = [1, 2, 4]) is a run for each value; cache_type sets type_k and type_v together.
+"""
+import itertools
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Sequence
+
+from . import panels
+from . import report as tables
+from .cases import cases, protocols
+from .run import Plan
+from .tasks import TASKS, settings_of, task
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+FOLDER = Path(__file__).parent/"studies"
+
+LISTS = {"policy": ["full"], "budget": ["none"], "decode_budget": ["none"], "cells": ["none"], "protocol": ["question-out"],
+         "type_k": ["f16"], "type_v": ["f16"]}
+SINGLE = {"n": int, "seed": int, "n_ctx": int, "n_ubatch": int, "plain": bool}
+SETTINGS = sorted({name for module in TASKS.values() for name in module.SETTINGS})
+BLOCKS = {
+    "run": {"task", "cache_type", *LISTS, *SINGLE, *SETTINGS},
+    "bench": {"n_prompt", "n_gen", "n_depth", "n_parallel", "kv_policy", "kv_budget", "kv_decode_budget", "kv_cells", "type_k", "type_v", "cache_type",
+              "repetitions"},
+    "attention": {"task", "n", "policy", "budget", "seed", "plain", *SETTINGS},
+    "picture": {"name", "x", "y", "panel", "line", "file", "marker", "front", "only"}}
+TOP = {"title", "model", "n", "n_models", *BLOCKS}
+
+Block = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    title: str
+    model: list[str]
+    n: int | None
+    n_models: int               # that it takes to compare
+    blocks: dict[str, list[Block]] = field(default_factory=dict)
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def find(name: str) -> Path:
+    """A file, or one of evals/studies by its name, its number or what comes after the number."""
+    if name.endswith(".toml"):
+        return Path(name)
+    for known in names():
+        if name in (known, *known.split("-", 1)):
+            return FOLDER/f"{known}.toml"
+    raise ValueError(f"unknown study {name!r}: valid are {', '.join(names())}, or a .toml file")
+
+
+def read(name: str) -> Study:
+    """ValueError names what is wrong in the file, and what is valid."""
+    path = find(name)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the study {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no TOML: {error}") from None
+    _known(str(path), content, TOP)
+    blocks = {kind: content.get(kind, []) for kind in BLOCKS}
+    for kind, found in blocks.items():
+        if not isinstance(found, list) or not all(isinstance(block, dict) for block in found):
+            raise ValueError(f"{path}: {kind} is a table in double brackets, [[{kind}]]")
+        for block in found:
+            _known(f"[[{kind}]] of {path}", block, BLOCKS[kind])
+    if not any(blocks[kind] for kind in ("run", "bench", "attention")):
+        raise ValueError(f"{path} has nothing to do: it needs a [[run]], [[bench]] or [[attention]]")
+    n = content.get("n")
+    if n is not None:
+        _kind(str(path), "n", n, int)
+    return Study(path.stem, str(content.get("title", path.stem)), texts(content.get("model", [])), n, content.get("n_models", 1), blocks)
+
+
+def _known(where: str, given: Block, valid: set[str]) -> None:
+    for name, value in given.items():
+        if name not in valid:
+            raise ValueError(f"{where} has no key {name!r}: valid are {', '.join(sorted(valid))}")
+        if isinstance(value, list) and not value and "task" in valid:
+            raise ValueError(f"{name} in {where} is empty")
+
+
+def _kind(where: str, name: str, value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{name} in {where} is {'a whole number' if kind is int else 'true or false'}, not {value!r}")
+    return value
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def texts(value: Any) -> list[str]:
+    return [str(one) for one in listed(value)]
+
+
+def sweep(block: Block, swept: Sequence[str]) -> list[Block]:
+    """A block for each combination of the values that `swept` names have."""
+    found = [name for name in block if name in swept]
+    return [{**block, **dict(zip(found, values))} for values in itertools.product(*(listed(block[name]) for name in found))]
+
+
+@dataclass(frozen=True)
+class Only:
+    """What the command line wants of a study; empty: everything."""
+    tasks: Sequence[str] = ()
+    policies: Sequence[str] = ()    # names; full is always among them
+    budgets: Sequence[str] = ()     # canonical
+    protocols: Sequence[str] = ()
+
+
+def plans(study: Study, out: Path, data_dir: Path | None = None, n: int | None = None, only: Only = Only(), chat: bool = True,
+          unsafe_code: bool = False, **more: Any) -> list[Plan]:
+    """Of all runs, in the order of the file. n, chat: what the command line says. more: further fields of Plan.
+    ValueError for every mistake that can be seen without the data."""
+    for name in only.tasks:
+        task(name)
+    return [plan for block in study.blocks["run"] for one in sweep(block, [*SETTINGS, "cache_type"])
+            for plan in _plan(study, one, out, data_dir, n, only, chat, unsafe_code, more)]
+
+
+def _plan(study: Study, block: Block, out: Path, data_dir: Path | None, n: int | None, only: Only, chat: bool, unsafe_code: bool,
+          more: Block) -> list[Plan]:
+    where = f"[[run]] of {study.name}"
+    if "task" not in block:
+        raise ValueError(f"{where} names no task: valid are {', '.join(TASKS)}")
+    if "cache_type" in block:
+        block = {**block, "type_k": block["cache_type"], "type_v": block["cache_type"]}
+    lists = {name: texts(block.get(name, usual)) for name, usual in LISTS.items()}
+    single = {name: _kind(where, name, block[name], kind) for name, kind in SINGLE.items() if name in block}
+    wanted = [name for name in texts(block["task"]) if task(name)]
+    settings = settings_of(wanted, {name: block[name] for name in SETTINGS if name in block})
+    if unsafe_code and "humaneval" in wanted:
+        settings["humaneval"] = {**settings.get("humaneval", {}), "unsafe_code": True}
+    asked = protocols(lists.pop("protocol"))
+    chosen = [case for case in cases(**lists) if case.name == "full" or ((not only.policies or case.name in only.policies)
+                                                                         and (not only.budgets or case.budget in only.budgets))]
+    plan = Plan(tasks=[name for name in wanted if not only.tasks or name in only.tasks], cases=chosen,
+                protocols=[name for name in asked if not only.protocols or name in only.protocols], out=out, data_dir=data_dir,
+                n=n or single.get("n") or study.n, seed=single.get("seed", 0), n_ctx=single.get("n_ctx", 0), n_ubatch=single.get("n_ubatch", 512),
+                chat=chat and not single.get("plain", False), settings=settings, **more)
+    return [plan] if plan.tasks and plan.protocols else []
+
+
+def report(study: Study, out: Path) -> list[str]:
+    """Writes report.md, report.csv and the pictures to the folder; what there is to say of it, line by line."""
+    said = []
+    if study.blocks["run"]:
+        lines = tables.table(tables.scored(out))
+        text = tables.markdown(lines)
+        (out/"report.md").write_text(f"# {study.title}\n\n{text}", encoding="utf-8")
+        (out/"report.csv").write_text(tables.comma_separated(lines), encoding="utf-8")
+        said += [text, *map(str, panels.draw(out, study.blocks["picture"], lines))]
+    return said
