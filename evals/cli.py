@@ -6,10 +6,10 @@ from typing import Annotated, Any, Callable, Iterator, Optional
 
 import typer
 
-from pykvc import _core, command, models, options
+from pykvc import _core, bench, command, models, options
 from pykvc.command import sentences, values
 
-from . import estimate, pictures, report, study
+from . import estimate, latency, pictures, report, study
 from .cases import cases, protocols
 from .run import Plan, run, run_all
 from .tasks import TASKS, settings_of, task
@@ -46,6 +46,7 @@ def run_tasks(
     n_ubatch: Annotated[int, _flag("--n-ubatch", "-ub", "--ubatch-size", help="Tokens computed at once.")] = 512,
     threads: Annotated[Optional[int], _flag("--threads", "-t", help="CPU threads; default: all.")] = None,
     n_gpu_layers: Annotated[int, _flag("--n-gpu-layers", "-ngl", help="Layers on the GPU.")] = 0,
+    n_parallel: Annotated[int, _flag("--n-parallel", "-np", "--parallel", help="Questions asked at once, where the policy permits it.")] = 8,
     plain: Annotated[bool, _flag("--plain", help="Ask without the model's chat template.")] = False,
     any_commit: Annotated[bool, _flag("--any-commit", help="Go on with answers that another commit gave.")] = False,
     length: Annotated[Optional[int], _flag("--length", help="niah, fidelity: tokens of a context. longbench: at most; 0: all.")] = None,
@@ -68,7 +69,7 @@ def run_tasks(
                 "sets": sets, "pairs": pairs, "tokens": tokens, "unsafe_code": unsafe_code or None}
     plan = Plan(tasks=wanted, cases=cases(values(policy), values(budget), values(decode_budget), values(cells), values(type_k), values(type_v)),
                 protocols=protocols(values(protocol)), out=out, data_dir=_folder(data_dir), n=_positive("--n", n), seed=seed, n_ctx=n_ctx,
-                n_ubatch=n_ubatch, n_threads=threads, n_gpu_layers=n_gpu_layers, chat=not plain, any_commit=any_commit,
+                n_ubatch=n_ubatch, n_threads=threads, n_gpu_layers=n_gpu_layers, n_parallel=_positive("--n-parallel", n_parallel), chat=not plain, any_commit=any_commit,
                 settings=settings_of(wanted, {name: value for name, value in settings.items() if value is not None}))
     problems, names = [], [models.resolve(name) for name in values(model) or [None]]
     for name in names:
@@ -122,6 +123,7 @@ def run_study(
     protocol: Annotated[Optional[list[str]], _flag("--protocol", help="Only these.")] = None,
     threads: Annotated[Optional[int], _flag("--threads", "-t", help="CPU threads; default: all.")] = None,
     n_gpu_layers: Annotated[int, _flag("--n-gpu-layers", "-ngl", help="Layers on the GPU.")] = 0,
+    n_parallel: Annotated[int, _flag("--n-parallel", "-np", "--parallel", help="Questions asked at once, where the policy permits it.")] = 8,
     plain: Annotated[bool, _flag("--plain", help="Ask without the model's chat template.")] = False,
     any_commit: Annotated[bool, _flag("--any-commit", help="Go on with answers that another commit gave.")] = False,
     unsafe_code: Annotated[bool, _flag("--unsafe-code", help="humaneval: run code where it cannot be locked in.")] = False,
@@ -136,16 +138,24 @@ def run_study(
     only = study.Only(values(tasks), [_core.parse_spec(spec).partition(":")[0] for spec in values(policy)],
                       [options.budget("--budget", value) for value in values(budget)], protocols(values(protocol)))
     plans = study.plans(found, folder, where, _positive("--n", n), only, chat=not plain, unsafe_code=unsafe_code,
-                        n_threads=threads, n_gpu_layers=n_gpu_layers, any_commit=any_commit)
+                        n_threads=threads, n_gpu_layers=n_gpu_layers, n_parallel=_positive("--n-parallel", n_parallel), any_commit=any_commit)
     names = [models.resolve(one) for one in models_given]
+    benches = [latency.cases_of(found.blocks["bench"], one, only.policies, only.budgets, threads, n_gpu_layers, n) for one in names]
     if dry_run:
-        for one in names:
-            print(estimate.sentence(plans, one))
+        for one, todo in zip(names, benches):
+            if plans:
+                print(estimate.sentence(plans, one))
+            if todo:
+                print(f"{one.stem}: {len(todo)} rows of bench, {sum(bench.work(*row) for row in todo)} tokens")
         return
     problems = []
     for one in names if plans else []:
         with _bar() as (size, watch):
             problems += run_all(plans, one, size, watch)
+    for todo in benches:
+        with _bar() as (size, watch):
+            size(sum(bench.work(*one) for one in todo))
+            latency.run(todo, folder, watch)
     for line in study.report(found, folder):
         print(line)
     _end(problems)

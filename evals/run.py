@@ -9,7 +9,7 @@ from typing import Any, Callable, Sequence
 import pykvc
 from pykvc import _core, models
 
-from .ask import Asked, ask, groups
+from .ask import Asked, ask, ask_batch, groups, side_by_side
 from .cases import Case
 from .items import Item, Options
 from .prompts import count, render
@@ -36,6 +36,7 @@ class Plan:
     n_ubatch: int = 512
     n_threads: int | None = None
     n_gpu_layers: int = 0
+    n_parallel: int = 1           # questions asked at once
     chat: bool = True
     any_commit: bool = False
     settings: dict[str, dict[str, Any]] | None = None  # of tasks: {"niah": {"length": 4000}}
@@ -164,17 +165,17 @@ def tokens_of(group: Asked, subject: Subject) -> int:
     return count(subject.vocabulary, group[0][1].head) + sum(count(subject.vocabulary, prompt.tail) for _, prompt in group)
 
 
-def _weight(group: Asked, subject: Subject) -> int:
-    """About how long it takes: generated tokens take longer."""
-    return tokens_of(group, subject) + sum(4*item.max_tokens for item, _ in group)
+def _weight(asked: Asked, subject: Subject) -> int:
+    """About how long it takes: generated tokens take longer. Contexts are left out."""
+    return sum(count(subject.vocabulary, prompt.tail) + 4*item.max_tokens for item, prompt in asked)
 
 
 # -- answers ------------------------------------------------------------------------------------------------------------
 
-def _open(subject: Subject, work: Work) -> pykvc.LLM:
+def _open(subject: Subject, work: Work, n_parallel: int = 1) -> pykvc.LLM:
     plan = work.plan
     return pykvc.LLM(subject.path, n_ctx=work.n_ctx, n_batch=plan.n_ubatch, n_ubatch=plan.n_ubatch, n_threads=plan.n_threads,
-                     n_gpu_layers=plan.n_gpu_layers, seed=plan.seed, **work.case.settings())
+                     n_gpu_layers=plan.n_gpu_layers, n_seq_max=n_parallel, seed=plan.seed, **work.case.settings())
 
 
 def _checked_alike(work: Work) -> tuple:
@@ -190,33 +191,60 @@ def _check(subject: Subject, work: Work) -> None:
 
 
 def _answer(subject: Subject, work: Work, identity: Row, answers: Rows, scores: Rows, watch: Watch) -> None:
-    plan, llm, asks, what = work.plan, None, getattr(task(work.task), "ask", ask), _name(work)
+    plan, what = work.plan, _name(work)
     for item, _ in work.asked:  # a run was killed between the two
         row = answers.rows.get(key(_key_row(plan, work.task, item, work.protocol, work.case)))
         if _done(row) and key(row) not in scores.rows:
             _score(item, row, scores)
+
+    def left(of: Asked) -> Asked:  # another plan may have asked them since
+        return [(item, prompt) for item, prompt in of if not _done(answers.rows.get(key(_key_row(plan, work.task, item, work.protocol, work.case))))]
+
+    def save(item: Item, figures: Row) -> None:
+        row = {**_key_row(plan, work.task, item, work.protocol, work.case), **identity, "settings": work.settings}
+        if "error" not in figures:
+            row |= {"n_ctx": work.n_ctx, "gold": item.gold, "tags": item.tags}
+        answers.append(row := {**row, **figures})
+        if "error" not in figures:
+            _score(item, row, scores)
+
+    watch(0, what)
+    asked = left([one for group in work.todo for one in group])
+    if plan.n_parallel > 1 and len(asked) > 1 and not hasattr(task(work.task), "ask") and side_by_side(work.case):
+        _together(subject, work, asked, save, watch)
+        if not (asked := left(asked)):
+            return
+    _one_by_one(subject, work, groups(asked, work.protocol, work.case), save, watch)
+
+
+def _together(subject: Subject, work: Work, asked: Asked, save: Callable[[Item, Row], None], watch: Watch) -> None:
+    """What crashes is asked again, alone, to find out which row it is."""
+    n_parallel, prompts = min(work.plan.n_parallel, len(asked)), {item.id: prompt for item, prompt in asked}
     try:
-        for group in work.todo:
-            watch(0, what)
-            left = [(item, prompt) for item, prompt in group  # another plan may have asked it since
-                    if not _done(answers.rows.get(key(_key_row(plan, work.task, item, work.protocol, work.case))))]
+        with _open(subject, work, n_parallel) as llm:
+            for item, figures in ask_batch(llm, asked, work.protocol, work.case, n_parallel):
+                save(item, {**figures, "n_parallel": n_parallel})
+                watch(_weight([(item, prompts[item.id])], subject), _name(work))
+    except Exception as error:
+        print(f"{_name(work)}: {type(error).__name__}: {error}; one by one from here", flush=True)
+
+
+def _one_by_one(subject: Subject, work: Work, todo: list[Asked], save: Callable[[Item, Row], None], watch: Watch) -> None:
+    llm, asks = None, getattr(task(work.task), "ask", ask)
+    try:
+        for group in todo:
+            left = list(group)
             while left:
                 try:
                     llm = llm or _open(subject, work)
-                    for item, figures in asks(llm, left[:], work.protocol, work.case, plan.n_threads):
-                        row = {**_key_row(plan, work.task, item, work.protocol, work.case), **identity, "n_ctx": work.n_ctx, "settings": work.settings, **figures,
-                               "gold": item.gold, "tags": item.tags}
-                        answers.append(row)
-                        left.pop(0)
-                        _score(item, row, scores)
+                    for item, figures in asks(llm, left[:], work.protocol, work.case, work.plan.n_threads):
+                        save(item, figures)
+                        watch(_weight([left.pop(0)], subject), _name(work))
                 except Exception as error:  # of one row; the others go on, with a model that knows nothing of it
                     if not left:
                         raise
-                    answers.append({**_key_row(plan, work.task, left[0][0], work.protocol, work.case), **identity, "settings": work.settings,
-                                    "error": f"{type(error).__name__}: {error}"})
-                    left.pop(0)
+                    save(left.pop(0)[0], {"error": f"{type(error).__name__}: {error}"})
                     llm = llm and llm.close()
-            watch(_weight(group, subject), what)
     finally:
         if llm is not None:
             llm.close()

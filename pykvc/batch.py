@@ -1,7 +1,7 @@
 """Many answers at once: each prompt is evaluated in a sequence of its own, and all sequences decode together.
 
-A sequence that is done makes room for the next prompt at once (continuous batching). A prefix that all prompts share is
-evaluated and compressed once, and copied into every sequence.
+A sequence that is done makes room for the next prompt at once (continuous batching). A prefix that prompts share is
+evaluated and compressed once, and copied into their sequences.
 """
 from collections import deque
 from dataclasses import dataclass, field
@@ -19,10 +19,20 @@ from .text import TextStream
 
 @dataclass(frozen=True)
 class Prefix:
-    """What all prompts begin with."""
+    """What prompts begin with."""
     ids: list[int]
     spans: list[Span]
     query: list[int]
+    compress: bool = True   # before the prompts; False: with each of them
+
+
+@dataclass(frozen=True)
+class Start:
+    """An evaluated prefix, as the state of a sequence."""
+    prefix: Prefix
+    state: bytes
+    kept: list[int]         # [n_layer]
+    n_evictions: int
 
 
 @dataclass
@@ -39,6 +49,7 @@ class Running:
     decode_ms: float = 0.0
     n_decoded: int = 0
     reason: str = ""
+    start: Start | None = None
 
     def take(self, token: int, session: Session) -> None:
         """A sampled token."""
@@ -57,22 +68,29 @@ class Running:
         kv = {"cells": stats["cells"], "kept": self.kept, "evictions": stats["n_evictions"],
               "bytes_allocated": session.ctx.stats()["bytes_allocated"],  # by all sequences
               "bytes_used": stats["bytes_used"], "bytes_full": stats["bytes_full"]}
+        if self.start is not None:
+            kv |= {"prefix_kept": self.start.kept, "prefix_evictions": self.start.n_evictions}
         return Generation("".join(self.pieces), self.tokens, self.work.n_prompt, len(self.tokens), self.reason, kv,
                           timings_of(self.work, self.decode_ms, self.n_decoded))
 
 
-def answers(session: Session, requests: list[Request], budgets: list[str], prefix: Prefix | None) -> Iterator[tuple[int, Generation]]:
-    """Yields (index of the request, answer) as they are done. budgets: of each request, "" the context's own.
+def answers(session: Session, requests: list[Request], budgets: list[str], prefixes: list[Prefix | None]) -> Iterator[tuple[int, Generation]]:
+    """Yields (index of the request, answer) as they are done. budgets, prefixes: of each request, "" the context's own, None none;
+    neighbours that share a prefix have the same object.
 
     The conversation of the session is over; however this ends, the cache is empty afterwards."""
     ctx, turn = session.ctx, session.turn
     session.clear()
     waiting, running = deque(enumerate(requests)), []
-    free = list(range(ctx.n_seq_max))[::-1]
+    free, start = list(range(ctx.n_seq_max))[::-1], None
     try:
-        start = _shared(session, prefix) if prefix else None
         while waiting or running:
             while waiting and free:
+                prefix = prefixes[waiting[0][0]]
+                if prefix is None or start is None or start.prefix is not prefix:
+                    if prefix and session.probe.kind != "none" and running:
+                        break  # a probe is evaluated in sequence 0, and the session's own
+                    start = prefix and _shared(session, prefix, free[-1])
                 index, request = waiting.popleft()
                 running.append(_begin(session, index, request, budgets[index], free.pop(), start))
             for done in [r for r in running if r.reason]:
@@ -83,22 +101,32 @@ def answers(session: Session, requests: list[Request], budgets: list[str], prefi
                 yield done.index, answer
                 if session.turn != turn:
                     raise RuntimeError("this batch is over: the LLM was used for something else meanwhile")
-            if running and not (waiting and free):
+            if running:
                 _step(session, running)
     finally:
         if session.turn == turn:
             session.clear()
 
 
-def _shared(session: Session, prefix: Prefix) -> bytes:
-    """The compressed prefix, as the state of a sequence."""
-    session.query = prefix.query
-    session.feed(prefix.ids, prefix.spans)
-    if session.evicts and session.has_budget:
-        session.compress()
-    state = session.ctx.save_seq(0)
-    session.clear()
-    return state
+def _shared(session: Session, prefix: Prefix, seq: int) -> Start:
+    """Evaluates the prefix, in a free sequence, and compresses it if that is wanted."""
+    ctx, compress = session.ctx, prefix.compress and session.evicts and session.has_budget
+    if session.probe.kind != "none":
+        session.query, seq = prefix.query, 0
+        session.feed(prefix.ids, prefix.spans)
+        if compress:
+            session.compress()
+    else:
+        _evaluate(session, seq, prefix.ids, prefix.spans, 0)
+        if compress:
+            ctx.evict(seq)
+    stats = ctx.seq_stats(seq)
+    start = Start(prefix, ctx.save_seq(seq), stats["kept"], stats["n_evictions"])
+    if session.probe.kind != "none":
+        session.clear()
+    else:
+        ctx.clear(seq)
+    return start
 
 
 def _evaluate(session: Session, seq: int, ids: list[int], spans: list[Span], first: int) -> None:
@@ -109,12 +137,12 @@ def _evaluate(session: Session, seq: int, ids: list[int], spans: list[Span], fir
     session.ctx.decode(np.asarray(ids, dtype=np.int32), seq)
 
 
-def _begin(session: Session, index: int, request: Request, budget: str, seq: int, start: bytes | None) -> Running:
+def _begin(session: Session, index: int, request: Request, budget: str, seq: int, start: Start | None) -> Running:
     """Evaluates a prompt, samples the first token, evicts: in the order of generate()."""
-    ctx, run = session.ctx, Running(index, seq, request, TextStream(request.stop), [request.echo])
+    ctx, run = session.ctx, Running(index, seq, request, TextStream(request.stop), [request.echo], start=start)
     begin = perf_counter()
     if start is not None:
-        ctx.load_seq(start, seq)
+        ctx.load_seq(start.state, seq)
     if budget:
         ctx.set_budget(budget, session.setup["kv_decode_budget"], seq)
     _evaluate(session, seq, request.ids, request.spans, ctx.pos_max(seq) + 1)
@@ -124,7 +152,7 @@ def _begin(session: Session, index: int, request: Request, budget: str, seq: int
     else:
         run.take(request.sampler.sample(ctx), session)
     begin = perf_counter()
-    compress = request.compress if request.compress is not None else start is None
+    compress = request.compress if request.compress is not None else start is None or not start.prefix.compress
     if compress and session.evicts and (session.has_budget or budget):
         ctx.evict(seq)
     run.work.evict_ms = 1e3*(perf_counter() - begin)

@@ -181,18 +181,22 @@ class LLM:
             pass
         return pieces.result
 
-    def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, prefix: str | None = None, shots: Sequence[str] | None = None,
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, prefix: str | Sequence[str] | None = None, shots: Sequence[str] | None = None,
                        max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05,
                        repeat_penalty: float = 1.0, seed: int | None = None, stop: str | Sequence[str] | None = None,
-                       spans: Sequence[units.Span] | None = None, span_unit: str = "tokens", segment: str | None = None,
+                       spans: Sequence[units.Span] | Sequence[Sequence[units.Span]] | None = None, span_unit: str = "tokens",
+                       segment: str | None = None, compress_prefix: bool = True,
                        kv_budget: int | float | str | Sequence[int | float | str | None] | None = None, kv_query: str | None = None,
                        compress: bool | None = None, stream: bool = False) -> list[Generation] | Iterator[tuple[int, Generation]]:
         """Answers many prompts, n_seq_max of them at a time: their Generations in order, or with stream=True
         (index, Generation) as they are done. prompts: strings or token ids. The conversation before is over.
 
-        prefix, or shots (each of them a span): what all prompts begin with, evaluated and compressed once. spans, span_unit
-        segment and kv_query: of the prefix; a prompt without one is segmented by `segment`. kv_budget: of every prompt, or a list of
-        one for each. compress None: every prompt where there is no prefix, else only the prefix (question-out).
+        prefix, or shots (each of them a span): what all prompts begin with, evaluated and compressed once; or a list of one for each
+        prompt, evaluated once where neighbours have the same. spans (for a list of prefixes a list of them), span_unit, segment and
+        kv_query: of the prefix; a prompt without one is segmented by `segment`. compress_prefix=False: prefixes stay whole, and each
+        prompt is compressed together with its own (question-in). kv_budget: of every prompt, or a list of one for each.
+        compress None: every prompt where there is no compressed prefix, else only the prefix (question-out).
+        A Generation's kv has prefix_kept [n_layer] and prefix_evictions, too.
         temperature and so on: as generate(). ValueError for every mistake, before anything is evaluated."""
         session, model = self._session, self._session.model
         if isinstance(prompts, str) or not prompts:
@@ -206,17 +210,28 @@ class LLM:
             raise ValueError("spans are those of the prefix: give prefix, or segment for every prompt")
         if session.probe.kind != "none" and prefix is None:
             raise ValueError("a policy that asks probes one context: give it as prefix or shots")
-        shared = None if prefix is None else Prefix(
-            *prompts_of.encode(model, session.needs_spans, prefix, None, spans, span_unit, segment, first=True), self._query(kv_query))
-        n_before = len(shared.ids) if shared else 0
+        if session.probe.kind != "none" and not compress_prefix:
+            raise ValueError("a policy that asks probes a prefix and compresses it: compress_prefix=False is not for it")
+        several = prefix is not None and not isinstance(prefix, str)
+        if several and len(prefix) != len(prompts) or several and spans is not None and len(spans) != len(prompts):
+            raise ValueError(f"prefix, if it is a list, has one for each of the {len(prompts)} prompts, and so has spans")
+        shared: list[Prefix | None] = []
+        for i in range(len(prompts)):
+            if shared and (not several or (prefix[i] == prefix[i - 1] and (spans is None or spans[i] == spans[i - 1]))):
+                shared.append(shared[-1])
+                continue
+            own = prefix[i] if several else prefix
+            shared.append(None if own is None else Prefix(*prompts_of.encode(
+                model, session.needs_spans, own, None, spans[i] if several and spans is not None else spans, span_unit, segment, first=True),
+                self._query(kv_query), compress_prefix))
         budgets = options.budgets(kv_budget, len(prompts), session)
         max_tokens = options.whole("max_tokens", max_tokens, -1)
         requests = []
-        for prompt in prompts:
+        for prompt, own in zip(prompts, shared):
             text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-            ids, found = prompts_of.encode(model, session.needs_spans, text, ids, None, "tokens", None if shared else segment, first=not shared)
-            session.check_fits(len(ids), n_before, spare=1 if max_tokens else 0)
-            requests.append(Request(ids, [] if shared else found, True, compress, max_tokens, check_stop(stop),
+            ids, found = prompts_of.encode(model, session.needs_spans, text, ids, None, "tokens", None if own else segment, first=not own)
+            session.check_fits(len(ids), len(own.ids) if own else 0, spare=1 if max_tokens else 0)
+            requests.append(Request(ids, [] if own else found, True, compress, max_tokens, check_stop(stop),
                                     options.sampler(model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), ""))
         if compress and not any(budgets):
             session.check_compress()
