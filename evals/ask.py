@@ -44,7 +44,7 @@ def ask(llm: pykvc.LLM, group: Asked, protocol: str, case: Case, n_threads: int 
             if i:
                 mark.return_to()
             before = llm.stats()["n_evictions"]
-            answer = llm.generate(prompt.tail, reset=False, compress=question_in and case.compresses, **_length(item))
+            answer = llm.generate(prompt.tail, spans=(), reset=False, compress=question_in and case.compresses, **_length(item))
             n_prompt = n_context + len(llm.tokenize(prompt.tail, add_special=False))
             yield item, _figures(answer, 0 if question_in else n_context, n_prompt, answer.kv["kept"] if question_in else kept,
                                  n_evictions + llm.stats()["n_evictions"] - before, llm.stats()["cells_allocated"])

@@ -1,4 +1,4 @@
-"""The command line: `pykvc generate | bench | policies | pull | demo`, with llama.cpp's names for flags and environment.
+"""The command line: `pykvc generate | inspect | bench | policies | pull | demo`, with llama.cpp's names for flags and environment.
 
 A mistake ends with exit status 2 and one sentence on stderr.
 """
@@ -98,6 +98,41 @@ def generate(
             print(f"{answer.n_prompt} tokens at {answer.timings['prefill_tps']:.0f} t/s, {answer.n_predicted} at "
                   f"{answer.timings['decode_tps']:.1f} t/s, evicted in {answer.timings['evict_ms']:.0f} ms, "
                   f"KV {table.mebibytes(answer.kv['bytes_used'])} of {table.mebibytes(answer.kv['bytes_full'])}", file=sys.stderr)
+
+
+@app.command("inspect")
+@sentences
+def show_kept(
+    output: Annotated[list[str], _flag("-o", "--output", help="A page (.html) or a picture (.png, .svg, .pdf); may be repeated.")],
+    model: Annotated[Optional[str], _flag("-m", "--model", env="MODEL", help="As in generate.")] = None,
+    hf_repo: Annotated[Optional[str], _flag("-hf", "--hf-repo", env="HF_REPO", help="As in generate.")] = None,
+    prompt: Annotated[Optional[str], _flag("-p", "--prompt", help="The prompt.")] = None,
+    file: Annotated[Optional[str], _flag("-f", "--file", help="A file with the prompt; - is stdin.")] = None,
+    question: Annotated[Optional[str], _flag("--question", help="Evaluated after the prompt was evicted, so that the eviction has not seen it.")] = None,
+    kv_policy: Annotated[str, _flag("--kv-policy", env="KV_POLICY", help="NAME[:key=value,...]; `pykvc policies` lists them.")] = "full",
+    kv_budget: Annotated[Optional[str], _flag("--kv-budget", env="KV_BUDGET", help="Cells a layer keeps of the prompt: 512, 25% or 0.25.")] = None,
+    kv_cells: Annotated[Optional[str], _flag("--kv-cells", env="KV_CELLS", help="As in generate.")] = None,
+    kv_query: Annotated[Optional[str], _flag("--kv-query", help="What finch asks. Default: --question.")] = None,
+    segment: Annotated[Optional[str], _flag("--segment", help="Units that are outlined, and that policies on spans keep: sentence, sep:SEPARATOR or re:REGEX.")] = None,
+    window: Annotated[int, _flag("--window", help="Last queries whose attention is shown.")] = 32,
+    ctx_size: Annotated[int, _flag("-c", "--ctx-size", env="CTX_SIZE", help="Tokens of context; 0: the model's own, at most 8192.")] = 0,
+    ubatch_size: Annotated[int, _flag("-ub", "--ubatch-size", env="UBATCH", help="Tokens computed at once.")] = 512,
+    threads: Annotated[Optional[int], _flag("-t", "--threads", env="THREADS", help="CPU threads; default: all.")] = None,
+    n_gpu_layers: Annotated[int, _flag("-ngl", "--gpu-layers", "--n-gpu-layers", env="N_GPU_LAYERS", help="Layers on the GPU.")] = 0,
+    type_k: Annotated[str, _flag("-ctk", "--cache-type-k", env="CACHE_TYPE_K", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.")] = "f16",
+    type_v: Annotated[str, _flag("-ctv", "--cache-type-v", env="CACHE_TYPE_V", help="As -ctk.")] = "f16",
+) -> None:
+    """Show which tokens of a prompt an eviction keeps, and where the attention went."""
+    from . import inspect
+    if model is not None and hf_repo is not None:
+        raise ValueError("give -m or -hf, not both")
+    paths = [inspect.check_output(path) for path in output]
+    found = inspect.look(_prompt(prompt, file), question or "", segment=_unescape(segment), kv_query=kv_query, window=window, model=model or hf_repo,
+                         n_ctx=ctx_size, n_batch=ubatch_size, n_ubatch=ubatch_size, n_threads=threads, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v,
+                         kv_policy=kv_policy, kv_budget=kv_budget or None, kv_cells=kv_cells or None)
+    for path in paths:
+        inspect.write(found, path)
+        print(path)
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:

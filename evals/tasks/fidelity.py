@@ -78,7 +78,7 @@ def ask(llm: pykvc.LLM, group: list, protocol: str, case: Case, n_threads: int |
     if protocol == "question-in":
         for item, prompt in group:
             begin = perf_counter()
-            n_prompt = _context(llm, prompt, case) + llm.prefill(prompt.tail)
+            n_prompt = _context(llm, prompt, case) + llm.prefill(prompt.tail, spans=())
             first, timings = llm.logits(), {"prefill_ms": _ms(begin)}
             kept, n_evictions, timings["evict_ms"] = _evict(llm, case)
             yield item, {"n_context": 0, "n_prompt": n_prompt, "kept": kept, "evictions": n_evictions, **timings, **_compare(llm, references[item.id], first)}
@@ -91,7 +91,7 @@ def ask(llm: pykvc.LLM, group: list, protocol: str, case: Case, n_threads: int |
             if i:
                 mark.return_to()
             begin = perf_counter()
-            n_prompt = n_context + llm.prefill(prompt.tail)
+            n_prompt = n_context + llm.prefill(prompt.tail, spans=())
             timings["prefill_ms"] = round(_ms(begin) + timings["prefill_ms"]*(i == 0), 1)
             yield item, {"n_context": n_context, "n_prompt": n_prompt, "kept": kept, "evictions": n_evictions, **timings,
                          **_compare(llm, references[item.id], llm.logits())}
