@@ -5,7 +5,7 @@
 In one process, taking turns, --rounds times: a prompt of --tokens is evaluated, SnapKV (window 64, kernel 5) leaves --budget
 of it, --generate tokens follow. The rows:
 
-- llama.cpp: no policy, and ggml's own attention (PYKVC_STOCK_ATTENTION): its code, bit for bit.
+- llama.cpp: no policy, and ggml's own attention and matrix products (PYKVC_STOCK_ATTENTION, PYKVC_STOCK_MATRIX): its code, bit for bit.
 - pykvc full: no policy. pykvc: evicts at the prompt's end. pykvc bounded: in --budget + n_ubatch cells.
 - kvpress full, kvpress: transformers in float32, weights dequantised from the same GGUF, attention "sdpa".
 
@@ -23,6 +23,7 @@ import numpy as np
 from compare_kvpress import KERNEL, WINDOW, load_hf, read_tokens
 
 N_UBATCH = 512
+STOCK = ("PYKVC_STOCK_ATTENTION", "PYKVC_STOCK_MATRIX")
 
 
 def llama_cpp(path: Path, tokens: np.ndarray, n_gen: int, n_threads: int, stock: bool = False, **policy: str) -> Callable[[], tuple[float, float]]:
@@ -33,7 +34,7 @@ def llama_cpp(path: Path, tokens: np.ndarray, n_gen: int, n_threads: int, stock:
 
     def run() -> tuple[float, float]:
         if stock:
-            os.environ["PYKVC_STOCK_ATTENTION"] = "1"
+            os.environ |= {name: "1" for name in STOCK}
         ctx.clear()
         begin = perf_counter()
         ctx.decode(tokens)
@@ -45,7 +46,8 @@ def llama_cpp(path: Path, tokens: np.ndarray, n_gen: int, n_threads: int, stock:
         begin = perf_counter()
         for token in tokens[:n_gen]:
             ctx.decode(np.array([token], np.int32))
-        os.environ.pop("PYKVC_STOCK_ATTENTION", None)
+        for name in STOCK:
+            os.environ.pop(name, None)
         return prefill, perf_counter() - begin
     return run
 
