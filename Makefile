@@ -29,7 +29,12 @@ $(VENV)/tools:
 	$(PIP) $(foreach tool,$(TOOLS),'$(tool)')
 	touch $@
 
+# llama-cpp-python runs on our libllama: its own need not be compiled.
+LLAMA_CPP_PYTHON := CMAKE_ARGS=-DLLAMA_BUILD=OFF pip --disable-pip-version-check install --quiet --no-build-isolation \
+    llama-cpp-python==$(shell sed -n 's/.*"version": "\(.*\)".*/\1/p' third_party/llama_cpp.json)
+
 $(VENV)/installed: $(VENV)/tools $(PACKAGE)
+	$(LLAMA_CPP_PYTHON)
 	$(PIP) --no-build-isolation -C build-dir=.build/pykvc $(NATIVE) '.[test]'
 	touch $@
 
@@ -49,6 +54,7 @@ test: venv .build/stock/stock
 	$(VENV)/bin/pytest -q $(PYTEST_ARGS)
 
 dev: $(VENV)/tools
+	$(LLAMA_CPP_PYTHON)
 	$(PIP) --no-build-isolation -C build-dir=.build/pykvc $(NATIVE) -e '.[test]'
 	rm -f $(VENV)/installed
 
@@ -69,6 +75,7 @@ SAN := .venv-sanitize
 sanitize: .build/stock/stock
 	$(PYTHON) -m venv $(SAN)
 	$(SAN)/bin/pip --disable-pip-version-check install --quiet $(foreach tool,$(TOOLS),'$(tool)')
+	export PATH=$(CURDIR)/$(SAN)/bin:$$PATH; $(LLAMA_CPP_PYTHON)
 	PATH=$(CURDIR)/$(SAN)/bin:$$PATH $(SAN)/bin/pip --disable-pip-version-check install --quiet --no-build-isolation \
 	    -C build-dir=.build/sanitize $(NATIVE) -C cmake.define.PYKVC_SANITIZE=ON -C install.strip=false '.[test]'
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \

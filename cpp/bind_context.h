@@ -22,7 +22,7 @@ inline ggml_type cache_type(const std::string & name, const char * arg) {
 class Context {
 public:
     std::shared_ptr<Model> model;
-    llama_context_ptr ctx;
+    std::shared_ptr<llama_context> ctx;
     std::string spec = "full";
     int32_t n_rows = 0; // rows of logits of the last decode
     double prefill_ms = 0, decode_ms = 0;
@@ -66,11 +66,21 @@ public:
             if (!env) {
                 next_context(cfg);
             }
-            ctx.reset(llama_init_from_model(model->ptr.get(), cp));
+            ctx.reset(llama_init_from_model(model->ptr.get(), cp), llama_free);
         }
         if (!ctx) {
             fail("the context cannot be created");
         }
+        read_spec();
+    }
+
+    // Another program's, which frees it: valid until then.
+    explicit Context(llama_context * borrowed) :
+        model(std::make_shared<Model>(const_cast<llama_model *>(llama_get_model(borrowed)))), ctx(borrowed, [](llama_context *) {}) {
+        read_spec();
+    }
+
+    void read_spec() {
         if (auto * e = engine::of(ctx.get())) {
             spec = e->conf().spec;
         }
@@ -349,13 +359,22 @@ public:
         return d;
     }
 
-    py::dict seq_stats(int32_t seq) const {
+    kvc_seq_usage seq_usage(int32_t seq) const {
         check_seq(seq);
         begin_call();
         kvc_seq_usage u;
         if (kvc_get_seq_usage(ctx.get(), seq, &u) < 0) {
             fail("no usage");
         }
+        return u;
+    }
+
+    int64_t n_evictions(int32_t seq) const {
+        return seq_usage(seq).n_evictions;
+    }
+
+    py::dict seq_stats(int32_t seq) const {
+        const kvc_seq_usage u = seq_usage(seq);
         py::list kept;
         for (int32_t l = 0; l < usage().n_layer; ++l) {
             kept.append(kvc_kept(ctx.get(), seq, l, nullptr));

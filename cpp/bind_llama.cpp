@@ -121,7 +121,19 @@ void bind_llama(py::module_ & m) {
     llama_backend_init();
 
     m.def("system_info", []() { return std::string(llama_print_system_info()); }, "CPU and backend features llama.cpp was built with.");
-    m.def("set_log", [](py::object cb) { log_callback() = std::move(cb); }, "callback"_a, "level (1 debug .. 4 error) and text of each llama.cpp message; None: silent.");
+    m.def("set_log", [](py::object cb) {
+        log_callback() = std::move(cb);
+        llama_log_set(on_log, nullptr); // somebody else may have set theirs
+    }, "callback"_a, "level (1 debug .. 4 error) and text of each llama.cpp message; None: silent.");
+    m.def("next_context", [](const py::object & policy, const std::string & budget, const std::string & decode_budget, const std::string & cells) {
+        if (policy.is_none()) {
+            forget_next_context();
+        } else {
+            next_context(config_from_python(policy, budget, decode_budget, cells));
+        }
+    }, "policy"_a, "budget"_a = "", "decode_budget"_a = "", "cells"_a = "", "The policy of the next context this thread creates; None: what the environment says.");
+    m.def("begin_call", &begin_call, "Forgets what failed before.");
+    m.def("why_failed", &why_failed, "what"_a, "what, and why, as llama.cpp or the engine said since begin_call().");
 
     m.def("devices", []() {
         static const std::map<int, const char *> kinds = { { GGML_BACKEND_DEVICE_TYPE_CPU, "CPU" }, { GGML_BACKEND_DEVICE_TYPE_GPU, "GPU" },
@@ -166,6 +178,9 @@ void bind_llama(py::module_ & m) {
                 bool, const py::object &, const std::string &, const std::string &, const std::string &>(), "model"_a, py::kw_only(), "n_ctx"_a = 0, "n_batch"_a = 2048,
                 "n_ubatch"_a = 512, "n_seq_max"_a = 1, "n_threads"_a = 0, "n_threads_batch"_a = 0, "type_k"_a = "f16", "type_v"_a = "f16",
                 "flash_attn"_a = "auto", "offload_kqv"_a = true, "policy"_a = "full", "budget"_a = "", "decode_budget"_a = "", "cells"_a = "")
+        .def_static("borrow", [](uintptr_t address) { return std::make_unique<Context>(reinterpret_cast<llama_context *>(address)); }, "address"_a,
+                "One that another program of this process made and frees, with its model.")
+        .def_property_readonly("model", [](const Context & c) { return c.model; })
         .def_property_readonly("n_ctx", &Context::n_ctx)
         .def_property_readonly("n_batch", [](const Context & c) { return llama_n_batch(c.ctx.get()); })
         .def_property_readonly("n_ubatch", [](const Context & c) { return llama_n_ubatch(c.ctx.get()); })
@@ -204,6 +219,7 @@ void bind_llama(py::module_ & m) {
         .def("scores", &Context::scores, "seq"_a = 0)
         .def("signals", &Context::signals, "seq"_a = 0)
         .def("stats", &Context::stats)
+        .def("n_evictions", &Context::n_evictions, "seq"_a = 0)
         .def("seq_stats", &Context::seq_stats, "seq"_a = 0)
         .def("save", [](Context & c) { return c.save(-1); })
         .def("load", [](Context & c, const std::string & d) { c.load(d, -1); }, "data"_a)

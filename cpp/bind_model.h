@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <map>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 
@@ -26,7 +27,7 @@ std::string why_failed(const std::string & what);
 
 class Model {
 public:
-    llama_model_ptr ptr;
+    std::shared_ptr<llama_model> ptr;
     const llama_vocab * vocab = nullptr;
 
     Model(const std::string & path, int n_gpu_layers, bool use_mmap, bool use_mlock, bool vocab_only) {
@@ -37,13 +38,16 @@ public:
         mp.load_mode    = use_mlock ? LLAMA_LOAD_MODE_MLOCK : use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
         {
             py::gil_scoped_release nogil;
-            ptr.reset(llama_model_load_from_file(path.c_str(), mp));
+            ptr.reset(llama_model_load_from_file(path.c_str(), mp), llama_model_free);
         }
         if (!ptr) {
             fail(path + " is not a GGUF model llama.cpp can load");
         }
         vocab = llama_model_get_vocab(ptr.get());
     }
+
+    // Another program's, which frees it.
+    explicit Model(llama_model * borrowed) : ptr(borrowed, [](llama_model *) {}), vocab(llama_model_get_vocab(borrowed)) {}
 
     std::string str(int32_t (*fn)(const llama_model *, char *, size_t)) const {
         char buf[512];

@@ -26,6 +26,11 @@ void next_context(std::shared_ptr<const config> cfg) {
     next_set = true;
 }
 
+void forget_next_context() {
+    next_cfg = nullptr;
+    next_set = false;
+}
+
 void check_budgets(const policy & pol, const std::string & name, decode_mode mode, const budget & prompt, const budget & decode) {
     if (decode.kind != budget::none && mode == decode_mode::none) {
         std::string names;
@@ -85,8 +90,7 @@ std::shared_ptr<const config> engine::configure(const llama_model & model, const
     std::shared_ptr<const config> cfg;
     if (next_set) {
         cfg = std::move(next_cfg);
-        next_cfg = nullptr;
-        next_set = false;
+        forget_next_context();
     } else if (const char * name = getenv("LLAMA_ARG_KV_POLICY")) {
         const char * b = getenv("LLAMA_ARG_KV_BUDGET");
         const char * d = getenv("LLAMA_ARG_KV_DECODE_BUDGET");

@@ -278,6 +278,7 @@ uint32_t rows_of_layer(uint32_t il, uint32_t n_cells);
 
 // The policy of the next context this thread creates; null: stock whatever the environment says.
 void next_context(std::shared_ptr<const config> cfg);
+void forget_next_context(); // the environment says it again
 
 void check_budgets(const policy & pol, const std::string & name, decode_mode mode, const budget & prompt, const budget & decode);
 std::shared_ptr<const config> make_config(const std::string & spec, const std::string & budget, const std::string & decode_budget,

@@ -1,7 +1,15 @@
 """KV cache eviction inside llama.cpp. `pykvc.LLM` is where to begin; `pykvc --help` is the command line."""
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
-from ._core import policies
+try:
+    from ._core import policies
+except ImportError as error:
+    if "llama_cpp" not in sys.modules:
+        raise
+    raise ImportError("llama_cpp was imported before, on a libllama of its own: import pykvc first, or set "  # ours is then not loaded
+                      f"LLAMA_CPP_LIB_PATH={Path(__file__).parent/'lib'}") from error
 from .generation import Generation, Stream
 from .llm import LLM
 from .policy import Layer, LayerPlan, Policy, Request

@@ -34,6 +34,10 @@ def system_info() -> str: ...
 def devices() -> list[tuple[str, str, str]]: """name, description, kind: CPU, GPU, IGPU, ACCEL"""
 def pretend_lacking(ops: Sequence[str]) -> None: """Tests: no device runs these ops of ggml, if it is asked."""
 def set_log(callback: Callable[[int, str], None] | None) -> None: """level (1 debug .. 4 error), text; None: silent."""
+def next_context(policy: Any, budget: str = "", decode_budget: str = "", cells: str = "") -> None:
+    """The policy of the next context this thread creates, by whatever program (see Context); None: what the environment says."""
+def begin_call() -> None: """Forgets what failed before on this thread."""
+def why_failed(what: str) -> str: """what, and why, as llama.cpp or the engine said since begin_call()."""
 
 class Model:
     """A loaded GGUF. ValueError: not a GGUF, truncated, unknown architecture."""
@@ -81,6 +85,11 @@ class Context:
                  n_threads: int = 0, n_threads_batch: int = 0, type_k: str = "f16", type_v: str = "f16",
                  flash_attn: str = "auto", offload_kqv: bool = True, policy: Any = "full", budget: str = "",
                  decode_budget: str = "", cells: str = "") -> None: ...
+    @staticmethod
+    def borrow(address: int) -> "Context":
+        """A llama_context that another program of this process made, and frees: valid until then."""
+    @property
+    def model(self) -> Model: ...
     @property
     def n_ctx(self) -> int: """logical positions of one sequence"""
     @property
@@ -124,6 +133,7 @@ class Context:
     def stats(self) -> dict[str, Any]:
         """cells_used [n_seq_max], cells_allocated (a sequence), kept [n_layer_kv] (rows, those of the longest head; sequence 0), bytes_allocated, bytes_used, bytes_full
         (what the evaluated tokens would take), n_evictions, n_evicted (cells of the mean layer), score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
+    def n_evictions(self, seq: int = 0) -> int: """of the sequence since it was emptied"""
     def save(self) -> bytes: """whole state, with what was kept"""
     def load(self, data: bytes) -> None: """ValueError: other model, policy or version; the context is then empty"""
     def save_seq(self, seq: int = 0) -> bytes: ...

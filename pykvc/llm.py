@@ -61,9 +61,8 @@ class LLM:
         setup = {"arch": loaded.arch, "model": loaded.desc, "n_params": loaded.n_params, "n_vocab": loaded.n_vocab,
                  "kv_policy": ctx.policy, "kv_budget": budget, "kv_decode_budget": decode_budget, "kv_cells": cells, "n_ctx": ctx.n_ctx,
                  "type_k": type_k, "type_v": type_v, "flash_attn": ctx.flash_attn, "n_seq_max": n_seq_max}
-        name = policy.name if isinstance(policy, Policy) else policy.partition(":")[0]
-        needs = {"spans": policy.spans, "probe": "none"} if isinstance(policy, Policy) else _needs(name)
-        self._opened: Session | None = Session(loaded, ctx, setup, name != "full", needs["spans"], needs["probe"], options.window(ctx.policy))
+        needs = options.needs(policy)
+        self._opened: Session | None = Session(loaded, ctx, setup, policy != "full", needs["spans"], needs["probe"], options.window(ctx.policy))
 
     # -- text -------------------------------------------------------------------------------------------------------
 
@@ -303,10 +302,6 @@ class LLM:
         if self._opened is None:
             raise ValueError("this LLM was closed")
         return self._opened
-
-
-def _needs(name: str) -> dict[str, Any]:
-    return next(p["needs"] for p in _core.policies() if p["name"] == name)
 
 
 def _log(level: int, text: str) -> None:

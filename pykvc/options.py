@@ -84,6 +84,13 @@ def policy(value: str | Policy, kv_budget: str, kv_decode_budget: str, kv_cells:
     return checked
 
 
+def needs(policy: str | Policy) -> dict[str, Any]:
+    """What a policy is given, of those that Python has to provide: spans, sums, probe ('none' | 'mean' | 'max')."""
+    if isinstance(policy, Policy):
+        return {"spans": policy.spans, "sums": policy.sums, "probe": "none"}
+    return next(p["needs"] for p in _core.policies() if p["name"] == policy.partition(":")[0])
+
+
 def window(policy: str) -> int:
     """The parameter of that name, of a canonical spec; 0 without one."""
     values = dict(item.split("=") for item in policy.partition(":")[2].split(",") if "=" in item)

@@ -1,0 +1,209 @@
+"""llama-cpp-python on this package's libllama: its Llama, with a cache that evicts.
+
+    from pykvc.llama_cpp import Llama
+    llm = Llama("model.gguf", n_ctx=8192, kv_policy="snapkv", kv_budget=512)
+    llm.create_chat_completion([{"role": "user", "content": "..."}]); llm.kv_stats()
+
+    CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install 'pykvc[llama-cpp-python]'     without a second libllama
+"""
+import importlib
+import os
+import sys
+from importlib import metadata
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+from . import _core, options, prompts
+from .policy import I32, Policy
+
+VERSION = "0.3.36"  # whose source our library is built from: its structs are the same
+LIB = Path(_core.__file__).parent / "lib"
+
+
+def _load() -> Any:
+    """Their package on our library. ImportError: not installed, another version, or already loaded on another library."""
+    how = f"CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install llama-cpp-python=={VERSION}"
+    try:
+        found = metadata.version("llama-cpp-python")
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"pykvc.llama_cpp is llama-cpp-python on pykvc's library, and that is not installed: {how}") from None
+    if found != VERSION:
+        raise ImportError(f"pykvc's library is built from the source of llama-cpp-python {VERSION}, but {found} is installed: {how}")
+    before, os.environ["LLAMA_CPP_LIB_PATH"] = os.environ.get("LLAMA_CPP_LIB_PATH"), str(LIB)
+    try:
+        theirs = importlib.import_module("llama_cpp")
+    finally:
+        del os.environ["LLAMA_CPP_LIB_PATH"]
+        if before is not None:
+            os.environ["LLAMA_CPP_LIB_PATH"] = before
+    loaded = Path(theirs.llama_cpp._lib._name)
+    if not loaded.parent.samefile(LIB):
+        raise ImportError(f"llama_cpp was imported before, on {loaded}: import pykvc.llama_cpp first, or set LLAMA_CPP_LIB_PATH={LIB}")
+    return theirs
+
+
+class _NoImages(MetaPathFinder):
+    """libmtmd of another build would be given our contexts, and crash."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name in ("llama_cpp.mtmd_cpp", "llama_cpp.llava_cpp"):
+            raise ImportError("images and audio need llama.cpp's libmtmd, which pykvc does not build")
+
+
+theirs = _load()
+sys.meta_path.insert(0, _NoImages())
+
+
+class _Cache:
+    """The sequence of a Llama, between it and what was evicted."""
+
+    def __init__(self, ctx: "_core.Context", evicts: bool, spans: bool) -> None:
+        self.ctx, self.evicts, self.needs_spans = ctx, evicts, spans
+        self.phase = "prompt"   # being evaluated, then "sampled": the first token of the answer, then "answer"
+        self.n_seen = 0         # tokens the last eviction saw: a text that branches before would have evicted something else
+        self.n_evictions = 0
+        self.spans: list[tuple[int, int]] = []
+
+    def remove_tail(self, seq: int, begin: int, end: int) -> bool:
+        """In the place of LlamaContext.kv_cache_seq_rm, which Llama calls before it evaluates. False: it then begins anew."""
+        if 0 < begin < self.n_seen:
+            return False
+        removed = self.ctx.remove_tail(max(begin, 0)) if end < 0 else False
+        if removed and begin <= 0:
+            self.n_seen = self.n_evictions = 0
+        if removed and self.spans:
+            self.ctx.set_spans(self.spans)
+        return removed
+
+    def begin(self, tokens: Sequence[int], n_before: int, before: Sequence[int]) -> None:
+        """Tokens are to be evaluated after n_before. Those after a sampled one are an answer: what came before is evicted now."""
+        if self.phase == "prompt":
+            self.ctx.begin_prompt()
+            if self.needs_spans and tokens:
+                self.spans = prompts.encode(self.ctx.model, True, None, [*before, *tokens], None, "tokens", None, first=True)[1]
+        elif self.phase == "sampled":
+            if self.ctx.evict():
+                self.n_seen = n_before
+            self.ctx.end_prompt()
+            self.n_evictions, self.phase = self.ctx.n_evictions(), "answer"
+
+    def end(self, n_tokens: int) -> None:
+        """n_tokens are evaluated; evictions while that was done came before the last of them."""
+        n, self.n_evictions = self.n_evictions, self.ctx.n_evictions()
+        if self.n_evictions != n:
+            self.n_seen = n_tokens - 1
+
+
+class Llama(theirs.Llama):
+    """llama_cpp.Llama with kv_policy, kv_budget, kv_decode_budget and kv_cells as pykvc.LLM takes them; everything else is
+    theirs (n_ctx 512 and flash_attn False by default). Every prompt is evicted to kv_budget when its first token was sampled.
+
+    A prompt that extends what was evaluated goes on from it. One that branches before the last eviction is evaluated from
+    its beginning, and so is the same prompt again: the answer is that of a new Llama. ValueError names what is valid."""
+
+    def __init__(self, model_path: str, *, kv_policy: str | Policy = "full", kv_budget: int | float | str | None = None,
+                 kv_decode_budget: int | float | str | None = None, kv_cells: int | str | None = None, **kwargs: Any) -> None:
+        budget, decode_budget = options.budget("kv_budget", kv_budget), options.budget("kv_decode_budget", kv_decode_budget)
+        cells = options.cells(kv_cells)
+        policy = options.policy(kv_policy, budget, decode_budget, cells)
+        needs, evicts = options.needs(policy), policy != "full"
+        if needs["probe"] != "none":
+            raise ValueError(f"{kv_policy} evaluates questions of its own, which only pykvc.LLM asks: choose another policy")
+        if evicts and kwargs.get("draft_model") is not None and (decode_budget or cells or needs["sums"]):
+            raise ValueError("draft_model: drafts that are refused are taken out of the cache again, which kv_decode_budget, kv_cells and "
+                             "h2o do not allow")
+        self._kv_given = dict(kv_policy=kv_policy, kv_budget=kv_budget, kv_decode_budget=kv_decode_budget, kv_cells=kv_cells)
+        _core.set_log(_log)  # LLM may have set its own
+        _core.begin_call()
+        _core.next_context(policy, budget, decode_budget, cells)
+        try:
+            super().__init__(model_path, **kwargs)
+        except ValueError as error:
+            raise ValueError(_core.why_failed(str(error))) from None
+        finally:
+            _core.next_context(None)  # if there was none
+        self._kv = _Cache(_core.Context.borrow(self._ctx.ctx), evicts, needs["spans"])
+        if evicts:
+            self._ctx.kv_cache_seq_rm = self._kv.remove_tail
+
+    def kv_stats(self) -> dict[str, Any]:
+        """As pykvc.LLM.stats(), but for prefill_ms and decode_ms."""
+        stats = self._opened.stats()
+        cells = int(stats["cells_used"][0])
+        return {"n_tokens": self._opened.pos_max() + 1, "cells": cells,
+                **{key: value for key, value in stats.items() if key not in ("prefill_ms", "decode_ms")}}
+
+    def kept(self) -> list[I32]:
+        """Per layer that evicts [n_head_kv, n_kept]: original positions of what the cache holds, ascending, -1 first where a head
+        holds fewer (adakv)."""
+        return self._opened.kept()
+
+    @property
+    def _opened(self) -> "_core.Context":
+        if self._kv is None:
+            raise ValueError("this Llama was closed")
+        return self._kv.ctx
+
+    # -- theirs, with evictions in between ------------------------------------------------------------------------------
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Iterator[int]:
+        self._kv.phase = "prompt"
+        yield from super().generate(tokens, *args, **kwargs)
+
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        if self._kv.phase == "prompt":
+            self._kv.phase = "sampled"
+        return super().sample(*args, **kwargs)
+
+    def reset(self) -> None:
+        self._kv.phase = "prompt"
+        super().reset()
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        if not self._kv.evicts:
+            super().eval(tokens)
+            return
+        _core.begin_call()
+        if len(tokens) > 1 and self.draft_model is None:
+            self._kv.phase = "prompt"
+        if not self._kv.remove_tail(0, self.n_tokens, -1):
+            raise ValueError(f"the cache was compressed: it goes on from {self._kv.n_seen} tokens or more, or from 0, not from {self.n_tokens}")
+        self._kv.begin(tokens, self.n_tokens, self._input_ids.tolist())
+        try:
+            super().eval(tokens)
+        except RuntimeError as error:
+            self.reset()  # of what was evaluated a part is there; the next call begins anew
+            raise RuntimeError(_core.why_failed(str(error))) from None
+        self._kv.end(self.n_tokens)
+
+    def save_state(self) -> Any:
+        state = super().save_state()
+        state.kv = self._kv.phase, self._kv.n_seen
+        return state
+
+    def load_state(self, state: Any) -> None:
+        _core.begin_call()
+        try:
+            super().load_state(state)
+        except RuntimeError as error:
+            self._ctx.kv_cache_clear()
+            self.reset()
+            raise RuntimeError(_core.why_failed(str(error))) from None
+        self._kv.phase, self._kv.n_seen = getattr(state, "kv", ("prompt", state.n_tokens))
+        self._kv.n_evictions = self._opened.n_evictions() if self._kv.evicts else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **self._kv_given}
+
+    def close(self) -> None:
+        self._kv = None
+        if hasattr(self, "_stack"):  # else it was never opened
+            super().close()
+
+
+def _log(level: int, text: str) -> None:
+    theirs._logger.llama_log_callback(level, text.encode(), None)  # prints what their verbose= lets through
+
+
+_core.set_log(_log)
