@@ -35,7 +35,7 @@ LLAMA_CPP_PYTHON := CMAKE_ARGS=-DLLAMA_BUILD=OFF pip --disable-pip-version-check
 
 $(VENV)/installed: $(VENV)/tools $(PACKAGE)
 	$(LLAMA_CPP_PYTHON)
-	$(PIP) --no-build-isolation -C build-dir=.build/pykvc $(NATIVE) '.[test]'
+	$(PIP) --no-build-isolation -C build-dir=.build/pykvc $(NATIVE) '.[test,lm-eval]'
 	touch $@
 
 .build/stock/stock: $(VENV)/tools $(REFERENCE)
@@ -55,7 +55,7 @@ test: venv .build/stock/stock
 
 dev: $(VENV)/tools
 	$(LLAMA_CPP_PYTHON)
-	$(PIP) --no-build-isolation -C build-dir=.build/pykvc $(NATIVE) -e '.[test]'
+	$(PIP) --no-build-isolation -C build-dir=.build/pykvc $(NATIVE) -e '.[test,lm-eval]'
 	rm -f $(VENV)/installed
 
 # auditwheel looks for symbols and libraries that another Linux may lack, and names the oldest one in the wheel's tag.
@@ -77,7 +77,7 @@ sanitize: .build/stock/stock
 	$(SAN)/bin/pip --disable-pip-version-check install --quiet $(foreach tool,$(TOOLS),'$(tool)')
 	export PATH=$(CURDIR)/$(SAN)/bin:$$PATH; $(LLAMA_CPP_PYTHON)
 	PATH=$(CURDIR)/$(SAN)/bin:$$PATH $(SAN)/bin/pip --disable-pip-version-check install --quiet --no-build-isolation \
-	    -C build-dir=.build/sanitize $(NATIVE) -C cmake.define.PYKVC_SANITIZE=ON -C install.strip=false '.[test]'
+	    -C build-dir=.build/sanitize $(NATIVE) -C cmake.define.PYKVC_SANITIZE=ON -C install.strip=false '.[test,lm-eval]'
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    $(SAN)/bin/pytest -q $(PYTEST_ARGS)

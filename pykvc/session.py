@@ -93,7 +93,7 @@ class Session:
             self.decode(chunk)
 
     def decode(self, ids: list[int], logits: str = "last") -> None:
-        """Evaluates tokens, the pending one first."""
+        """Evaluates tokens, the pending one first. logits: of which ctx.logits() has rows, "last" | "all" (at most n_batch tokens)."""
         n_before, fresh = self.n_tokens, False
         self.tokens += ids
         try:
