@@ -97,7 +97,7 @@ class PykvcLM(TemplateLM):
         return scored
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Windows of max_length tokens, each after one token of context: kv_cells and kv_decode_budget evict while they are scored."""
+        """A text in windows of max_length tokens, the first after BOS: kv_cells and kv_decode_budget evict while they are scored."""
         if self.session.evicts and not (self.session.setup["kv_cells"] or self.session.setup["kv_decode_budget"]):
             raise ValueError("loglikelihood_rolling scores a text from its first token on, so there is no prompt that kv_budget could evict: "
                              "give kv_cells or kv_decode_budget, or kv_policy=full")

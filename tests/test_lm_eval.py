@@ -144,10 +144,10 @@ def test_rolling(full, snapkv, model_path):
     assert whole == pytest.approx(expected, rel=0.01)  # quantized weights: a batch sums in another order
     with pytest.raises(ValueError, match="no prompt that kv_budget could evict"):
         snapkv.loglikelihood_rolling(asked("loglikelihood_rolling", (text,)))
-    text = FACTS*6  # two windows of 256 tokens, the second after the last token of the first
+    text = FACTS*6  # two windows of 256 tokens, the second as long as the first, what it has to score last
     ids = full.tok_encode(text, add_special_tokens=False)
     assert 256 < len(ids) < 512
-    windows = full._loglikelihood_tokens([(None, [first], ids[:256]), (None, ids[255:256], ids[256:])], disable_tqdm=True)
+    windows = full._loglikelihood_tokens([(None, [first], ids[:256]), (None, ids[len(ids) - 257:256], ids[256:])], disable_tqdm=True)
     bounded = PykvcLM(str(model_path), n_ctx=256)
     assert bounded.loglikelihood_rolling(asked("loglikelihood_rolling", (text,)), disable_tqdm=True)[0] == pytest.approx(sum(s for s, _ in windows), rel=0.01)
 
