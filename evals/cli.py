@@ -9,9 +9,9 @@ import typer
 from pykvc import _core, bench, command, models, options
 from pykvc.command import sentences, values
 
-from . import estimate, latency, pictures, report, study
+from . import attention, estimate, latency, pictures, report, study
 from .cases import cases, protocols
-from .run import Plan, run, run_all
+from .run import Plan, open_model, run, run_all
 from .tasks import TASKS, settings_of, task
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -141,7 +141,11 @@ def run_study(
                         n_threads=threads, n_gpu_layers=n_gpu_layers, n_parallel=_positive("--n-parallel", n_parallel), any_commit=any_commit)
     names = [models.resolve(one) for one in models_given]
     benches = [latency.cases_of(found.blocks["bench"], one, only.policies, only.budgets, threads, n_gpu_layers, n) for one in names]
+    seen = [attention.probes(found.blocks["attention"], open_model(one), where, n, found.n, only.tasks, only.policies, only.budgets, not plain)
+            for one in names if found.blocks["attention"]]
     if dry_run:
+        for one, looks in zip(names, seen):
+            print(f"{one.stem}: {len(looks)} items to look at, each evaluated {2 + max(len(probe.cases) for probe in looks)} times")
         for one, todo in zip(names, benches):
             if plans:
                 print(estimate.sentence(plans, one))
@@ -156,6 +160,10 @@ def run_study(
         with _bar() as (size, watch):
             size(sum(bench.work(*one) for one in todo))
             latency.run(todo, folder, watch)
+    for one, looks in zip(names, seen):
+        with _bar() as (size, watch):
+            size(len(looks))
+            attention.run(looks, one, folder, threads, n_gpu_layers, any_commit, watch)
     for line in study.report(found, folder):
         print(line)
     _end(problems)

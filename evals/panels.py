@@ -115,6 +115,9 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], colours: d
         at.step(*zip(*best), where="post", color="black", linewidth=1, label="front")
     if x == "bytes_used":
         at.set_xscale("log")
+        at.xaxis.set_major_formatter("{x:g}")
+        at.xaxis.set_minor_formatter("{x:g}")
+        at.tick_params(axis="x", which="minor", labelsize=7)
     if y == "kl":
         at.set_yscale("symlog", linthresh=1e-3)
     elif y == "score":

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Sequence
 
-from . import latency, panels
+from . import attention_report, latency, panels
 from . import report as tables
 from .cases import cases, protocols
 from .run import Plan
@@ -169,6 +169,12 @@ def report(study: Study, out: Path) -> list[str]:
         (out/"report.md").write_text(f"# {study.title}\n\n{text}", encoding="utf-8")
         (out/"report.csv").write_text(tables.comma_separated(lines), encoding="utf-8")
         said += [text, *map(str, panels.draw(out, study.blocks["picture"], lines))]
+    if found := attention_report.rows(out):
+        lines = attention_report.lines(found)
+        text = attention_report.markdown(lines)
+        (out/"attention.md").write_text(f"# {study.title}\n\n{text}", encoding="utf-8")
+        (out/"attention.csv").write_text(attention_report.comma_separated(lines), encoding="utf-8")
+        said += [text, *map(str, attention_report.draw(out, found))]
     if study.blocks["bench"] and latency.rows(out):
         text = latency.table(out)
         (out/"latency.md").write_text(f"# {study.title}\n\n{text}", encoding="utf-8")

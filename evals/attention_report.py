@@ -1,0 +1,177 @@
+"""What evals/attention.py saved, as tables and pictures."""
+import csv
+import io
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Sequence
+
+import numpy as np
+
+from . import stats
+from .report import changed
+from .store import Row, read
+
+PARTS = ("system", "shots", "context", "rest", "question")
+
+
+def rows(out: Path) -> list[Row]:
+    return [row for path in sorted(out.glob("*.attention.jsonl")) for row in read(path)]
+
+
+def _groups(found: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in found:
+        groups[row["model"], ", ".join(filter(None, [row["task"], changed(row["task"], row["settings"])]))].append(row)
+    return groups
+
+
+def lines(found: Sequence[Row]) -> list[Row]:
+    """A line for each model and task: means over items, and the interval of each (normal)."""
+    table = []
+    for (model, name), of_task in _groups(found).items():
+        line: Row = {"model": model, "task": name, "n": len(of_task), "tokens": float(np.mean([row["n_tokens"] for row in of_task]))}
+        figures = {"sinks": [row["sinks"] for row in of_task]}
+        for end in ("", "_bare"):
+            figures |= {f"{part}{end}": [row[f"mass{end}"][part] for row in of_task if part in row[f"mass{end}"]] for part in PARTS}
+            figures |= {f"{what}{end}": [row[f"{what}{end}"] for row in of_task] for what in ("entropy", "tokens_90")}
+        for policy in dict.fromkeys(policy for row in of_task for policy in row["kept"]):
+            for part in PARTS:
+                figures[f"kept {policy} {part}"] = [row["kept"][policy][part] for row in of_task if part in row["kept"].get(policy, {})]
+        for what, values in figures.items():
+            if values:
+                low, high = stats.mean_interval(values) if len(values) > 1 else (None, None)
+                line |= {what: float(np.mean(values)), f"{what}_low": low, f"{what}_high": high}
+        table.append(line)
+    return table
+
+
+def markdown(table: Sequence[Row]) -> str:
+    shown = [part for part in PARTS if any(part in line for line in table)]
+    head = ["model", "task", "n", "tokens", "first 4", *shown, "entropy", "tokens for 90 %"]
+    text = ["## Mass by part, in % of the attention of the question's last queries; after the slash without the first 4 tokens", "", *_header(head)]
+    for line in table:
+        text.append(_row([line["model"], line["task"], str(line["n"]), f"{line['tokens']:.0f}", _percent(line, "sinks"),
+                          *(f"{_percent(line, part)} / {_percent(line, part + '_bare')}" if part in line else "" for part in shown),
+                          f"{line['entropy']:.2f} / {line['entropy_bare']:.2f}", f"{_percent(line, 'tokens_90')} / {_percent(line, 'tokens_90_bare')}"]))
+    policies = list(dict.fromkeys(name.removeprefix("kept ").rsplit(" ", 1)[0] for line in table for name in line
+                                  if name.startswith("kept ") and not name.endswith(("_low", "_high"))))
+    if policies:
+        text += ["", "## Kept share by part, in % of tokens, mean over layers and heads", "", *_header(["model", "task", "policy", *shown])]
+        for line in table:
+            for policy in policies:
+                if any(f"kept {policy} {part}" in line for part in shown):
+                    text.append(_row([line["model"], line["task"], f"`{policy}`", *(_percent(line, f"kept {policy} {part}") for part in shown)]))
+    return "\n".join(text) + "\n"
+
+
+def _header(names: Sequence[str]) -> list[str]:
+    return [_row(names), _row(["---"]*2 + ["---:"]*(len(names) - 2))]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _percent(line: Row, name: str) -> str:
+    return f"{100*line[name]:.1f}" if name in line else ""
+
+
+def comma_separated(table: Sequence[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in table for name in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    return text.getvalue()
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------------
+
+def draw(out: Path, found: Sequence[Row]) -> list[Path]:
+    """For each model: cumulative mass and entropy of all tasks, and of each task's first item a heat map and what survives."""
+    import matplotlib
+    matplotlib.use("Agg")
+    paths = []
+    for model in dict.fromkeys(row["model"] for row in found):
+        of_model = [row for row in found if row["model"] == model]
+        arrays = {id(row): dict(np.load(out/row["arrays"])) for row in of_model}
+        paths.append(_curves(out/f"attention-{model}.png", of_model, arrays))
+        for (_, name), of_task in _groups(of_model).items():
+            stem = f"{model}-{name}".replace(", ", "-").replace(" ", "_").replace("/", "_")
+            paths.append(_heat_map(out/f"heat-{stem}.png", f"{name}, {model}", of_task[0], arrays[id(of_task[0])]))
+            if of_task[0]["kept"]:
+                paths.append(_survivors(out/f"survivors-{stem}.png", f"{name}, {model}", of_task[0], arrays[id(of_task[0])]))
+    return paths
+
+
+def _curves(path: Path, found: Sequence[Row], arrays: dict[int, dict[str, np.ndarray]]) -> Path:
+    import matplotlib.pyplot as plt
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    for i, ((_, name), of_task) in enumerate(_groups(found).items()):
+        colour = f"C{i % 10}"
+        for end, style in (("", "-"), ("_bare", "--")):
+            mean = np.mean([arrays[id(row)][f"cumulative{end}"] for row in of_task], axis=0)
+            left.plot(np.linspace(0, 100, len(mean)), 100*mean, style, color=colour, label=name if not end else None)
+            entropies = np.mean([arrays[id(row)][f"entropy{end}"] for row in of_task], axis=0)
+            middle.plot(entropies, style, color=colour)
+    left.set(xlabel="% of tokens, most attended first", ylabel="% of the attention", title="cumulative mass", xlim=(0, 50))
+    middle.set(xlabel="layer", ylabel="entropy / log n", title="dashed: without the first 4 tokens", ylim=(0, 1))
+    names, bottom = list(_groups(found)), np.zeros(len(_groups(found)))
+    for i, part in enumerate(PARTS):
+        values = np.array([np.mean([row["mass"].get(part, 0) for row in of_task]) for of_task in _groups(found).values()])
+        if values.any():
+            right.barh([name for _, name in names], 100*values, left=bottom, color=f"C{i}", label=part)
+            bottom += 100*values
+    right.plot([100*np.mean([row["sinks"] for row in of_task]) for of_task in _groups(found).values()], [name for _, name in names], "k|", markersize=14, label="first 4 tokens")
+    right.invert_yaxis()
+    right.set(xlabel="% of the attention", title="mass by part")
+    left.legend(fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.suptitle(found[0]["model"])
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _marks(at: Any, row: Row, both: bool = False) -> None:
+    """Lines where a part begins, and its name above."""
+    for name, begin, end in row["parts"]:
+        at.axvline(begin, color="C3", linewidth=0.8)
+        if both:
+            at.axhline(begin, color="C3", linewidth=0.8)
+        if end - begin > 0.03*row["n_tokens"]:
+            at.text((begin + end)/2, 1.01, name, transform=at.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="C3")
+
+
+def _heat_map(path: Path, heading: str, row: Row, arrays: dict[str, np.ndarray]) -> Path:
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+    n, heat = row["n_tokens"], arrays["heat"].astype(np.float32)
+    wide = heat[:, :n//max(1, n//400)*max(1, n//400)].reshape(len(heat), -1, max(1, n//400)).max(axis=2)  # so that a lone key is seen
+    figure, axes = plt.subplots(figsize=(7.5, 6.2), layout="constrained")
+    image = axes.imshow(np.where(wide > 0, wide, np.nan), norm=LogNorm(1e-5, 0.3), cmap="magma", aspect="auto", interpolation="nearest", extent=(0, n, len(heat)*row["step"], 0))
+    axes.set(ylim=(n, 0), xlabel="key", ylabel=f"query ({row['step']} in a row)")
+    axes.set_title(heading + ": attention, mean over layers and heads", pad=18, fontsize=10)
+    _marks(axes, row, both=True)
+    figure.colorbar(image)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _survivors(path: Path, heading: str, row: Row, arrays: dict[str, np.ndarray]) -> Path:
+    import matplotlib.pyplot as plt
+    shares = {name.removeprefix("kept "): a.astype(np.float32) for name, a in arrays.items() if name.startswith("kept ")}
+    figure, axes = plt.subplots(len(shares), 1, figsize=(9, 0.8 + 1.05*len(shares)), layout="constrained", sharex=True, squeeze=False)
+    for i, (at, (name, share)) in enumerate(zip(axes[:, 0], shares.items())):
+        at.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=(0, row["n_tokens"], len(share), 0))
+        at.set_ylabel(name.replace(" ", "\n"), rotation=0, ha="right", va="center", fontsize=8)
+        at.set_yticks([])
+        for _, begin, _ in row["parts"]:
+            at.axvline(begin, color="C3", linewidth=0.8)
+        if i == 0:
+            _marks(at, row)
+    axes[-1, 0].set_xlabel("position (each strip: layers from above)")
+    figure.suptitle(heading + ": share of KV heads that keep a token", fontsize=10)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
