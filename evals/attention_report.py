@@ -8,6 +8,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from . import stats
+from .pictures import file_of
 from .report import changed
 from .store import Row, read
 
@@ -96,10 +97,9 @@ def draw(out: Path, found: Sequence[Row]) -> list[Path]:
         arrays = {id(row): dict(np.load(out/row["arrays"])) for row in of_model}
         paths.append(_curves(out/f"attention-{model}.png", of_model, arrays))
         for (_, name), of_task in _groups(of_model).items():
-            stem = f"{model}-{name}".replace(", ", "-").replace(" ", "_").replace("/", "_")
-            paths.append(_heat_map(out/f"heat-{stem}.png", f"{name}, {model}", of_task[0], arrays[id(of_task[0])]))
+            paths.append(_heat_map(file_of(out, "heat", model, name), f"{name}, {model}", of_task[0], arrays[id(of_task[0])]))
             if of_task[0]["kept"]:
-                paths.append(_survivors(out/f"survivors-{stem}.png", f"{name}, {model}", of_task[0], arrays[id(of_task[0])]))
+                paths.append(_survivors(file_of(out, "survivors", model, name), f"{name}, {model}", of_task[0], arrays[id(of_task[0])]))
     return paths
 
 

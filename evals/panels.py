@@ -14,7 +14,7 @@ from typing import Any, Sequence
 
 from pykvc import _core
 
-from .pictures import label
+from .pictures import file_of, label
 from .store import Row
 
 MARKERS = "os^Dv*PX"
@@ -39,7 +39,7 @@ def draw(out: Path, blocks: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
         for line in wanted:
             files[("" if together else line["model"], *(str(line[name]) for name in _names(block, "file", ["protocol"])))].append(line)
         for parts, of_file in files.items():
-            path = out/("-".join([block.get("name", f"picture{i + 1}"), *filter(None, parts)]).replace("/", "_").replace(" ", "_") + ".png")
+            path = file_of(out, block.get("name", f"picture{i + 1}"), *parts)
             if _picture(path, ", ".join(filter(None, parts)), block, x, y, of_file):
                 paths.append(path)
     return paths

@@ -19,7 +19,7 @@ def draw(out: Path, rows: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
     matplotlib.use("Agg")
     paths = []
     for name in dict.fromkeys(tuple(title(line)) for line in lines):
-        path = out/("-".join(name).replace("/", "_").replace(" ", "_") + ".png")
+        path = file_of(out, *name)
         of_name = [row for row in rows if tuple(title(row)) == name and row["score"] is not None]
         tag = getattr(task(name[0]), "ACROSS", None)
         if of_name and tag:
@@ -28,6 +28,11 @@ def draw(out: Path, rows: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
             _curves(path, ", ".join(name), [line for line in lines if tuple(title(line)) == name and line["n"]])
         paths += [path]*bool(of_name)
     return paths
+
+
+def file_of(out: Path, *parts: str) -> Path:
+    """A PNG's name of what it shows."""
+    return out/("-".join(filter(None, parts)).replace(", ", "-").replace("/", "_").replace(" ", "_") + ".png")
 
 
 def label(row: Row) -> str:

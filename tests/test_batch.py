@@ -125,3 +125,53 @@ def test_mistakes_change_nothing(llm, how, why):
     with pytest.raises(ValueError, match=why):
         llm.generate_batch(**how)
     assert llm.n_tokens == n
+
+
+def test_a_prefix_for_each(llm, alone):
+    """Question-out, with other contexts: each question as after its own, the second time from what is there."""
+    prefixes, questions = [prompt(0, 90), prompt(0, 90), prompt(3, 60), prompt(4, 50)], [" Who came?", " Where?", " Why?", " When?"]
+    batch = llm.generate_batch(questions, prefix=prefixes, max_tokens=8)
+    for prefix, question, b in zip(prefixes, questions, batch):
+        alone.reset()
+        alone.prefill(prefix)
+        alone.compress()
+        kept = alone.stats()["kept"]
+        a = alone.generate(question, reset=False, max_tokens=8)
+        assert b.tokens == a.tokens and b.kv["prefix_kept"] == kept and b.kv["prefix_evictions"] == 1 and b.kv["evictions"] == 0
+
+
+@pytest.mark.parametrize("policy", ["snapkv:window=16", "shotkv:window=8,recent=8", "h2o"])
+def test_a_prefix_that_is_compressed_with_each_prompt(policy):
+    """Question-in: the prefix is evaluated once, and evicted with the question."""
+    prefix, questions = prompt(0, 90), [" Who came?", " Where was it?", " Why?"]
+    how = dict(n_ctx=512, n_threads=2, kv_policy=policy, kv_budget=0.5)
+    with pykvc.LLM(n_seq_max=2, **how) as llm, pykvc.LLM(**how) as alone:
+        spans = [(0, len(prefix)//2), (len(prefix)//2, len(prefix))]
+        batch = llm.generate_batch(questions, prefix=prefix, spans=spans, span_unit="chars", compress_prefix=False, max_tokens=6)
+        for question, b in zip(questions, batch):
+            alone.reset()
+            n = alone.prefill(prefix, spans=spans, span_unit="chars")
+            a = alone.generate(question, spans=(), reset=False, max_tokens=6)
+            assert b.kv["kept"] == a.kv["kept"] and b.kv["evictions"] == 1 and b.kv["prefix_evictions"] == 0
+            assert b.kv["prefix_kept"] == [n]*len(a.kv["kept"]) and b.tokens == a.tokens
+
+
+def test_probes_take_turns():
+    prefixes = [prompt(0, 90), prompt(0, 90), prompt(3, 60)]
+    how = dict(n_ctx=512, n_threads=2, kv_policy="kvzip", kv_budget=64)
+    with pykvc.LLM(n_seq_max=3, **how) as llm, pykvc.LLM(**how) as alone:
+        batch = llm.generate_batch([" Who?", " Where?", " Why?"], prefix=prefixes, max_tokens=4)
+        for prefix, question, b in zip(prefixes, [" Who?", " Where?", " Why?"], batch):
+            alone.reset()
+            alone.prefill(prefix)
+            alone.compress()
+            assert b.tokens == alone.generate(question, reset=False, max_tokens=4).tokens
+        with pytest.raises(ValueError, match="compress_prefix"):
+            llm.generate_batch([" Who?"], prefix=prefixes[0], compress_prefix=False)
+
+
+def test_prefixes_are_as_many_as_prompts(llm):
+    with pytest.raises(ValueError, match="one for each of the 2"):
+        llm.generate_batch(["a", "b"], prefix=["c"])
+    with pytest.raises(ValueError, match="one for each of the 2"):
+        llm.generate_batch(["a", "b"], prefix=["c", "d"], spans=[[(0, 1)]])

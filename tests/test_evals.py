@@ -119,7 +119,7 @@ def test_question_in_evicts_behind_the_question(subject, data):
     with pykvc.LLM(subject.path, n_ctx=1024, n_threads=2, **case.settings()) as llm:
         [(_, row)] = asking.ask(llm, [(item, prompt)], "question-in", case)
         assert row["kept"] == [64]*len(row["kept"]) and row["evictions"] == 1 and row["n_context"] == 0
-        assert row["n_prompt"] == len(llm.tokenize(prompt.head + prompt.tail)) and row["bytes_used"] < row["bytes_full"] <= row["bytes_allocated"]
+        assert row["n_prompt"] == len(llm.tokenize(prompt.head)) + len(llm.tokenize(prompt.tail, add_special=False)) and row["bytes_used"] < row["bytes_full"] <= row["bytes_allocated"]
 
 
 def test_the_template_is_around_context_and_question(subject, data):
@@ -181,7 +181,7 @@ def test_a_killed_run_goes_on(tmp_path, data):
     assert path.read_bytes().startswith(before)
     rows = answers(out)
     assert len(rows) == 8 == len({store.key(row) for row in rows}) == len(store.read(out/"smollm2-135m.scores.jsonl"))
-    assert f"niah, question-out: {pykvc._core.parse_spec(SNAPKV)}, budget 0.5: 4 answers, 4 evictions" in second.stdout
+    assert f"niah, length 120, depths 0,50,100, needles 2, question-out: {pykvc._core.parse_spec(SNAPKV)}, budget 0.5: 4 answers, 4 evictions" in second.stdout
 
 
 def test_a_policy_that_evicts_nothing_is_a_failure(tmp_path, data, monkeypatch):
@@ -312,7 +312,7 @@ def test_report_writes_tables_and_pictures(tmp_path, data):
     result = CliRunner().invoke(app, ["report", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.stderr
     assert (tmp_path/"report.md").read_text().strip() == result.stdout.strip() and (tmp_path/"report.csv").is_file()
-    assert (tmp_path/"niah-smollm2-135m-question-out.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path/"niah-length_120-depths_0,50,100-needles_2-smollm2-135m-question-out.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path/"smollm2-135m.scores.jsonl").unlink()  # scores come from the answers
     assert CliRunner().invoke(app, ["report", "--out", str(tmp_path), "--no-pictures"]).stdout == result.stdout
 

@@ -1,0 +1,229 @@
+"""Studies: a file says what is run, the folder holds it, and the report shows it. Small data of our own, SmolLM2."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import pykvc
+from evals import ask as asking
+from evals import attention, latency, panels, report, run, study
+from evals.cases import Case, cases
+from evals.cli import app
+from evals.run import Plan
+from evals.tasks import gsm8k
+from test_evals_tasks import folder  # noqa: F401  (a fixture)
+
+SMALL = '''
+title = "Small"
+n = 3
+[[run]]
+task = "mmlu"
+shots = [1, 2]
+policy = ["full", "snapkv:window=8", "pyramidkv:window=8"]
+budget = "60%"
+protocol = ["question-out", "question-in"]
+[[picture]]
+x = "shots"
+panel = ["budget"]
+[[picture]]
+name = "front"
+x = "bytes_used"
+marker = "type_k"
+front = true
+'''
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def call(*args):
+    return CliRunner().invoke(app, ["study", *map(str, args)])
+
+
+def answers(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out/"smollm2-135m.answers.jsonl").read_text().splitlines()]
+
+
+# -- the files ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", study.names())
+def test_every_study_can_be_planned(name):
+    found = study.read(name)
+    plans = study.plans(found, Path("out"))
+    assert plans or found.blocks["bench"] or found.blocks["attention"]
+    assert all(plan.n for plan in plans) and (not plans or any(case.name == "full" for plan in plans for case in plan.cases))
+    known = {line for block in found.blocks["picture"] for line in (block.get("x"), block.get("y"))}
+    assert known <= {*panels.NAMES, None}
+
+
+def test_a_study_has_a_number_and_a_name():
+    assert study.find("1") == study.find("sensitivity") == study.find("1-sensitivity") and len(study.names()) == 8
+    text = CliRunner().invoke(app, ["list"]).stdout
+    assert all(f"study {name}: " in text for name in study.names())
+
+
+def test_the_first_study_covers_what_was_asked():
+    plan = study.plans(study.read("1"), Path("out"))[0]
+    assert len(plan.tasks) == 5 and len({case.name for case in plan.cases}) > 6 and len({case.budget for case in plan.cases if case.budget}) == 9
+    assert set(plan.protocols) == {"question-in", "question-out"}
+    only = study.Only(["gsm8k"], ["shotkv"], ["0.5"], ["question-out"])
+    [small] = study.plans(study.read("1"), Path("out"), n=2, only=only)
+    assert [case.label() for case in small.cases] == ["full", f"{pykvc._core.parse_spec('shotkv')}, budget 0.5"] and small.n == 2
+    assert (small.tasks, small.protocols) == (["gsm8k"], ["question-out"])
+
+
+def test_same_is_the_budget_of_the_prompt():
+    found = cases(["full", "shotkv"], ["0.4", "0.25"], ["same"], ["none"], ["f16"], ["f16"])
+    assert [(case.budget, case.decode_budget) for case in found] == [("", ""), ("0.4", "0.4"), ("0.25", "0.25")]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("[[run", "TOML"), ("[[run]]\n", "task"), ("", "nothing to do"), ("[run]\ntask = 'mmlu'", "[[run]]"), ("[[run]]\ntask = 'mlu'", "mmlu"),
+    ("[[run]]\ntask = 'mmlu'\npolicies = 'full'", "policies"), ("[[run]]\ntask = 'mmlu'\npolicy = []", "empty"), ("n = '3'\n[[run]]\ntask = 'mmlu'", "whole number"),
+    ("[[run]]\ntask = 'mmlu'\nn = 2.5", "whole number"), ("[[run]]\ntask = 'mmlu'\nshots = 'two'", "--shots"), ("[[run]]\ntask = 'mmlu'\nlength = 3", "--length"),
+    ("[[run]]\ntask = 'mmlu'\npolicy = 'snapkv'", "--budget"), ("[[run]]\ntask = 'mmlu'\npolicy = 'snapkv'\nbudget = 1.5", "--budget"),
+    ("[[run]]\ntask = 'mmlu'\nprotocol = 'both'", "question-in"), ("[[run]]\ntask = 'mmlu'\ncache_type = 'q3'", "q8_0"),
+    ("[[bench]]\nkv_policy = 'snapvk'", "snapkv"), ("[[bench]]\nn_prompt = -1", "n_prompt"), ("[[attention]]\nn = 2", "task"),
+    ("[[picture]]\nx = 'ratio'", "nothing to do")])
+def test_a_bad_file_is_one_sentence(tmp_path, folder, text, says):  # noqa: F811
+    result = call(write(tmp_path/"bad.toml", text), "--data-dir", folder, "--out", tmp_path/"out")
+    assert result.exit_code == 2 and says in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not (tmp_path/"out").exists() or not any((tmp_path/"out").glob("*.md"))
+
+
+@pytest.mark.parametrize("args, says", [
+    (["nine"], "1-sensitivity"), (["nowhere.toml"], "nowhere.toml"), (["training"], "at least 2"), (["shots", "--task", "gms8k"], "gsm8k"),
+    (["shots", "--policy", "snapvk"], "snapkv"), (["shots", "--n", "0"], "--n"), (["shots", "--model", "nowhere.gguf"], "nowhere.gguf"),
+    (["shots", "--data-dir", "nowhere"], "nowhere"), (["shots", "--n-parallel", "0"], "--n-parallel")])
+def test_mistakes_are_one_sentence(tmp_path, args, says):
+    result = call(*args, "--out", tmp_path/"out")
+    assert result.exit_code == 2 and says in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+# -- a study is run -------------------------------------------------------------------------------------------------------
+
+def test_a_study_runs_reports_and_goes_on(tmp_path, folder, monkeypatch):  # noqa: F811
+    path, out = write(tmp_path/"small.toml", SMALL), tmp_path/"out"
+    said = call(path, "--data-dir", folder, "--out", out, "--threads", "2", "--dry-run")
+    assert said.exit_code == 0 and "36 rows in 12 configurations" in said.stdout and "hours" in said.stdout, said.stderr
+    result = call(path, "--data-dir", folder, "--out", out, "--threads", "2", "--n-parallel", "2")
+    assert result.exit_code == 0, result.stderr
+    rows = answers(out)
+    assert len(rows) == 2*3*2*3 and {row["settings"]["shots"] for row in rows} == {1, 2}
+    assert {row["policy"].partition(":")[0] for row in rows if "n_parallel" not in row} == {"pyramidkv"}  # layers differ: one after the other
+    lines = report.table(report.scored(out))
+    assert {(line["settings"], line["n"]) for line in lines} == {("shots 1", 3), ("shots 2", 3)}
+    assert all("difference" in line for line in lines if line["policy"] != "full")
+    text = (out/"report.md").read_text()
+    assert text.startswith("# Small\n") and "## mmlu, shots 1, smollm2-135m, question-in" in text and (out/"report.csv").is_file()
+    assert sorted(path.name for path in out.glob("*.png")) == [f"{name}-smollm2-135m-question-{end}.png" for name in ("front", "picture1") for end in ("in", "out")]
+    monkeypatch.setattr(run, "_open", lambda *_: pytest.fail("opened again"))
+    assert call(path, "--data-dir", folder, "--out", out, "--threads", "2").exit_code == 0 and answers(out) == rows
+    assert "nothing is left" in call(path, "--data-dir", folder, "--out", out, "--dry-run").stdout
+
+
+def test_side_by_side_is_one_by_one(tmp_path, folder):  # noqa: F811
+    """The same tokens, kept counts, bytes and evictions; and the answers, which are short."""
+    several = [Case(), Case(pykvc._core.parse_spec("snapkv:window=8"), "0.5"), Case(pykvc._core.parse_spec("shotkv:window=8,recent=8"), "0.5"),
+               Case(pykvc._core.parse_spec("h2o"), "0.5")]
+    found = []
+    for n_parallel in (1, 3):
+        plan = Plan(["mmlu"], several, ["question-in", "question-out"], tmp_path/str(n_parallel), folder, 4, n_threads=2, n_parallel=n_parallel,
+                    settings={"mmlu": {"shots": 2}})
+        assert run.run(plan, None) == []
+        found.append({(row["item"], row["policy"], row["protocol"]): row for row in answers(tmp_path/str(n_parallel))})
+    one, three = found
+    assert one.keys() == three.keys() and len(one) == 4*4*2
+    for name, row in one.items():
+        for what in ("n_context", "n_prompt", "kept", "evictions", "cells_allocated", "answer", "bytes_used", "bytes_full"):
+            assert row[what] == three[name][what], (name, what)
+
+
+def test_a_crash_side_by_side_is_found_one_by_one(tmp_path, folder, monkeypatch):  # noqa: F811
+    really, bad = asking._figures, "law"
+
+    def crash(answer, *args):
+        if bad in seen[-1]:
+            raise RuntimeError("out of luck")
+        return really(answer, *args)
+    seen = [""]
+    generate = pykvc.LLM.generate
+    monkeypatch.setattr(asking, "_figures", crash)
+    monkeypatch.setattr(pykvc.LLM, "generate", lambda self, prompt, **how: seen.append(prompt) or generate(self, prompt, **how))
+    monkeypatch.setattr(pykvc.LLM, "generate_batch", lambda *_, **__: 1/0)
+    plan = Plan(["mmlu"], [Case()], ["question-out"], tmp_path, folder, 4, n_threads=2, n_parallel=2, settings={"mmlu": {"shots": 1}})
+    [problem] = run.run(plan, None)
+    assert "2 rows failed" in problem
+    assert {row["item"]: "error" in row for row in answers(tmp_path)} == {row["item"]: "law" in row["item"] for row in answers(tmp_path)}
+
+
+def test_fidelity_of_a_task_against_f16(tmp_path, folder):  # noqa: F811
+    settings = {"fidelity": {"of": "mmlu", "reference": "f16", "tokens": 4}}
+    several = [Case(), Case(type_k="q4_0", type_v="q4_0"), Case(pykvc._core.parse_spec("streaming_llm"), "0.3")]
+    assert run.run(Plan(["fidelity"], several, ["question-out"], tmp_path, folder, 3, n_threads=2, settings=settings), None) == []
+    full, q4, evicted = report.table(report.scored(tmp_path))
+    assert full["kl"] < 1e-6 and q4["kl"] > 1e-4 and evicted["kl"] > 1e-4 and evicted["evictions"] == 1 and full["settings"] == "tokens 4, of mmlu, reference f16"
+    for wrong, says in (({"of": "mlu"}, "mmlu"), ({"of": "fidelity"}, "mmlu"), ({"reference": "q8"}, "f16")):
+        with pytest.raises(ValueError, match=says):
+            run.run(Plan(["fidelity"], several, ["question-out"], tmp_path/"x", folder, 3, settings={"fidelity": wrong}), None)
+
+
+def test_the_order_of_examples(folder):  # noqa: F811
+    def shots(**more):
+        from evals.items import Options
+        return gsm8k.load(Options(len, folder, 1, settings={**gsm8k.SETTINGS, **more}))[0]
+    given, other = shots(), shots(order=1)
+    assert sorted(given.shots) == sorted(other.shots) and list(given.shots) != list(other.shots) and given.id != other.id
+    assert shots(order=1).shots == other.shots != shots(order=2).shots
+
+
+# -- latency, attention ---------------------------------------------------------------------------------------------------
+
+def test_latency(tmp_path, monkeypatch):
+    path = write(tmp_path/"fast.toml", '[[bench]]\nn_prompt = 64\nn_gen = 4\nrepetitions = 1\nkv_policy = ["full", "snapkv:window=8"]\nkv_budget = "50%"\n')
+    result = call(path, "--out", tmp_path/"out", "--threads", "2")
+    assert result.exit_code == 0, result.stderr
+    rows = latency.rows(tmp_path/"out")
+    assert len(rows) == 2 and (tmp_path/"out"/"latency.md").read_text().count("\n|") == 4 and list((tmp_path/"out").glob("latency-*.png"))
+    monkeypatch.setattr(latency.bench, "run", lambda *_: pytest.fail("measured again"))
+    assert call(path, "--out", tmp_path/"out", "--threads", "2").exit_code == 0 and latency.rows(tmp_path/"out") == rows
+
+
+def test_attention_patterns(tmp_path, folder, monkeypatch):  # noqa: F811
+    path = write(tmp_path/"look.toml", '[[attention]]\ntask = ["mmlu", "humaneval"]\nshots = 2\nn = 1\npolicy = ["snapkv:window=8", "shotkv:window=8,recent=8"]\n'
+                                       'budget = "60%"\n')
+    out = tmp_path/"out"
+    result = call(path, "--data-dir", folder, "--out", out, "--threads", "2")
+    assert result.exit_code == 0, result.stderr
+    rows = [json.loads(line) for line in (out/"smollm2-135m.attention.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in rows] == ["mmlu", "humaneval"]
+    for row in rows:
+        assert sum(row["mass"].values()) == pytest.approx(1, abs=1e-3) == sum(row["mass_bare"].values()) and 0 < row["entropy"] < 1
+        assert [end for _, _, end in row["parts"]][-1] == row["n_tokens"] and row["parts"][0][1] == 0
+        assert all(a[2] == b[1] for a, b in zip(row["parts"], row["parts"][1:]))
+        for name, kept in row["kept"].items():
+            assert kept["question"] == 1 and min(kept.values()) < 1, name
+        arrays = np.load(out/row["arrays"])
+        heat = arrays["heat"].astype(np.float32)
+        assert heat.shape[1] == row["n_tokens"] and heat.sum(axis=1) == pytest.approx(1, abs=5e-2)
+        assert all((line[min(len(line), (i + 1)*row["step"]):] == 0).all() for i, line in enumerate(heat))  # causal
+    assert "shots" in dict.fromkeys(name for name, _, _ in rows[0]["parts"]) and "context" in dict.fromkeys(name for name, _, _ in rows[1]["parts"])
+    assert len(list(out.glob("*.png"))) == 1 + 2*2 and "| smollm2-135m | mmlu" in (out/"attention.md").read_text() and (out/"attention.csv").is_file()
+    monkeypatch.setattr(attention, "look", lambda *_: pytest.fail("looked again"))
+    assert call(path, "--data-dir", folder, "--out", out, "--threads", "2").exit_code == 0
+
+
+def test_figures_of_distributions():
+    even, one = np.full((1, 8), 1/8), np.eye(8)[:1]
+    assert attention.entropy(even) == pytest.approx(1) and attention.entropy(one) == pytest.approx(0, abs=1e-6)
+    assert attention.share_of_tokens(even) == 1 and attention.share_of_tokens(one) == 1/8
+    assert attention.cumulative(even) == pytest.approx(np.linspace(0, 1, attention.N_GRID + 1)) and attention.cumulative(one)[attention.N_GRID//8:] == pytest.approx(1)
+
+
+def test_the_front_is_what_nothing_beats():
+    assert panels.front([(1, 0.2), (2, 0.1), (2, 0.5), (3, 0.5), (4, 0.9)]) == [(1, 0.2), (2, 0.5), (4, 0.9)]
+    assert panels.front([(1, 0.9), (2, 1.0), (3, 0.1)], less=True) == [(1, 0.9), (3, 0.1)]
