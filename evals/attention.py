@@ -97,7 +97,7 @@ def look(probe: Probe, subject: Subject, n_threads: int | None = None, n_gpu_lay
     kept: dict[str, np.ndarray] = {}
     for case in probe.cases:
         llm, found = survivors(prompt.head, prompt.tail, spans=prompt.spans, span_unit="chars", kv_query=prompt.query if case.asks else None,
-                               **how, **{**case.settings(), "kv_decode_budget": None})
+                               **{**how, "n_ctx": n_ctx + 512*case.probes}, **{**case.settings(), "kv_decode_budget": None})
         llm.close()
         kept[_name(case)] = np.stack([counts(layer, n).mean(axis=0) for layer in found]).astype(np.float16)  # [n_layer, n] share of heads
     parts = _parts(prompt, probe.item, tokens, n - n_question, subject)

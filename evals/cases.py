@@ -31,7 +31,16 @@ class Case:
     @property
     def asks(self) -> bool:
         """Does it have to know the question when the context is evaluated?"""
-        return next(p["needs"]["probe"] for p in _core.policies() if p["name"] == self.name) == "mean"
+        return self._probe == "mean"
+
+    @property
+    def probes(self) -> bool:
+        """Does it have something evaluated after the context, and taken out again?"""
+        return self._probe != "none"
+
+    @property
+    def _probe(self) -> str:
+        return next(p["needs"]["probe"] for p in _core.policies() if p["name"] == self.name)
 
     def settings(self) -> dict:
         """Keywords of LLM."""

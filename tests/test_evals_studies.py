@@ -12,7 +12,7 @@ from evals import attention, latency, panels, report, run, study
 from evals.cases import Case, cases
 from evals.cli import app
 from evals.run import Plan
-from evals.tasks import gsm8k
+from evals.tasks import TASKS, gsm8k
 from test_evals_tasks import folder  # noqa: F401  (a fixture)
 
 SMALL = '''
@@ -61,19 +61,26 @@ def test_every_study_can_be_planned(name):
 
 
 def test_a_study_has_a_number_and_a_name():
-    assert study.find("1") == study.find("sensitivity") == study.find("1-sensitivity") and len(study.names()) == 8
+    assert study.find("1") == study.find("sensitivity") == study.find("1-sensitivity") and len(study.names()) == 9
     text = CliRunner().invoke(app, ["list"]).stdout
     assert all(f"study {name}: " in text for name in study.names())
 
 
 def test_the_first_study_covers_what_was_asked():
-    plan = study.plans(study.read("1"), Path("out"))[0]
-    assert len(plan.tasks) == 5 and len({case.name for case in plan.cases}) > 6 and len({case.budget for case in plan.cases if case.budget}) == 9
-    assert set(plan.protocols) == {"question-in", "question-out"}
+    plans = study.plans(study.read("1"), Path("out"))[:2]
+    assert {name for plan in plans for name in plan.tasks} == {"gsm8k", "mmlu", "commonsense_qa", "safety", "humaneval"}
+    for plan in plans:
+        assert len({case.name for case in plan.cases}) > 6 and len({case.budget for case in plan.cases if case.budget}) == 9
+        assert set(plan.protocols) == {"question-in", "question-out"}
     only = study.Only(["gsm8k"], ["shotkv"], ["0.5"], ["question-out"])
     [small] = study.plans(study.read("1"), Path("out"), n=2, only=only)
     assert [case.label() for case in small.cases] == ["full", f"{pykvc._core.parse_spec('shotkv')}, budget 0.5"] and small.n == 2
     assert (small.tasks, small.protocols) == (["gsm8k"], ["question-out"])
+
+
+def test_the_smoke_study_has_every_task_with_every_policy():
+    pairs = {(name, case.name) for plan in study.plans(study.read("smoke"), Path("out")) for name in plan.tasks for case in plan.cases}
+    assert pairs == {(name, policy["name"]) for name in TASKS for policy in pykvc.policies()}
 
 
 def test_same_is_the_budget_of_the_prompt():

@@ -232,7 +232,7 @@ def test_hugging_face_rows(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", library)
     assert data.rows(None, "gsm8k/test", ("openai/gsm8k", "main", "test"), ["question"]) == SUMS
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
-    assert gsm8k.load(Options(len, settings={"shots": 3, "exemplars": "auto"}))[0].id == "0/3-train"
+    assert gsm8k.load(Options(len, settings={**gsm8k.SETTINGS, "shots": 3}))[0].id == "0/3-train"
     library.load_dataset = lambda *args, **how: 1/0
     with pytest.raises(ValueError, match="does not give openai/gsm8k .*--data-dir"):
         data.rows(None, "gsm8k/test", ("openai/gsm8k", "main", "test"), ["question"])
