@@ -78,11 +78,30 @@ int32_t kvc_next_context(const char * policy, const char * budget, const char * 
     });
 }
 
+int32_t kvc_check_config(const char * policy, const char * budget, const char * decode_budget, const char * cells) {
+    return guarded([&]() {
+        const auto text = [](const char * s) { return std::string(s ? s : ""); };
+        return make_config(text(policy), text(budget), text(decode_budget), text(cells), false) ? 1 : 0;
+    });
+}
+
+int32_t kvc_guess_prompt_end(llama_context * ctx, bool guess) {
+    return guarded([&]() { need_engine(ctx).set_guess(guess); return 0; });
+}
+
 int32_t kvc_set_budget(llama_context * ctx, llama_seq_id seq_id, const char * budget, const char * decode_budget) {
     return guarded([&]() {
         need_engine(ctx).set_budget(seq_id, parse_budget(budget ? budget : "", "kv_budget"), parse_budget(decode_budget ? decode_budget : "", "kv_decode_budget"));
         return 0;
     });
+}
+
+int32_t kvc_set_policy(llama_context * ctx, llama_seq_id seq_id, const char * policy, const char * budget, const char * decode_budget) {
+    return guarded([&]() { need_engine(ctx).set_policy(seq_id, policy, budget, decode_budget); return 0; });
+}
+
+int32_t kvc_check_policy(llama_context * ctx, const char * policy, const char * budget, const char * decode_budget) {
+    return guarded([&]() { return need_engine(ctx).variant(policy, budget, decode_budget)->need.spans ? 1 : 0; });
 }
 
 int32_t kvc_set_spans(llama_context * ctx, llama_seq_id seq_id, const kvc_span * spans, size_t n_spans) {
@@ -98,6 +117,10 @@ int32_t kvc_set_spans(llama_context * ctx, llama_seq_id seq_id, const kvc_span *
 
 int32_t kvc_evict(llama_context * ctx, llama_seq_id seq_id) {
     return guarded([&]() { return need_engine(ctx).evict(ctx, seq_id) ? 1 : 0; });
+}
+
+int32_t kvc_begin_prompt(llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&]() { need_engine(ctx).begin_prompt(seq_id); return 0; });
 }
 
 int32_t kvc_end_prompt(llama_context * ctx, llama_seq_id seq_id) {
@@ -207,6 +230,7 @@ int32_t kvc_get_seq_usage(llama_context * ctx, llama_seq_id seq_id, kvc_seq_usag
             out->bytes_used += e->n_slots(s, l)*e->row_bytes(l);
         }
         e->count_evictions(s, out->n_evictions, out->n_evicted);
+        out->evict_ms = e->evict_ms(s);
         return 0;
     });
 }

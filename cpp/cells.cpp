@@ -163,7 +163,7 @@ bool engine::has_room(const llama_ubatch & ubatch) const {
 // left, so that generated tokens are not evicted at every step.
 int32_t engine::n_to_free(uint32_t s, int32_t n_new) const {
     const auto & q = streams[s];
-    const int32_t n_left = std::max((cfg->n_cells - q.n_prompt)/2, cfg->interval);
+    const int32_t n_left = std::max((cfg->n_cells - q.n_prompt)/2, q.cfg->interval);
     return std::max(q.gen < 0 ? cfg->n_reserve : std::min(n_left, cfg->n_reserve), n_new);
 }
 

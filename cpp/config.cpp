@@ -91,7 +91,7 @@ std::shared_ptr<const config> engine::configure(const llama_model & model, const
     if (next_set) {
         cfg = std::move(next_cfg);
         forget_next_context();
-    } else if (const char * name = getenv("LLAMA_ARG_KV_POLICY")) {
+    } else if (const char * name = getenv("LLAMA_ARG_KV_POLICY"); name && *name) {
         const char * b = getenv("LLAMA_ARG_KV_BUDGET");
         const char * d = getenv("LLAMA_ARG_KV_DECODE_BUDGET");
         const char * c = getenv("LLAMA_ARG_KV_CELLS");
@@ -106,6 +106,52 @@ std::shared_ptr<const config> engine::configure(const llama_model & model, const
         cparams.auto_fa    = false;
     }
     return bound(std::move(cfg), model, params, cparams);
+}
+
+std::shared_ptr<const config> engine::variant(const char * policy, const char * prompt, const char * decode) const {
+    auto res = std::make_shared<config>(*cfg);
+    const std::string text = policy ? policy : "";
+    if (text == "full") {
+        if ((prompt && *prompt) || (decode && *decode)) {
+            throw std::invalid_argument("kv_budget: the policy is full, which keeps everything; name one that evicts");
+        }
+        res->prompt_budget = res->decode_budget = {};
+        return res;
+    }
+    if (policy) {
+        const auto own = make_config(text, "", "", "", cfg->guess);
+        const auto & has = cfg->need, & wants = own->need;
+        const std::string why =
+            wants.window > has.window ? "needs the last " + std::to_string(wants.window) + " queries, and this context keeps " + std::to_string(has.window) :
+            wants.sums  && !has.sums                       ? "needs attention summed over all queries" :
+            wants.future > 0 && has.future == 0            ? "needs a fit of the queries to come" :
+            wants.probe != has.probe                       ? "asks questions of its own" :
+            own->pol->heads_differ() && !cfg->pol->heads_differ() ? "gives heads different budgets" :
+            own->layers_differ && kv.n_stream > 1          ? "gives layers different budgets, and this context has several sequences" :
+            own->spec != cfg->spec && is_bounded() && (own->layers_differ || cfg->layers_differ) ? "does not fit the cells of " + cfg->spec : "";
+        if (!why.empty()) {
+            throw std::invalid_argument("kv_policy " + own->spec + " " + why + ": this context was created with " + cfg->spec +
+                    ", and takes policies that need no more than that one");
+        }
+        res->pol  = own->pol;
+        res->spec = own->spec;
+        res->need = own->need;
+        res->decode        = own->decode;
+        res->interval      = own->interval;
+        res->layers_differ = own->layers_differ;
+        if (res->decode == decode_mode::none) {
+            res->decode_budget = {}; // the context's own was not meant for this policy
+        }
+    }
+    if (prompt) {
+        const auto b = parse_budget(prompt, "kv_budget");
+        res->prompt_budget = is_bounded() && b.kind == budget::none ? cfg->prompt_budget : b;
+    }
+    if (decode) {
+        res->decode_budget = parse_budget(decode, "kv_decode_budget");
+    }
+    check_budgets(*res, res->prompt_budget, res->decode_budget);
+    return res;
 }
 
 static llama_kv_cache * cache_of(llama_memory_i * mem) {

@@ -56,6 +56,7 @@ void engine::reset(stream & q) const {
     q.kept.resize(kv.layers.size());
     q.probed.resize(kv.layers.size());
     q.win_pos.assign(cfg->need.window, -1);
+    q.cfg           = cfg;
     q.prompt_budget = cfg->prompt_budget;
     q.decode_budget = cfg->decode_budget;
 }
@@ -225,7 +226,9 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
 void engine::on_seq_cp(uint32_t s0, uint32_t s1) {
     const budget prompt = streams[s1].prompt_budget, decode = streams[s1].decode_budget; // a sequence's own
+    auto own = std::move(streams[s1].cfg);
     streams[s1] = streams[s0];
+    streams[s1].cfg           = std::move(own);
     streams[s1].prompt_budget = prompt;
     streams[s1].decode_budget = decode;
     stale = true;
@@ -239,6 +242,9 @@ bool engine::refuse_shift(const char * what) const {
 llama_pos engine::pos_min(uint32_t s, llama_pos p0) const {
     // after an eviction: what a caller may roll back to, and still evaluate one token
     const auto & q = streams[s];
+    if (cfg->need.sums && p0 >= 0) {
+        return (llama_pos) q.tokens.size() - 1; // no tail can be removed
+    }
     return q.n_base == 0 || p0 < 0 ? p0 : std::min(q.floor + 1, (llama_pos) q.tokens.size() - 1);
 }
 
@@ -268,7 +274,7 @@ void engine::on_ubatch(const llama_ubatch & ubatch) {
 std::vector<int32_t> engine::frozen(uint32_t s, cause why) const {
     const auto & q = streams[s];
     std::vector<int32_t> res(n_layer(), 0);
-    for (int32_t l = 0; why != cause::prompt && q.gen >= 0 && cfg->decode == decode_mode::generated && l < n_layer(); ++l) {
+    for (int32_t l = 0; why != cause::prompt && q.gen >= 0 && q.cfg->decode == decode_mode::generated && l < n_layer(); ++l) {
         const auto pos = slot_pos(s, l);
         res[l] = std::lower_bound(pos.begin(), pos.begin() + n_slots(s, l), q.gen) - pos.begin();
     }
@@ -286,10 +292,10 @@ int32_t engine::target(uint32_t s, cause why, int32_t n_new, const std::vector<i
     if (why == cause::prompt) {
         // a ratio of a short prompt is not below what the policy always keeps; a number of tokens was checked when it was given
         return q.prompt_budget.kind == budget::none ? std::numeric_limits<int32_t>::max() :
-            std::min(std::max(q.prompt_budget.of(n_tokens), cfg->pol->min_budget()), n_most);
+            std::min(std::max(q.prompt_budget.of(n_tokens), q.cfg->pol->min_budget()), n_most);
     }
     const int32_t n_decode = q.decode_budget.of(n_tokens - q.gen);
-    if (cfg->decode == decode_mode::whole) {
+    if (q.cfg->decode == decode_mode::whole) {
         return std::min(q.n_prompt + n_decode, n_most);
     }
     const int64_t sum = std::accumulate(n_frozen.begin(), n_frozen.end(), (int64_t) 0);
@@ -308,7 +314,7 @@ bool engine::over_budget(uint32_t s, int32_t n_new) const {
         n += n_slots(s, l);
     }
     const int64_t n_gen = (n + n_layer() - 1)/n_layer() - q.n_prompt;
-    return n_gen > n_decode && n_gen + n_new > n_decode + cfg->interval;
+    return n_gen > n_decode && n_gen + n_new > n_decode + q.cfg->interval;
 }
 
 bool engine::is_due(const llama_ubatch & ubatch) {
@@ -342,7 +348,8 @@ bool engine::is_due(const llama_ubatch & ubatch) {
 // Does a policy that scores by the last queries have one? A removed tail took its own along.
 bool engine::has_queries(uint32_t s) const {
     const auto & q = streams[s];
-    return q.win_pos.empty() || *std::max_element(q.win_pos.begin(), q.win_pos.end()) >= std::max(q.floor - 1, 0);
+    const int32_t n_window = q.cfg->need.window;
+    return n_window == 0 || *std::max_element(q.win_pos.begin(), q.win_pos.end()) >= std::max({ q.floor - 1, (llama_pos) q.tokens.size() - n_window, 0 });
 }
 
 // Is there anything to evict?
@@ -376,19 +383,36 @@ void engine::end_prompt(llama_seq_id seq_id) {
     q.n_prompt = (int32_t) std::lround((double) n/n_layer());
 }
 
-void engine::check_budget(const budget & prompt, const budget & decode) const {
-    check_budgets(*cfg->pol, cfg->spec, cfg->decode, prompt, decode);
+void engine::check_budgets(const config & c, const budget & prompt, const budget & decode) const {
+    kvc::check_budgets(*c.pol, c.spec, c.decode, prompt, decode);
     if (is_bounded() && prompt.kind == budget::tokens && prompt.value > cfg->n_cells - cfg->n_reserve) {
         throw std::invalid_argument("kv_budget " + prompt.str() + ": kv_cells leave it at most " +
                 std::to_string(cfg->n_cells - cfg->n_reserve));
     }
 }
 
+void engine::check_budget(const budget & prompt, const budget & decode) const {
+    check_budgets(*cfg, prompt, decode);
+}
+
 void engine::set_budget(llama_seq_id seq_id, const budget & prompt, const budget & decode) {
     auto & q = streams[stream_of(seq_id)];
-    check_budget(prompt, decode);
+    check_budgets(*q.cfg, prompt, decode);
     q.prompt_budget = is_bounded() && prompt.kind == budget::none ? cfg->prompt_budget : prompt;
     q.decode_budget = decode;
+}
+
+void engine::set_guess(bool guess) {
+    auto c = std::make_shared<config>(*cfg);
+    c->guess = guess;
+    cfg = c;
+}
+
+void engine::set_policy(llama_seq_id seq_id, const char * policy, const char * prompt, const char * decode) {
+    auto & q = streams[stream_of(seq_id)];
+    q.cfg = variant(policy, prompt, decode);
+    q.prompt_budget = q.cfg->prompt_budget;
+    q.decode_budget = q.cfg->decode_budget;
 }
 
 void engine::set_spans(llama_seq_id seq_id, std::vector<span> spans) {

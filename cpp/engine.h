@@ -142,6 +142,11 @@ public:
     void check_budget(const budget & prompt, const budget & decode) const;
     void set_budget(llama_seq_id seq_id, const budget & prompt, const budget & decode); // until the sequence is emptied
     void set_spans(llama_seq_id seq_id, std::vector<span> spans);
+    void set_guess(bool guess);
+    void set_policy(llama_seq_id seq_id, const char * policy, const char * prompt, const char * decode); // until the sequence is emptied
+    // What set_policy() would give a sequence: another policy on the signals and cells that the context has, budgets of its own.
+    // Null: the context's own. Reads nothing that changes.
+    std::shared_ptr<const config> variant(const char * policy, const char * prompt, const char * decode) const;
     void begin_prompt(llama_seq_id seq_id); // another prompt follows: what was generated belongs to it
     void end_prompt(llama_seq_id seq_id);
     bool evict(llama_context * lctx, llama_seq_id seq_id, bool mask_only = false); // false: nothing was over budget
@@ -160,6 +165,7 @@ public:
     size_t    row_bytes(int32_t ikv) const;           // K and V of one cell
     size_t    signal_bytes() const;
     void      count_evictions(uint32_t s, int64_t & n_evictions, int64_t & n_evicted) const;
+    double    evict_ms(uint32_t s) const { return streams[s].evict_ms; }
 
     const config & conf() const { return *cfg; }
     stats st;
@@ -178,10 +184,12 @@ private:
         std::vector<std::vector<float>> probed; // a layer F32 [n_probed, n_head_kv]: of its first slots
         std::vector<llama_token> tokens;        // [end] by position
         std::vector<span>        spans;
+        std::shared_ptr<const config> cfg;      // the context's, or set_policy()'s
         budget    prompt_budget;                // of the configuration, or set_budget()'s
         budget    decode_budget;
         int64_t   n_evictions = 0;
         int64_t   n_evicted   = 0;              // slots of the mean layer
+        double    evict_ms    = 0;
         std::vector<llama_pos>   win_pos;       // [window] position of the query in each ring row, -1: none
     };
 
@@ -205,6 +213,7 @@ private:
     bool     has_queries(uint32_t s) const;
     bool     is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) const;
     bool     over_budget(uint32_t s, int32_t n_new) const;
+    void     check_budgets(const config & c, const budget & prompt, const budget & decode) const;
     bool     run(llama_context * lctx, const job & j);
     void     compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep);
     void     compact_rows(ggml_tensor * t, bool trans, int32_t n_head_dim, int32_t n_src, int32_t n_dst, const int32_t * slots) const;
@@ -228,7 +237,7 @@ private:
     void alloc_signals(const llama_cparams & cparams);
     layer_signals no_signals(uint32_t s, int32_t ikv) const;
     layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const;
-    std::vector<float> score(const layer_signals & sig) const; // F32 [n_head_kv, n_kv], -inf where a slot is empty
+    std::vector<float> score(uint32_t s, const layer_signals & sig) const; // F32 [n_head_kv, n_kv], -inf where a slot is empty
     void read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const;
     std::vector<float> read_probe(llama_context * lctx, uint32_t s, int32_t ikv, int32_t n_probe) const;
     void read_keys(uint32_t s, layer_signals & sig) const;

@@ -40,6 +40,7 @@ static void check_plan(const std::string & who, int32_t il, const layer_plan & l
 bool engine::run(llama_context * lctx, const job & j) {
     const uint32_t s = j.s;
     auto & q = streams[s];
+    const auto & conf = *q.cfg;
     const auto    n_frozen = frozen(s, j.why);
     const int32_t n_target = target(s, j.why, j.n_new, n_frozen);
     if (q.tokens.empty() || !is_over(s, j.why, j.n_new, n_target)) {
@@ -48,33 +49,35 @@ bool engine::run(llama_context * lctx, const job & j) {
     request r;
     r.prompt    = j.why == cause::prompt || q.gen < 0;
     r.room      = j.why == cause::room;
+    r.at_least  = j.why == cause::prompt && q.prompt_budget.kind == budget::ratio;
     r.n_head_kv = n_hkv;
     r.budget    = n_target;
 
-    int64_t t0 = ggml_time_us();
+    const int64_t t_start = ggml_time_us();
+    int64_t t0 = t_start;
     std::vector<std::vector<int32_t>> pos(n_layer());
     std::vector<std::vector<float>> score(n_layer());
     for (int32_t l = 0; l < n_layer(); ++l) {
         auto sig = read_signals(lctx, s, l);
-        score[l] = this->score(sig);
+        score[l] = this->score(s, sig);
         pos[l]   = std::move(sig.pos);
         r.layers.push_back({ sig.n_kv, n_frozen[l], pos[l].data(), score[l].data() });
     }
     st.score_ms += ms_since(t0);
 
     t0 = ggml_time_us();
-    if (cfg->need.spans) {
+    if (conf.need.spans) {
         r.spans = q.spans.empty() ? sentences(q) : q.spans;
     }
-    std::vector<int32_t> n_keep = j.why == cause::room ? std::vector<int32_t>(n_layer(), n_target) : cfg->pol->budgets(r);
+    std::vector<int32_t> n_keep = j.why == cause::room ? std::vector<int32_t>(n_layer(), n_target) : conf.pol->budgets(r);
     if ((int32_t) n_keep.size() != n_layer()) {
-        throw std::invalid_argument(cfg->spec + ": budgets() must give one number per layer, " + std::to_string(n_layer()));
+        throw std::invalid_argument(conf.spec + ": budgets() must give one number per layer, " + std::to_string(n_layer()));
     }
     const int32_t n_block = ggml_backend_buffer_is_host(kv.layers[0].k->buffer) ? 1 : 256;
     for (int32_t l = 0; is_bounded() && l < n_layer(); ++l) {
-        const int32_t n_most = n_rows_max(l) - n_to_free(s, j.n_new) - (cfg->layers_differ ? n_block - 1 : 0);
-        if (j.why != cause::room && !cfg->layers_differ && n_keep[l] > n_most) {
-            throw std::invalid_argument(cfg->spec + ": budgets() gives layer " + std::to_string(l) + " " + std::to_string(n_keep[l]) +
+        const int32_t n_most = n_rows_max(l) - n_to_free(s, j.n_new) - (conf.layers_differ ? n_block - 1 : 0);
+        if (j.why != cause::room && !conf.layers_differ && n_keep[l] > n_most) {
+            throw std::invalid_argument(conf.spec + ": budgets() gives layer " + std::to_string(l) + " " + std::to_string(n_keep[l]) +
                     " slots, kv_cells leaves it " + std::to_string(n_most));
         }
         n_keep[l] = std::min(j.why == cause::room ? n_most : std::min(n_keep[l], n_most), r.layers[l].n_kv);
@@ -93,15 +96,15 @@ bool engine::run(llama_context * lctx, const job & j) {
     std::vector<std::vector<int32_t>> slots(n_layer());
     for (int32_t l = 0; l < n_layer(); ++l) {
         if (n_keep[l] < 1 || n_keep[l] > r.layers[l].n_kv) {
-            throw std::invalid_argument(cfg->spec + ": budgets() gives layer " + std::to_string(l) + " " + std::to_string(n_keep[l]) +
+            throw std::invalid_argument(conf.spec + ": budgets() gives layer " + std::to_string(l) + " " + std::to_string(n_keep[l]) +
                     " slots, it has " + std::to_string(r.layers[l].n_kv));
         }
         if (kv.n_stream > 1 && n_keep[l] != n_keep[0]) {
-            throw std::invalid_argument(cfg->spec + " gives layers different budgets, which several sequences in one context do not support yet");
+            throw std::invalid_argument(conf.spec + " gives layers different budgets, which several sequences in one context do not support yet");
         }
         slots[l].resize((size_t) n_hkv*n_keep[l]);
-        cfg->pol->keep(r, l, n_keep[l], slots[l].data());
-        check_plan(cfg->spec, l, r.layers[l], n_hkv, n_keep[l], cfg->pol->heads_differ(), slots[l]);
+        conf.pol->keep(r, l, n_keep[l], slots[l].data());
+        check_plan(conf.spec, l, r.layers[l], n_hkv, n_keep[l], conf.pol->heads_differ(), slots[l]);
     }
     st.plan_ms += ms_since(t0);
 
@@ -124,6 +127,7 @@ bool engine::run(llama_context * lctx, const job & j) {
     st.n_evicted += n_evicted;
     q.n_evictions++;
     q.n_evicted += n_evicted;
+    q.evict_ms  += ms_since(t_start);
     return true;
 }
 

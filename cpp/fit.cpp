@@ -97,7 +97,7 @@ void engine::read_fit(llama_context * lctx, uint32_t s, layer_signals & sig) con
     std::vector<int32_t>   rows; // of the ring; the first tokens' queries are like no others
     std::vector<llama_pos> pos;
     for (int32_t r = 0; r < n_window; ++r) {
-        if (q.win_pos[r] >= cfg->pol->n_sink()) {
+        if (q.win_pos[r] >= std::max(q.cfg->pol->n_sink(), (int32_t) q.tokens.size() - q.cfg->need.window)) {
             rows.push_back(r);
             pos.push_back(q.win_pos[r]);
         }
@@ -114,7 +114,7 @@ void engine::read_fit(llama_context * lctx, uint32_t s, layer_signals & sig) con
     const int32_t stride = turn.params[2] == GGML_ROPE_TYPE_NEOX ? 1 : 2, apart = stride == 1 ? n_pair : 1; // of a pair's two dimensions
     std::vector<complex> turns(n*n_pair);
     if (turn.rope) {
-        for (int32_t i = 0; i < cfg->need.future; ++i) {
+        for (int32_t i = 0; i < q.cfg->need.future; ++i) {
             pos.push_back((llama_pos) q.tokens.size() + i);
         }
         const auto table = read_turns(lctx, sig.il, pos);
@@ -122,7 +122,7 @@ void engine::read_fit(llama_context * lctx, uint32_t s, layer_signals & sig) con
             const auto at = [&](size_t p) { return complex(table[p*n_dim + i*stride], table[p*n_dim + i*stride + apart]); };
             complex mean = 0;
             for (size_t p = n; p < pos.size(); ++p) {
-                mean += at(p)/(double) cfg->need.future;
+                mean += at(p)/(double) q.cfg->need.future;
             }
             for (size_t p = 0; p < n; ++p) {
                 turns[p*n_pair + i] = mean/at(p);

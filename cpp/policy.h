@@ -68,6 +68,7 @@ struct layer_plan {
 struct request {
     bool    prompt;          // tokens of the prompt are evicted; false: generated tokens are over their budget
     bool    room = false;    // because the cells are full, maybe in mid-prompt: what is always kept has to give way
+    bool    at_least = false; // the budget is a ratio: never below what the policy always keeps
     int32_t n_head_kv;
     int32_t budget;          // slots to keep in a layer on average, the frozen ones included
     std::vector<layer_plan> layers;

@@ -79,19 +79,20 @@ layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv
     if (sig.n_kv == 0) {
         throw std::invalid_argument("the sequence is empty");
     }
+    const auto & need = streams[s].cfg->need;
     const bool probed = !streams[s].probed[ikv].empty(); // its queries have taken the place of the last ones
-    if (cfg->need.future > 0)                   { read_fit(lctx, s, sig); }
-    else if (cfg->need.window > 0 && !probed)   { read_attn(lctx, s, sig); }
-    if (cfg->need.sums)       { read_sums(s, sig); }
-    if (cfg->need.keys)       { read_keys(s, sig); }
-    if (cfg->need.values)     { read_values(s, sig); }
+    if (need.future > 0)                   { read_fit(lctx, s, sig); }
+    else if (need.window > 0 && !probed)   { read_attn(lctx, s, sig); }
+    if (need.sums)       { read_sums(s, sig); }
+    if (need.keys)       { read_keys(s, sig); }
+    if (need.values)     { read_values(s, sig); }
     if (probed)               { read_probed(s, sig); }
     return sig;
 }
 
-std::vector<float> engine::score(const layer_signals & sig) const {
+std::vector<float> engine::score(uint32_t s, const layer_signals & sig) const {
     std::vector<float> res(sig.pos.size());
-    cfg->pol->score(sig.view(n_layer()), res.data());
+    streams[s].cfg->pol->score(sig.view(n_layer()), res.data());
     for (size_t i = 0; i < res.size(); ++i) {
         res[i] = sig.pos[i] < 0 ? -INFINITY : res[i];
     }
@@ -104,7 +105,8 @@ void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
 
     // Heads disagree on what lies below the floor. Queries from the floor on see all of that; earlier ones are left out.
     // So are those that came before all that some head holds.
-    llama_pos first = std::max(q.floor - 1, 0);
+    // The ring may be longer than the window of the sequence's policy.
+    llama_pos first = std::max({ q.floor - 1, (llama_pos) q.tokens.size() - q.cfg->need.window, 0 });
     for (int32_t h = 0; h < n_hkv; ++h) {
         const int32_t * pos = sig.pos.data() + (size_t) h*sig.n_kv;
         const int32_t j = first_slot(pos, sig.n_kv);
@@ -126,7 +128,7 @@ void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
     float total = 0;
     for (size_t i = 0; i < queries.size(); ++i) {
         const float x = queries.size() > 1 ? (float) i/(queries.size() - 1) : 1.0f;
-        total += weight[queries[i].second] = 1.0f + (cfg->need.newest - 1.0f)*x;
+        total += weight[queries[i].second] = 1.0f + (q.cfg->need.newest - 1.0f)*x;
     }
     for (auto & w : weight) {
         w /= total;

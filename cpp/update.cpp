@@ -122,7 +122,7 @@ std::vector<std::vector<float>> engine::scores(llama_context * lctx, llama_seq_i
     std::vector<std::vector<float>> res;
     in_update(lctx, [&]() {
         for (int32_t l = 0; l < n_layer(); ++l) {
-            res.push_back(score(read_signals(lctx, s, l)));
+            res.push_back(score(s, read_signals(lctx, s, l)));
         }
     });
     return res;

@@ -1,4 +1,4 @@
-"""The command line: `pykvc generate | inspect | bench | policies | pull | demo`, with llama.cpp's names for flags and environment.
+"""The command line: `pykvc generate | inspect | serve | bench | policies | pull | demo`, with llama.cpp's names for flags and environment.
 
 A mistake ends with exit status 2 and one sentence on stderr.
 """
@@ -146,6 +146,17 @@ def _prompt(prompt: str | None, file: str | None) -> str:
         raise ValueError(f"cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+
+
+@app.command("serve", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True,
+                                                               "allow_interspersed_args": False})
+@sentences
+def run_serve(flags: typer.Context) -> None:
+    """llama-server with eviction: its flags and API, and --kv-policy, --kv-budget, --kv-decode-budget, --kv-cells.
+
+    -m as in generate; `pykvc serve --help` lists the flags."""
+    from .serve import run
+    run(flags.args)
 
 
 @app.command("bench")

@@ -33,7 +33,15 @@ def test_libraries_are_found_beside_the_module(tmp_path):
         assert sum(name.startswith("libggml-cpu") for name in names) == 1  # of a portable build's variants the one that fits
 
 
+def test_the_server_is_found_beside_its_libraries(tmp_path):
+    shutil.copytree(Path(_core.__file__).parent/"lib", tmp_path/"lib")
+    done = subprocess.run([tmp_path/"lib"/"llama-server", "--version"], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0 and "version" in done.stderr + done.stdout
+
+
 def test_licences():
     texts = {path.name: path.read_text() for path in files("pykvc") if path.parent.name == "licenses"}
     assert "pykvc" in texts["LICENSE"]
     assert "The ggml authors" in texts["LICENSE.llama.cpp"]
+    for name in ("cpp-httplib", "nlohmann-json", "xxhash", "sha256", "rotate-bits"):
+        assert texts[f"LICENSE.{name}"].strip()

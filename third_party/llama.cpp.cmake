@@ -2,6 +2,7 @@
 #
 #   pykvc_add_llama(PATCH...)        adds the targets llama, ggml, ... from the pinned source with these patches
 #   pykvc_llama_targets(VAR)         the libraries that have to be installed
+#   pykvc_server_libraries(VAR)      those that llama-server needs beyond them, where PYKVC_SERVER is on
 #
 # Every option of llama.cpp and ggml passes through: pip install . -C cmake.define.GGML_CUDA=ON
 
@@ -124,14 +125,21 @@ function(pykvc_add_llama)
     set(GGML_CCACHE OFF)       # ours is set above
     set(LLAMA_OPENSSL OFF)     # only for downloads by llama.cpp's tools
     set(LLAMA_TESTS_INSTALL OFF)
+    if(PYKVC_SERVER) # as a sub-project llama.cpp leaves out its tests, tools, server and app by itself
+        set(LLAMA_BUILD_COMMON ON)
+        set(LLAMA_BUILD_TOOLS ON) # configured; only what llama-server needs is compiled
+        set(LLAMA_BUILD_SERVER ON)
+        set(LLAMA_BUILD_UI OFF)         # its sources are not in the pinned sdist's wanted part, and
+        set(LLAMA_USE_PREBUILT_UI OFF)  # a build downloads nothing beyond that sdist
+    endif()
     pykvc_cpu_flags()
 
-    # As a sub-project llama.cpp leaves out its tests, tools, server and app by itself.
     add_subdirectory(${source} ${CMAKE_BINARY_DIR}/llama.cpp-build EXCLUDE_FROM_ALL)
 
     # One file a library: no libllama.so -> .so.0 -> .so.0.5.0, which a wheel would hold three times.
     pykvc_llama_targets(targets)
-    foreach(target IN LISTS targets)
+    pykvc_server_libraries(more)
+    foreach(target IN LISTS targets more)
         set_property(TARGET ${target} PROPERTY VERSION)
         set_property(TARGET ${target} PROPERTY SOVERSION)
     endforeach()
@@ -145,4 +153,11 @@ function(pykvc_llama_targets out)
         endif()
     endforeach()
     set(${out} ${targets} PARENT_SCOPE)
+endfunction()
+
+function(pykvc_server_libraries out)
+    set(${out} "" PARENT_SCOPE)
+    if(PYKVC_SERVER)
+        set(${out} llama-server-impl llama-common mtmd PARENT_SCOPE)
+    endif()
 endfunction()

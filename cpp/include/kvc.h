@@ -13,7 +13,7 @@
 
 #include "llama.h"
 
-#define KVC_API_VERSION 2
+#define KVC_API_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -43,6 +43,7 @@ struct kvc_seq_usage {
     size_t  bytes_used, bytes_full;
     int64_t n_evictions;      // since the sequence was emptied
     int64_t n_evicted;        // rows of the mean layer
+    double  evict_ms;
 };
 
 // The policy of the next context this thread creates, whatever the environment says. "full" or NULL: stock.
@@ -54,11 +55,27 @@ LLAMA_API int32_t kvc_next_context(const char * policy, const char * budget, con
 // Budgets of one sequence, until it is emptied.
 LLAMA_API int32_t      kvc_set_budget(struct llama_context * ctx, llama_seq_id seq_id, const char * budget, const char * decode_budget);
 
+// Are these what kvc_next_context() takes? Changes nothing. 1: the policy evicts, 0: it is full.
+LLAMA_API int32_t kvc_check_config(const char * policy, const char * budget, const char * decode_budget, const char * cells);
+
+// guess_prompt_end of a context that exists, for callers that cannot be there when it is created.
+LLAMA_API int32_t kvc_guess_prompt_end(struct llama_context * ctx, bool guess);
+
+// Policy and budgets of one sequence, until it is emptied. NULL: the context's own; "" for a budget: none. The policy works on what the
+// context was created with: its window of queries (or a part of it), its sums, its cells; "full" evicts only where kv_cells are too few.
+LLAMA_API int32_t kvc_set_policy(struct llama_context * ctx, llama_seq_id seq_id, const char * policy, const char * budget, const char * decode_budget);
+
+// Would kvc_set_policy() take these? From any thread, while the context works. 1: the policy uses spans, 0: it does not.
+LLAMA_API int32_t kvc_check_policy(struct llama_context * ctx, const char * policy, const char * budget, const char * decode_budget);
+
 // Units of the prompt for policies that need them: ascending, disjoint.
 LLAMA_API int32_t kvc_set_spans(struct llama_context * ctx, llama_seq_id seq_id, const struct kvc_span * spans, size_t n_spans);
 
 // Compress what the sequence holds to kv_budget, now. 1: evicted, 0: nothing was over budget.
 LLAMA_API int32_t kvc_evict(struct llama_context * ctx, llama_seq_id seq_id);
+
+// Tokens from here on belong to another prompt: it is evicted as a whole, what was generated before it included.
+LLAMA_API int32_t kvc_begin_prompt(struct llama_context * ctx, llama_seq_id seq_id);
 
 // Tokens from here on are generated ones: kv_decode_budget is theirs.
 LLAMA_API int32_t kvc_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);

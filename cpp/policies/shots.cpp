@@ -34,6 +34,43 @@ void shot_policy::score(const layer_view & v, float * out) const {
     mean_over_group(v, out);
 }
 
+// The slots of a span are neighbours: positions ascend, and all heads hold the same ones.
+static std::vector<unit> find_shots(const request & r, const layer_plan & lp) {
+    std::vector<unit> res;
+    for (const span & s : r.spans) {
+        const int32_t begin = (int32_t) (std::lower_bound(lp.pos, lp.pos + lp.n_kv, s.begin) - lp.pos);
+        const int32_t end   = (int32_t) (std::lower_bound(lp.pos, lp.pos + lp.n_kv, s.end)   - lp.pos);
+        res.push_back({ begin, end, 0 });
+    }
+    return res;
+}
+
+slot_marks shot_policy::always(const request & r, int32_t il, bool outside, bool unfinished, int32_t & n_outside) const {
+    const layer_plan & lp = r.layers[il];
+    const auto shots = find_shots(r, lp);
+    slot_marks marks(lp.n_kv, outside);
+    for (size_t i = 0; i < shots.size(); ++i) {
+        const bool grows = unfinished && r.spans[i].end > lp.pos[lp.n_kv - 1] + 1;
+        std::fill(marks.begin() + shots[i].begin, marks.begin() + shots[i].end, grows);
+    }
+    n_outside = count_marked(marks);
+    mark_range(marks, 0, std::max(sinks, lp.n_frozen));
+    mark_range(marks, lp.n_kv - window, lp.n_kv);
+    return marks;
+}
+
+std::vector<int32_t> shot_policy::budgets(const request & r) const {
+    auto n_keep = policy::budgets(r);
+    int32_t n_always = 0, n_outside;
+    for (int32_t il = 0; r.prompt && r.at_least && il < (int32_t) r.layers.size(); ++il) {
+        n_always = std::max(n_always, count_marked(always(r, il, true, false, n_outside)));
+    }
+    for (size_t il = 0; il < n_keep.size(); ++il) {
+        n_keep[il] = std::min(std::max(n_keep[il], n_always), r.layers[il].n_kv);
+    }
+    return n_keep;
+}
+
 void shot_policy::keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) const {
     const layer_plan & lp = r.layers[il];
 
@@ -45,24 +82,10 @@ void shot_policy::keep(const request & r, int32_t il, int32_t n_keep, int32_t * 
         mark_range(marks, lp.n_kv - std::min(recent, n_keep - lp.n_frozen), lp.n_kv);
         mark_best(marks, token.data(), 0, lp.n_kv, n_keep - count_marked(marks));
     } else {
-        // The slots of a span are neighbours: positions ascend, and all heads hold the same ones.
-        std::vector<unit> shots;
-        const int32_t *   pos = lp.pos;
-        for (const span & s : r.spans) {
-            const int32_t begin = (int32_t) (std::lower_bound(pos, pos + lp.n_kv, s.begin) - pos);
-            const int32_t end   = (int32_t) (std::lower_bound(pos, pos + lp.n_kv, s.end)   - pos);
-            shots.push_back({ begin, end, 0 });
-        }
+        std::vector<unit> shots = find_shots(r, lp);
         int32_t n_outside = 0;
         const auto mark_always = [&](bool outside, bool unfinished) {
-            marks.assign(lp.n_kv, outside);
-            for (size_t i = 0; i < shots.size(); ++i) {
-                const bool grows = unfinished && r.spans[i].end > pos[lp.n_kv - 1] + 1;
-                std::fill(marks.begin() + shots[i].begin, marks.begin() + shots[i].end, grows);
-            }
-            n_outside = count_marked(marks);
-            mark_range(marks, 0, std::max(sinks, lp.n_frozen));
-            mark_range(marks, lp.n_kv - window, lp.n_kv);
+            marks = always(r, il, outside, unfinished, n_outside);
             return count_marked(marks) <= n_keep;
         };
         // In mid-prompt a shot whose end is still to come is kept if it fits; then what is outside every shot, if that fits.

@@ -19,6 +19,9 @@ struct shot_policy : policy {
     int32_t n_recent(int32_t budget) const override;
     int32_t min_budget() const override { return sinks + window + 1; }
 
+    // Those of every policy, or where the budget is a ratio as many as are always kept.
+    std::vector<int32_t> budgets(const request & r) const override;
+
     // Attention for each KV head, the mean over its group.
     void score(const layer_view & v, float * out) const override;
 
@@ -29,6 +32,10 @@ struct shot_policy : policy {
     // F32 [n_kv]; and at prompt end the score of a shot whose tokens have the mean score `mean`.
     virtual std::vector<float> token_scores(const request & r, int32_t il) const = 0;
     virtual float shot_score(const span & s, float mean) const = 0;
+
+private:
+    // Slots of layer il that stay: the first and the last, those outside every span, spans whose end is still to come.
+    slot_marks always(const request & r, int32_t il, bool outside, bool unfinished, int32_t & n_outside) const;
 };
 
 // The parameters of both, in order; a policy adds its own behind them.

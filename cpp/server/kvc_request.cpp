@@ -1,0 +1,83 @@
+#include "kvc_request.h"
+
+#include "kvc_server.h"
+#include "kvc_spans.h"
+
+#include "chat.h"
+
+#include <stdexcept>
+
+// The messages before the last one of the user, which is the question; the system's are always kept.
+static std::vector<kvc_span> message_spans(const common_chat_msg_spans & chat) {
+    std::vector<kvc_span> res;
+    const int32_t last = chat.last_user_message_pos();
+    for (const auto & m : chat.spans) {
+        const int32_t begin = (int32_t) m.pos, end = (int32_t) (m.pos + m.len);
+        if (begin < last && begin < end && m.role != COMMON_CHAT_ROLE_SYSTEM) {
+            res.push_back({ begin, end });
+        }
+    }
+    return res;
+}
+
+static void check_ranges(const std::vector<kvc_span> & spans, int32_t n_tokens) {
+    int32_t end = 0;
+    for (const auto & s : spans) {
+        if (s.begin < end || s.end <= s.begin || s.end > n_tokens) {
+            throw std::invalid_argument("kv_spans: [" + std::to_string(s.begin) + ", " + std::to_string(s.end) + "] is empty, out of order, "
+                "overlaps the one before it or leaves the prompt, which has " + std::to_string(n_tokens) + " tokens");
+        }
+        end = s.end;
+    }
+}
+
+void kvc_request::resolve(const kvc_server & server, const server_tokens & prompt, int32_t n_predict,
+        const common_chat_msg_spans & chat) {
+    if (!server.on) {
+        if (policy || budget || decode_budget || units != unsaid) {
+            throw std::invalid_argument("kv_policy, kv_budget, kv_decode_budget and kv_spans: this server was started without --kv-policy, "
+                "so its cache keeps every token");
+        }
+        return;
+    }
+    const int uses_spans = kvc_check_policy(server.ctx, policy_arg(), budget_arg(), decode_budget_arg());
+    if (uses_spans < 0) {
+        throw std::invalid_argument(kvc_last_error());
+    }
+    const int32_t n_tokens = (int32_t) prompt.size();
+    if (policy && *policy == "full") {
+        if (server.bounded && (n_predict < 0 || n_tokens + n_predict > server.n_cells)) {
+            throw std::invalid_argument("kv_policy full: a slot has " + std::to_string(server.n_cells) + " cells (--kv-cells), and the prompt of " +
+                std::to_string(n_tokens) + " tokens and n_predict have to fit into them");
+        }
+    } else if (policy && !budget && !decode_budget && !server.has_budget) {
+        throw std::invalid_argument("kv_policy " + *policy + " evicts nothing without a budget: give kv_budget (tokens, or a retained ratio in (0, 1]) "
+            "or kv_decode_budget");
+    }
+    rule = policy.value_or("") + "|" + budget.value_or("") + "|" + decode_budget.value_or("");
+
+    if (units == ranges) {
+        check_ranges(spans, n_tokens);
+    }
+    if (units == messages && chat.spans.empty()) {
+        throw std::invalid_argument("kv_spans \"message\": this is no chat, or its template marks no messages: use \"sentence\", a separator or token ranges");
+    }
+    if (uses_spans == 0) {
+        spans.clear(); // what a policy does not look at
+        return;
+    }
+    if (units == unsaid) {
+        units = chat.spans.empty() ? sentences : messages;
+    }
+    rule += "|" + std::to_string(units) + text;
+    if (units == messages) {
+        spans = message_spans(chat);
+    } else if (units != ranges) {
+        std::vector<llama_token> tokens;
+        for (int32_t i = 0; i < n_tokens; ++i) {
+            tokens.push_back(prompt[i]);
+        }
+        const kvc_text whole(llama_model_get_vocab(llama_get_model(server.ctx)), tokens);
+        spans = units == sentences ? kvc_sentences(whole) : kvc_separated(whole, text);
+    }
+}

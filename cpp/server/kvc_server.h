@@ -1,0 +1,37 @@
+#pragma once
+
+// What the server knows of its context's eviction, and what it tells of it.
+
+#include "kvc.h"
+#include "kvc_options.h"
+
+#include "server-common.h"
+
+// Fixed once the model is loaded.
+struct kvc_server {
+    bool        on         = false; // the context evicts
+    llama_context * ctx    = nullptr;
+    bool        bounded    = false; // in fewer cells than it has tokens
+    bool        has_budget = false; // of its own
+    int32_t     n_cells    = 0;     // of a slot, in the mean layer
+    kvc_options options;
+
+    void attach(llama_context * ctx); // takes over from the engine when a prompt ends
+
+    json props() const; // of /props
+};
+
+// Of /metrics: all slots together.
+struct kvc_totals {
+    bool      on = false;
+    int64_t   n_cells_used = 0;
+    int64_t   n_cells      = 0;
+    kvc_usage usage        = {};
+
+    void look(llama_context * ctx, int32_t n_slots);
+
+    // "name", "description", value of each
+    struct item { std::string name, description; double value; };
+    std::vector<item> counters() const;
+    std::vector<item> gauges() const;
+};

@@ -1,0 +1,104 @@
+#include "kvc_slot.h"
+
+#include "kvc_options.h"
+
+#include "log.h"
+
+#include <stdexcept>
+
+static void check(int32_t res) {
+    if (res < 0) {
+        throw std::runtime_error(kvc_last_error());
+    }
+}
+
+void kvc_slot::init(llama_context * ctx, int32_t id) {
+    *this = kvc_slot();
+    this->ctx = ctx;
+    this->id  = id;
+}
+
+void kvc_slot::start() {
+    begun = ended = false;
+}
+
+int kvc_slot::n_reusable(int n_past, const kvc_mark & mark, const kvc_request & req) const {
+    if (!ctx || n_past == 0 || mark.rule.empty() || mark.rule == kvc_mark::ANY) {
+        return n_past;
+    }
+    if (mark.rule != req.rule) {
+        LOG_INF("kvc: slot %d was evicted under another policy, budget or spans: its prompt is evaluated from the start\n", id);
+        return 0;
+    }
+    if (n_past < mark.n_tokens) {
+        LOG_INF("kvc: slot %d was evicted for another prompt, which has %d tokens in common: this one is evaluated from the start\n", id, n_past);
+        return 0;
+    }
+    return n_past;
+}
+
+void kvc_slot::begin_prompt(const kvc_request & req) {
+    if (!ctx || begun) {
+        return;
+    }
+    begun = true;
+    const auto own = kvc_options::of_environment();
+    policy        = req.policy.value_or(own.policy);
+    budget        = req.budget.value_or(policy == "full" ? "" : own.budget);
+    decode_budget = req.decode_budget.value_or(policy == "full" ? "" : own.decode_budget);
+    check(kvc_begin_prompt(ctx, id));
+    check(kvc_set_policy(ctx, id, req.policy_arg(), req.budget_arg(), req.decode_budget_arg()));
+    check(kvc_set_spans(ctx, id, req.spans.data(), req.spans.size()));
+    check(kvc_get_seq_usage(ctx, id, &before));
+    now = before;
+}
+
+std::string kvc_slot::end_prompt(const kvc_request & req, kvc_mark & mark) {
+    if (!ctx || ended) {
+        return "";
+    }
+    ended = true;
+    if (kvc_evict(ctx, id) < 0) {
+        return kvc_last_error();
+    }
+    check(kvc_end_prompt(ctx, id));
+    look(req, mark);
+    return "";
+}
+
+void kvc_slot::look(const kvc_request & req, kvc_mark & mark) {
+    if (!ctx) {
+        return;
+    }
+    const int64_t n_evictions = now.n_evictions;
+    check(kvc_get_seq_usage(ctx, id, &now));
+    if (now.n_evictions > n_evictions) {
+        mark = { req.rule, now.n_tokens };
+    }
+}
+
+json kvc_slot::report() const {
+    if (!ctx) {
+        return nullptr;
+    }
+    json res = state();
+    res["n_evicted"]   = now.n_evicted   - before.n_evicted;
+    res["n_evictions"] = now.n_evictions - before.n_evictions;
+    res["evict_ms"]    = now.evict_ms    - before.evict_ms;
+    return res;
+}
+
+json kvc_slot::state() const {
+    if (!ctx) {
+        return nullptr;
+    }
+    return {
+        { "policy",        policy },
+        { "budget",        budget.empty()        ? json(nullptr) : json(budget) },
+        { "decode_budget", decode_budget.empty() ? json(nullptr) : json(decode_budget) },
+        { "n_tokens",      now.n_tokens },
+        { "n_kept",        now.n_cells },
+        { "bytes",         now.bytes_used },
+        { "bytes_full",    now.bytes_full },
+    };
+}
