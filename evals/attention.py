@@ -7,12 +7,11 @@ A row of figures is saved for each item, and beside it an .npz with what the pic
 """
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 
 import pykvc
-from pykvc import _core
 from pykvc.inspect import N_SINKS, WINDOW, Attention, attention, counts, survivors
 
 from .cases import Case, cases
@@ -104,7 +103,8 @@ def look(probe: Probe, subject: Subject, n_threads: int | None = None, n_gpu_lay
     heat, step = heat_map(tokens, how)
     bare = _without_sinks(attn)
     figures = {"n_tokens": n, "parts": parts, "step": step, "n_query": min(WINDOW, n_question),
-               **{f"mass{end}": {name: float(a[..., begin:stop].sum(axis=-1).mean()) for name, begin, stop in parts} for end, a in (("", attn), ("_bare", bare))},
+               **{f"mass{end}": {name: float(a[..., begin:stop].sum(axis=-1).mean()) for name, begin, stop in parts}
+                  for end, a in (("", attn), ("_bare", bare))},
                "sinks": float(attn[..., :N_SINKS].sum(axis=-1).mean()), "entropy": float(entropy(attn).mean()), "entropy_bare": float(entropy(bare).mean()),
                "tokens_90": float(share_of_tokens(attn).mean()), "tokens_90_bare": float(share_of_tokens(bare).mean()),
                "kept": {name: {part: float(share[:, begin:stop].mean()) for part, begin, stop in parts if stop > begin} for name, share in kept.items()}}

@@ -121,7 +121,8 @@ def _curves(path: Path, found: Sequence[Row], arrays: dict[int, dict[str, np.nda
         if values.any():
             right.barh([name for _, name in names], 100*values, left=bottom, color=f"C{i}", label=part)
             bottom += 100*values
-    right.plot([100*np.mean([row["sinks"] for row in of_task]) for of_task in _groups(found).values()], [name for _, name in names], "k|", markersize=14, label="first 4 tokens")
+    sinks = [100*np.mean([row["sinks"] for row in of_task]) for of_task in _groups(found).values()]
+    right.plot(sinks, [name for _, name in names], "k|", markersize=14, label="first 4 tokens")
     right.invert_yaxis()
     right.set(xlabel="% of the attention", title="mass by part")
     left.legend(fontsize=8)
@@ -148,7 +149,8 @@ def _heat_map(path: Path, heading: str, row: Row, arrays: dict[str, np.ndarray])
     n, heat = row["n_tokens"], arrays["heat"].astype(np.float32)
     wide = heat[:, :n//max(1, n//400)*max(1, n//400)].reshape(len(heat), -1, max(1, n//400)).max(axis=2)  # so that a lone key is seen
     figure, axes = plt.subplots(figsize=(7.5, 6.2), layout="constrained")
-    image = axes.imshow(np.where(wide > 0, wide, np.nan), norm=LogNorm(1e-5, 0.3), cmap="magma", aspect="auto", interpolation="nearest", extent=(0, n, len(heat)*row["step"], 0))
+    image = axes.imshow(np.where(wide > 0, wide, np.nan), norm=LogNorm(1e-5, 0.3), cmap="magma", aspect="auto", interpolation="nearest",
+                        extent=(0, n, len(heat)*row["step"], 0))
     axes.set(ylim=(n, 0), xlabel="key", ylabel=f"query ({row['step']} in a row)")
     axes.set_title(heading + ": attention, mean over layers and heads", pad=18, fontsize=10)
     _marks(axes, row, both=True)

@@ -5,8 +5,10 @@ from typing import Sequence
 import pykvc
 from pykvc.prose import prose
 
+from .ask import side_by_side
 from .run import Plan, all_works, open_model, tokens_of
 from .store import Row, key, read
+from .tasks import task
 
 N_PREFILL, N_DECODE = 512, 24
 
@@ -18,18 +20,22 @@ def sentence(plans: Sequence[Plan], model: str | None) -> str:
     done = {key(row) for row in rows if "error" not in row}
     lengths = _lengths(rows)
     works = all_works(plans, subject, done)
-    n_rows = n_prefill = n_decode = 0
+    n_rows = n_prefill = 0
+    n_decode = {True: 0.0, False: 0.0}  # several questions at once, one after the other
     for work in works:
         for group in work.todo:
             n_rows += len(group)
             n_prefill += tokens_of(group, subject)
-            n_decode += sum(min(item.max_tokens, lengths.get(work.task, item.max_tokens)) for item, _ in group)
+            at_once = plans[0].n_parallel > 1 and not hasattr(task(work.task), "ask") and side_by_side(work.case)
+            n_decode[at_once] += sum(min(item.max_tokens, lengths.get(work.task, item.max_tokens)) for item, _ in group)
     if not n_rows:
         return f"{subject.name}: nothing is left to do of {sum(len(work.asked) for work in works)} rows"
-    per_prefill, per_decode = _rates(plans[0], model)
-    hours = (n_prefill*per_prefill + n_decode*per_decode)/3600
-    return (f"{subject.name}: {n_rows} rows in {sum(bool(work.todo) for work in works)} configurations, {n_prefill} tokens to evaluate at {1/per_prefill:.0f} t/s and "
-            f"{'about' if lengths else 'at most'} {n_decode} to generate at {1/per_decode:.0f} t/s: {hours:.2g} hours")
+    per_prefill, per_decode = _rates(plans[0], model, 1)
+    per_batch = _rates(plans[0], model, plans[0].n_parallel)[1] if n_decode[True] else per_decode
+    hours = (n_prefill*per_prefill + n_decode[True]*per_batch + n_decode[False]*per_decode)/3600
+    return (f"{subject.name}: {n_rows} rows in {sum(bool(work.todo) for work in works)} configurations, {n_prefill} tokens to evaluate at "
+            f"{1/per_prefill:.0f} t/s and {'about' if lengths else 'at most'} {n_decode[True]:.0f} to generate at {1/per_batch:.0f} t/s "
+            f"({plans[0].n_parallel} questions at once) and {n_decode[False]:.0f} at {1/per_decode:.0f} t/s: {hours:.2g} hours")
 
 
 def _lengths(rows: list[Row]) -> dict[str, float]:
@@ -41,14 +47,14 @@ def _lengths(rows: list[Row]) -> dict[str, float]:
     return {name: sum(values)/len(values) for name, values in seen.items()}
 
 
-def _rates(plan: Plan, model: str | None) -> tuple[float, float]:
-    """Seconds a token takes to be evaluated in a prompt, and to be generated."""
-    with pykvc.LLM(model, n_ctx=2*N_PREFILL, n_threads=plan.n_threads, n_gpu_layers=plan.n_gpu_layers) as llm:
+def _rates(plan: Plan, model: str | None, n_parallel: int) -> tuple[float, float]:
+    """Seconds a token takes to be evaluated in a prompt, and to be generated, n_parallel sequences side by side."""
+    with pykvc.LLM(model, n_ctx=N_PREFILL + N_DECODE, n_seq_max=n_parallel, n_threads=plan.n_threads, n_gpu_layers=plan.n_gpu_layers) as llm:
         ids = llm.tokenize(prose(N_PREFILL//8))[:N_PREFILL]
         llm.prefill(tokens=ids[:32])
         begin = perf_counter()
         llm.prefill(tokens=ids[32:])
-        middle = perf_counter()
-        for token in ids[:N_DECODE]:
-            llm.prefill(tokens=[token])
-        return (middle - begin)/(len(ids) - 32), (perf_counter() - middle)/N_DECODE
+        took = perf_counter() - begin
+        answers = llm.generate_batch([ids[:64]]*n_parallel, max_tokens=N_DECODE)
+        steps = [answer.timings["decode_tps"] for answer in answers if answer.n_predicted > 1]
+    return took/(len(ids) - 32), 1/(n_parallel*max(steps)) if steps else took/(len(ids) - 32)

@@ -1,5 +1,4 @@
 """generate_batch(): many prompts, each as if it were alone."""
-import numpy as np
 import pytest
 
 import pykvc
