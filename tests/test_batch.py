@@ -1,4 +1,5 @@
 """generate_batch(): many prompts, each as if it were alone."""
+import numpy as np
 import pytest
 
 import pykvc
