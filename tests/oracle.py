@@ -288,7 +288,7 @@ class chunkkv(Policy):
 
 class finch(Policy):
     """2408.00167: what the question's tokens give each cell, mean over them and the group; pooled along the keys."""
-    def __init__(self, window=64, recent=32, kernel=5, pool="none"):
+    def __init__(self, window=64, recent=32, kernel=31, pool="max"):
         self.recent, self.kernel, self.pool = recent, kernel, pool
 
     def n_recent(self, n_keep):

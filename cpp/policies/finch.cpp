@@ -4,8 +4,9 @@
 //
 // Variant: the question (kv_query) is evaluated as a probe after each chunk of the context and taken out again, so it
 // attends to all that is left of the context, and the paper's division by the queries that could see a cell divides all
-// by the same. Keys keep their positions; the paper rotates them anew. Pooling as in SnapKV, off as in the paper. Where
-// nobody asked (another program), the last `window` tokens of the context are the question.
+// by the same. Keys keep their positions; the paper rotates them anew. Pooled as in SnapKV, which the paper does not (pool=none):
+// the answer is beside the words that the question attends to, and is lost without (docs/benchmarks.md). Where nobody asked
+// (another program), the last `window` tokens of the context are the question.
 
 #include "policies.h"
 
@@ -53,8 +54,8 @@ const std::vector<param_info> & list_params() {
     static const std::vector<param_info> list = {
         { "window", "64",   "last tokens of the question that are asked", 1, 1024 },
         { "recent", "32",   "last tokens of the context always kept", 1, 4096 },
-        { "kernel", "5",    "keys under the pooling kernel, odd", 1, 63 },
-        { "pool",   "none", "how attention is pooled along the keys", 0, 0, { "none", "avg", "max" } },
+        { "kernel", "31",   "keys under the pooling kernel, odd", 1, 63 },
+        { "pool",   "max",  "how attention is pooled along the keys; none as in the paper", 0, 0, { "none", "avg", "max" } },
     };
     return list;
 }
