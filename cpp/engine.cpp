@@ -345,11 +345,17 @@ bool engine::is_due(const llama_ubatch & ubatch) {
     return !due.empty();
 }
 
+// Heads disagree on what lies below the floor. Queries from the floor on see all of that; earlier ones are left out. The ring
+// may be longer than the window of the sequence's policy.
+llama_pos engine::first_query(uint32_t s) const {
+    const auto & q = streams[s];
+    return std::max({ q.floor - 1, (llama_pos) q.tokens.size() - q.cfg->need.window, 0 });
+}
+
 // Does a policy that scores by the last queries have one? A removed tail took its own along.
 bool engine::has_queries(uint32_t s) const {
     const auto & q = streams[s];
-    const int32_t n_window = q.cfg->need.window;
-    return n_window == 0 || *std::max_element(q.win_pos.begin(), q.win_pos.end()) >= std::max({ q.floor - 1, (llama_pos) q.tokens.size() - n_window, 0 });
+    return q.cfg->need.window == 0 || *std::max_element(q.win_pos.begin(), q.win_pos.end()) >= first_query(s);
 }
 
 // Is there anything to evict?

@@ -210,6 +210,7 @@ private:
     std::vector<int32_t> slot_pos(uint32_t s, int32_t ikv) const;
     std::vector<int32_t> frozen(uint32_t s, cause why) const;
     int32_t  target(uint32_t s, cause why, int32_t n_new, const std::vector<int32_t> & n_frozen) const;
+    llama_pos first_query(uint32_t s) const;
     bool     has_queries(uint32_t s) const;
     bool     is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) const;
     bool     over_budget(uint32_t s, int32_t n_new) const;

@@ -103,10 +103,8 @@ void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
     const auto & q = streams[s];
     const int32_t n_window = cfg->need.window;
 
-    // Heads disagree on what lies below the floor. Queries from the floor on see all of that; earlier ones are left out.
-    // So are those that came before all that some head holds.
-    // The ring may be longer than the window of the sequence's policy.
-    llama_pos first = std::max({ q.floor - 1, (llama_pos) q.tokens.size() - q.cfg->need.window, 0 });
+    // Queries that came before all that some head holds are left out, too.
+    llama_pos first = first_query(s);
     for (int32_t h = 0; h < n_hkv; ++h) {
         const int32_t * pos = sig.pos.data() + (size_t) h*sig.n_kv;
         const int32_t j = first_slot(pos, sig.n_kv);

@@ -8,7 +8,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from . import stats
-from .pictures import file_of
+from .pictures import file_of, use_matplotlib
 from .report import changed
 from .store import Row, read
 
@@ -89,8 +89,7 @@ def comma_separated(table: Sequence[Row]) -> str:
 
 def draw(out: Path, found: Sequence[Row]) -> list[Path]:
     """For each model: cumulative mass and entropy of all tasks, and of each task's first item a heat map and what survives."""
-    import matplotlib
-    matplotlib.use("Agg")
+    use_matplotlib()
     paths = []
     for model in dict.fromkeys(row["model"] for row in found):
         of_model = [row for row in found if row["model"] == model]

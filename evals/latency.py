@@ -9,6 +9,7 @@ from typing import Any, Callable, Sequence
 from pykvc import bench, report
 from pykvc.race import Case
 
+from .pictures import use_matplotlib
 from .store import Row
 
 FILE = "latency.jsonl"
@@ -71,8 +72,7 @@ def table(out: Path) -> str:
 
 def draw(out: Path) -> list[Path]:
     """How much faster it decodes than with the whole cache, and what the eviction takes of the prefill: a bar for each row."""
-    import matplotlib
-    matplotlib.use("Agg")
+    use_matplotlib()
     import matplotlib.pyplot as plt
     paths, found = [], [row for row in rows(out) if row["decode_ratio_full"] is not None]
     for model in dict.fromkeys(row["case"]["model"] for row in found):

@@ -14,7 +14,7 @@ from typing import Any, Sequence
 
 from pykvc import _core
 
-from .pictures import file_of, label
+from .pictures import file_of, label, use_matplotlib
 from .store import Row
 
 MARKERS = "os^Dv*PX"
@@ -24,11 +24,7 @@ NAMES = {"ratio": "retained ratio", "n_kept": "tokens kept a layer", "shots": "s
 
 def draw(out: Path, blocks: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
     """PNG files of the [[picture]] blocks."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("pictures need matplotlib: `pip install '.[evals]'`, or --no-pictures") from None
-    matplotlib.use("Agg")
+    use_matplotlib()
     paths = []
     for i, block in enumerate(blocks):
         x, y = block.get("x", "ratio"), block.get("y", "score")

@@ -10,13 +10,18 @@ from .store import Row
 from .tasks import task
 
 
-def draw(out: Path, rows: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
-    """PNG files, one for each model, task and protocol."""
+def use_matplotlib() -> None:
+    """Before anything is drawn, into files alone. ValueError: it is not installed."""
     try:
         import matplotlib
     except ImportError:
         raise ValueError("pictures need matplotlib: `pip install '.[evals]'`, or --no-pictures") from None
     matplotlib.use("Agg")
+
+
+def draw(out: Path, rows: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
+    """PNG files, one for each model, task and protocol."""
+    use_matplotlib()
     paths = []
     for name in dict.fromkeys(tuple(title(line)) for line in lines):
         path = file_of(out, *name)
