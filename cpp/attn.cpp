@@ -1,6 +1,7 @@
-// A small graph of one layer: what some queries give to its cells.
+// What some queries of the ring give to the cells of a layer: steps of our own on the CPU (ggml/attn_scores.h), elsewhere a small graph.
 
 #include "engine.h"
+#include "attn_ops.h"
 #include "select.h"
 
 #include "llama-context.h"
@@ -9,9 +10,11 @@
 #include "llama-model.h"
 
 #include "ggml-backend.h"
+#include "ggml-cpu.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <stdexcept>
 
 namespace kvc {
@@ -59,31 +62,111 @@ ggml_tensor * engine::graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, 
     return weight ? graph_dot(ctx, ikv, out, weight) : out;
 }
 
-// The scores of some queries of the ring, computed in one small graph of the layer; weight [window]: a number for each row of
-// the ring. F32 [n_kv, 1, n_head], without weights F32 [n_kv, window, n_head].
-ggml_tensor * engine::build_attn(llama_context * lctx, uint32_t s, const layer_signals & sig,
-        const std::vector<std::pair<llama_pos, int32_t>> & queries, const std::vector<float> * weight) const {
-    const int32_t n_window = cfg->need.window;
+// Which slots a query head's queries see: I32 [2, n_query, n_mask], from and up to. By the positions of head 0, since from the floor
+// on all agree; of each head where one has empty slots.
+static std::vector<int32_t> ranges_of(const layer_signals & sig, const std::vector<ring_query> & queries, int32_t n_mask) {
+    std::vector<int32_t> res;
+    for (int32_t h = 0; h < n_mask; ++h) {
+        const int32_t * pos = sig.pos.data() + (size_t) (h/(sig.n_head/sig.n_head_kv))*sig.n_kv;
+        const int32_t first = first_slot(pos, sig.n_kv);
+        for (const auto & q : queries) {
+            res.push_back(first);
+            res.push_back((int32_t) (std::upper_bound(pos + first, pos + sig.n_kv, q.pos) - pos));
+        }
+    }
+    return res;
+}
 
-    // one mask for all heads, by the positions of head 0: from the floor on they agree. One for each where a head has empty slots.
+// Two steps of attn_scores.h; null where the layer is not on the CPU, and for what they do not know.
+static ggml_custom_op_t cpu_step(const ggml_tensor * k, const char * name) {
+    auto * dev = device_of(k);
+    return getenv("PYKVC_STOCK_ATTENTION") || ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU ? nullptr :
+        (ggml_custom_op_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), name);
+}
+
+std::vector<float> engine::attention_of(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
+        bool largest) const {
     const int32_t n_mask = n_held(s, sig.il) < (int64_t) sig.pos.size() ? sig.n_head : 1;
-    std::vector<float> mask((size_t) n_mask*n_window*sig.n_kv, 0.0f); // F32 [n_kv, n_window, n_mask]
-    for (const auto & query : queries) {
-        for (int32_t h = 0; h < n_mask; ++h) {
-            const int32_t * pos = sig.pos.data() + (size_t) (h/(sig.n_head/n_hkv))*sig.n_kv;
-            float * row = mask.data() + ((size_t) h*n_window + query.second)*sig.n_kv;
-            std::fill_n(row, first_slot(pos, sig.n_kv), -INFINITY);
-            for (int32_t j = sig.n_kv - 1; j >= 0 && pos[j] > query.first; --j) {
-                row[j] = -INFINITY;
+    const auto ranges = ranges_of(sig, queries, n_mask);
+    const auto step = cpu_step(kv.layers[sig.il].k, "kvc_attn_tiles");
+    return step && !attn[sig.il].sinks && !model.hparams.attn_soft_cap ? attention_tiles(lctx, s, sig, queries, ranges, n_mask, largest) :
+                                                                         attention_graph(lctx, s, sig, queries, ranges, n_mask, largest);
+}
+
+std::vector<float> engine::attention_tiles(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
+        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest) const {
+    const int32_t n_query = (int32_t) queries.size(), n_group = sig.n_head/n_hkv;
+    const int32_t n_lane = GGML_PAD(n_query, KVC_ATTN_LANES); // of a head; those that no query takes see all and weigh nothing
+    const int32_t n_tile = (sig.n_kv + KVC_ATTN_TILE - 1)/KVC_ATTN_TILE;
+
+    std::vector<float>   q     ((size_t) n_hkv*sig.head_dim*n_group*n_lane, 0.0f); // [n_head_kv, head_dim, n_group*n_lane]
+    std::vector<int32_t> range ((size_t) n_hkv*2*n_group*n_lane, sig.n_kv);        // [n_head_kv, 2, n_group*n_lane]
+    std::vector<float>   weight((size_t) n_hkv*n_group*n_lane, 0.0f);              // [n_head_kv, n_group*n_lane]
+    std::vector<float>   row(sig.head_dim*sig.n_head);
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        std::fill_n(range.begin() + (size_t) 2*h*n_group*n_lane, n_group*n_lane, 0);
+    }
+    for (int32_t i = 0; i < n_query; ++i) {
+        const auto * win = tensors[sig.il].win;
+        ggml_backend_tensor_get(win, row.data(), ((size_t) s*cfg->need.window + queries[i].row)*win->nb[1], row.size()*sizeof(float));
+        for (int32_t h = 0; h < sig.n_head; ++h) {
+            const size_t kv_head = h/n_group, lane = (size_t) (h % n_group)*n_lane + i, stride = (size_t) n_group*n_lane;
+            for (int32_t d = 0; d < sig.head_dim; ++d) {
+                q[(kv_head*sig.head_dim + d)*stride + lane] = row[h*sig.head_dim + d]*attn[sig.il].scale;
             }
+            const int32_t * from = &ranges[2*((size_t) (n_mask > 1 ? h : 0)*n_query + i)];
+            range [(2*kv_head + 0)*stride + lane] = from[0];
+            range [(2*kv_head + 1)*stride + lane] = from[1];
+            weight[kv_head*stride + lane] = queries[i].weight;
         }
     }
 
     auto * res = begin_graph(lctx);
     auto * ctx = res->get_ctx();
+    auto * k = kv.layers[sig.il].k;
+    auto * inputs = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_group*n_lane, sig.head_dim, n_hkv);
+    auto * bounds = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, n_group*n_lane, 2, n_hkv);
+    auto * shares = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_group*n_lane, n_hkv);
+    for (auto * input : { inputs, bounds, shares }) {
+        ggml_set_input(input);
+    }
+    ggml_tensor * args[] = {
+        ggml_view_3d(ctx, k, sig.head_dim, n_hkv, sig.n_kv, ggml_row_size(k->type, sig.head_dim), k->nb[1], s*k->nb[2]), inputs, bounds,
+    };
+    auto * tiles = ggml_custom_4d(ctx, GGML_TYPE_F32, n_group*n_lane, sig.n_kv + 2*n_tile, n_hkv, 1, args, 3, cpu_step(k, "kvc_attn_tiles"),
+            GGML_N_TASKS_MAX, nullptr);
+    ggml_tensor * summed[] = { tiles, shares };
+    auto * out = ggml_custom_4d(ctx, GGML_TYPE_F32, sig.n_kv, sig.n_head, 1, 1, summed, 2, cpu_step(k, largest ? "kvc_attn_max" : "kvc_attn_sum"),
+            GGML_N_TASKS_MAX, nullptr);
+    run_graph(lctx, res, out, [&]() {
+        ggml_backend_tensor_set(inputs, q.data(),      0, ggml_nbytes(inputs));
+        ggml_backend_tensor_set(bounds, range.data(),  0, ggml_nbytes(bounds));
+        ggml_backend_tensor_set(shares, weight.data(), 0, ggml_nbytes(shares));
+    });
+    std::vector<float> given((size_t) sig.n_kv*sig.n_head);
+    ggml_backend_tensor_get(out, given.data(), 0, ggml_nbytes(out));
+    return given;
+}
 
+std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
+        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest) const {
+    const int32_t n_window = cfg->need.window, n_query = (int32_t) queries.size();
+    std::vector<float> mask((size_t) n_mask*n_window*sig.n_kv, 0.0f); // F32 [n_kv, n_window, n_mask]
+    std::vector<float> weight(n_window, 0.0f);                        // 0: a row of the ring that is not asked for
+    for (int32_t i = 0; i < n_query; ++i) {
+        weight[queries[i].row] = queries[i].weight;
+        for (int32_t h = 0; h < n_mask; ++h) {
+            const int32_t * range = &ranges[2*((size_t) h*n_query + i)];
+            float * row = mask.data() + ((size_t) h*n_window + queries[i].row)*sig.n_kv;
+            std::fill(row, row + range[0], -INFINITY);
+            std::fill(row + range[1], row + sig.n_kv, -INFINITY);
+        }
+    }
+
+    auto * res = begin_graph(lctx);
+    auto * ctx = res->get_ctx();
     auto * m = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, sig.n_kv, n_window, n_mask);
-    auto * w = weight ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_window, sig.n_head) : nullptr;
+    auto * w = largest ? nullptr : ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_window, sig.n_head);
     for (auto * input : { m, w }) {
         if (input) {
             ggml_set_input(input);
@@ -93,10 +176,25 @@ ggml_tensor * engine::build_attn(llama_context * lctx, uint32_t s, const layer_s
     run_graph(lctx, res, out, [&]() {
         ggml_backend_tensor_set(m, mask.data(), 0, ggml_nbytes(m));
         for (int32_t h = 0; w && h < sig.n_head; ++h) {
-            ggml_backend_tensor_set(w, weight->data(), h*w->nb[2], weight->size()*sizeof(float));
+            ggml_backend_tensor_set(w, weight.data(), h*w->nb[2], weight.size()*sizeof(float));
         }
     });
-    return out;
+    std::vector<float> each(ggml_nelements(out)); // F32 [n_kv, 1 or n_window, n_head]
+    ggml_backend_tensor_get(out, each.data(), 0, ggml_nbytes(out));
+    if (!largest) {
+        return each;
+    }
+    std::vector<float> given((size_t) sig.n_kv*sig.n_head, 0.0f);
+    for (int32_t h = 0; h < sig.n_head; ++h) {
+        for (const auto & query : queries) {
+            const float * row = each.data() + ((size_t) h*n_window + query.row)*sig.n_kv;
+            float * to = given.data() + (size_t) h*sig.n_kv;
+            for (int32_t j = 0; j < sig.n_kv; ++j) {
+                to[j] = std::max(to[j], query.weight*row[j]);
+            }
+        }
+    }
+    return given;
 }
 
 } // namespace kvc

@@ -23,7 +23,7 @@ void pretend_lacking(const std::vector<std::string> & ops) {
     lacking = { ops.begin(), ops.end() };
 }
 
-static ggml_backend_dev_t device_of(const ggml_tensor * t) {
+ggml_backend_dev_t device_of(const ggml_tensor * t) {
     auto * dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
     return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // plain host memory names none
 }

@@ -15,7 +15,7 @@
 //   update.cpp  where evictions run
 //   device.cpp  what the device that holds a layer can run
 //   tap.cpp     the model's graph: query window, attention sums, mask views
-//   attn.cpp    a graph of one layer: what some queries give to its cells
+//   attn.cpp    what some queries give to a layer's cells
 //   signal.cpp  what a policy looks at, of one layer
 //   fit.cpp     the queries that are to be expected
 //   evict.cpp   signals -> scores -> plan -> compaction of one sequence
@@ -79,6 +79,13 @@ struct layer_signals {
     std::vector<float>   v_norm; // F32 [n_head_kv, n_kv]
 
     layer_view view(int32_t n_layer) const;
+};
+
+// One of the ring of the last queries, and what it counts.
+struct ring_query {
+    llama_pos pos;
+    int32_t   row; // of the ring
+    float     weight;
 };
 
 // How a layer's queries were rotated before they reached attention, read off the model's own graph.
@@ -231,8 +238,13 @@ private:
 
     // attn.cpp
     ggml_tensor * graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, ggml_tensor * weight) const;
-    ggml_tensor * build_attn(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<std::pair<llama_pos, int32_t>> & queries,
-                             const std::vector<float> * weight) const;
+    // F32 [n_head, n_kv]: the weighted sum, or the largest, of what the queries give to each slot
+    std::vector<float> attention_of(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
+                                    bool largest) const;
+    std::vector<float> attention_tiles(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
+                                       const std::vector<int32_t> & ranges, int32_t n_mask, bool largest) const;
+    std::vector<float> attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
+                                       const std::vector<int32_t> & ranges, int32_t n_mask, bool largest) const;
 
     // signal.cpp
     void alloc_signals(const llama_cparams & cparams);
@@ -264,7 +276,7 @@ private:
     std::vector<std::function<void()>> jobs;
     bool stale = false;           // cells a layer reads changed outside an update: graphs must go
 
-    // what build_attn was given, for the graphs of ours
+    // what attention was given, for the graphs of ours
     struct layer_attn { ggml_tensor * sinks = nullptr; float scale = 0; rotation turn; };
     std::vector<layer_attn> attn; // [n_layer]
 
@@ -307,6 +319,8 @@ llama_kv_cache * cache_of(llama_context * lctx);
 void flush_copies(llama_context * lctx);
 
 bool uses_flash_attn(llama_context * lctx);
+
+ggml_backend_dev_t device_of(const ggml_tensor * t);
 
 // A small graph of ours, between those of the model: build it, then run it for one result.
 llm_graph_result * begin_graph(llama_context * lctx);

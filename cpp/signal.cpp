@@ -101,7 +101,6 @@ std::vector<float> engine::score(uint32_t s, const layer_signals & sig) const {
 
 void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const {
     const auto & q = streams[s];
-    const int32_t n_window = cfg->need.window;
 
     // Queries that came before all that some head holds are left out, too.
     llama_pos first = first_query(s);
@@ -110,64 +109,53 @@ void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
         const int32_t j = first_slot(pos, sig.n_kv);
         first = std::max(first, j < sig.n_kv ? pos[j] : (llama_pos) q.tokens.size());
     }
-    std::vector<std::pair<llama_pos, int32_t>> queries; // position, ring row
-    for (int32_t r = 0; r < n_window; ++r) {
+    std::vector<ring_query> queries;
+    for (int32_t r = 0; r < cfg->need.window; ++r) {
         if (q.win_pos[r] >= first) {
-            queries.emplace_back(q.win_pos[r], r);
+            queries.push_back({ q.win_pos[r], r, 1.0f });
         }
     }
-    std::sort(queries.begin(), queries.end());
+    std::sort(queries.begin(), queries.end(), [](const ring_query & a, const ring_query & b) { return a.pos < b.pos; });
     sig.n_query = (int32_t) queries.size();
     if (queries.empty()) {
         throw std::invalid_argument("the queries of the window were removed with the tail: at least one token has to be evaluated after it");
     }
 
-    std::vector<float> weight(n_window, 0.0f); // 0: not in the window
     float total = 0;
     for (size_t i = 0; i < queries.size(); ++i) {
         const float x = queries.size() > 1 ? (float) i/(queries.size() - 1) : 1.0f;
-        total += weight[queries[i].second] = 1.0f + (q.cfg->need.newest - 1.0f)*x;
+        total += queries[i].weight = 1.0f + (q.cfg->need.newest - 1.0f)*x;
     }
-    for (auto & w : weight) {
-        w /= total;
+    for (auto & query : queries) {
+        query.weight /= total;
     }
-    auto * out = build_attn(lctx, s, sig, queries, &weight);
-    sig.attn.resize((size_t) sig.n_kv*sig.n_head);
-    ggml_backend_tensor_get(out, sig.attn.data(), 0, ggml_nbytes(out));
+    sig.attn = attention_of(lctx, s, sig, queries, false);
 }
 
 // What the last n_probe queries gave each slot, over a KV head's query heads: F32 [n_kv, n_head_kv].
 std::vector<float> engine::read_probe(llama_context * lctx, uint32_t s, int32_t ikv, int32_t n_probe) const {
     const auto & q = streams[s];
     const layer_signals sig = no_signals(s, ikv);
+    const bool    largest = cfg->need.probe == probe::max;
+    const int32_t n_group = sig.n_head/n_hkv;
 
-    std::vector<std::pair<llama_pos, int32_t>> queries;
+    std::vector<ring_query> queries;
     for (int32_t r = 0; r < cfg->need.window; ++r) {
         if (q.win_pos[r] >= (llama_pos) q.tokens.size() - n_probe) {
-            queries.emplace_back(q.win_pos[r], r);
+            queries.push_back({ q.win_pos[r], r, 1.0f });
         }
     }
-    const bool    mean = cfg->need.probe == probe::mean;
-    const int32_t n_group = sig.n_head/n_hkv;
-    std::vector<float> weight(cfg->need.window, 0.0f);
-    for (const auto & query : queries) {
-        weight[query.second] = 1.0f/queries.size()/n_group;
+    for (auto & query : queries) {
+        query.weight = largest ? 1.0f : 1.0f/queries.size()/n_group;
     }
-    auto * out = build_attn(lctx, s, sig, queries, mean ? &weight : nullptr);
-    std::vector<float> attn(ggml_nelements(out)); // F32 [n_kv, 1 or n_window, n_head]
-    ggml_backend_tensor_get(out, attn.data(), 0, ggml_nbytes(out));
+    const auto given = attention_of(lctx, s, sig, queries, largest);
 
     std::vector<float> res((size_t) sig.n_kv*n_hkv, 0.0f);
     for (int32_t h = 0; h < sig.n_head; ++h) {
-        for (const auto & query : queries) {
-            const float * row = attn.data() + ((size_t) h*out->ne[1] + (mean ? 0 : query.second))*sig.n_kv;
-            for (int32_t j = 0; j < sig.n_kv; ++j) {
-                float & x = res[(size_t) j*n_hkv + h/n_group];
-                x = mean ? x + row[j] : std::max(x, row[j]);
-            }
-            if (mean) {
-                break; // the graph has summed them
-            }
+        const float * row = given.data() + (size_t) h*sig.n_kv;
+        for (int32_t j = 0; j < sig.n_kv; ++j) {
+            float & x = res[(size_t) j*n_hkv + h/n_group];
+            x = largest ? std::max(x, row[j]) : x + row[j];
         }
     }
     return res;

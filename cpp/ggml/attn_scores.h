@@ -1,0 +1,239 @@
+#pragma once
+
+// What the queries of a window give to the cells, on the CPU. Included once, by ggml-cpu/ops.cpp (0004-cpu-attention.patch): it
+// uses that file's simd_gemm and vector functions.
+//
+// ggml's product of F16 keys ends each of its sums of 64 values with a sum across a vector, and its softmax reads and writes
+// all scores three times more. Here a lane is one query of one head, and a row is a cell: keys times a matrix of queries needs no
+// sum across a vector, and exp() follows while a tile is in L1, taken from the tile's own maximum. A second step brings the tiles
+// to one maximum and sums. Tiles are the same for any number of threads, so the result is.
+
+#include "attn_ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace kvc {
+
+static void exp_all(float * x, int64_t n) { // n: a multiple of KVC_ATTN_LANES
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    for (int64_t i = 0; i < n; i += 16) {
+        _mm512_storeu_ps(x + i, ggml_v_expf(_mm512_loadu_ps(x + i)));
+    }
+#else
+    ggml_vec_soft_max_f32((int) n, x, x, 0.0f);
+#endif
+}
+
+#if defined(__AVX512F__)
+// RM cells times RN vectors of lanes.
+template<int RM, int RN>
+static void attn_block(const float * a, const float * b, float * c, int64_t n_dim, int64_t n_lane) {
+    __m512 acc[RM][RN] = {};
+    for (int64_t d = 0; d < n_dim; ++d) {
+        __m512 bv[RN];
+        for (int r = 0; r < RN; ++r) {
+            bv[r] = _mm512_loadu_ps(b + d*n_lane + r*16);
+        }
+        for (int i = 0; i < RM; ++i) {
+            const __m512 av = _mm512_set1_ps(a[i*n_dim + d]);
+            for (int r = 0; r < RN; ++r) {
+                acc[i][r] = _mm512_fmadd_ps(av, bv[r], acc[i][r]);
+            }
+        }
+    }
+    for (int i = 0; i < RM; ++i) {
+        for (int r = 0; r < RN; ++r) {
+            _mm512_storeu_ps(c + i*n_lane + r*16, acc[i][r]);
+        }
+    }
+}
+
+template<int RN>
+static void attn_columns(const float * a, const float * b, float * c, int64_t n, int64_t n_dim, int64_t n_lane) {
+    int64_t j = 0;
+    for (; j + 8 <= n; j += 8) {
+        attn_block<8, RN>(a + j*n_dim, b, c + j*n_lane, n_dim, n_lane);
+    }
+    for (; j < n; ++j) {
+        attn_block<1, RN>(a + j*n_dim, b, c + j*n_lane, n_dim, n_lane);
+    }
+}
+#endif
+
+// c [n][n_lane] = a [n][n_dim] * b [n_dim][n_lane]. simd_gemm's blocks of one vector, which most of the lanes of few heads are, wait
+// for their sums: here 8 cells times 3 vectors keep the multipliers busy.
+static void attn_product(const float * a, const float * b, float * c, int64_t n, int64_t n_dim, int64_t n_lane) {
+#if defined(__AVX512F__)
+    int64_t i = 0;
+    for (; i + 48 <= n_lane; i += 48) {
+        attn_columns<3>(a, b + i, c + i, n, n_dim, n_lane);
+    }
+    for (; i < n_lane; i += 16) {
+        attn_columns<1>(a, b + i, c + i, n, n_dim, n_lane);
+    }
+#else
+    memset(c, 0, n*n_lane*sizeof(float));
+    simd_gemm(c, a, b, (int) n, (int) n_dim, (int) n_lane);
+#endif
+}
+
+// The maximum of each lane, the sum of each lane, the cells: what kvc_attn_tiles() writes for a KV head.
+struct attn_slab {
+    int64_t n_lane, n_kv, n_tile;
+    float * max; // [n_tile][n_lane]
+    float * sum; // [n_tile][n_lane]
+    float * exp; // [n_kv][n_lane]
+
+    attn_slab(const ggml_tensor * t, int64_t n_kv, int64_t h) : n_lane(t->ne[0]), n_kv(n_kv), n_tile((n_kv + KVC_ATTN_TILE - 1)/KVC_ATTN_TILE) {
+        max = (float *) ((char *) t->data + h*t->nb[2]);
+        sum = max + n_tile*n_lane;
+        exp = sum + n_tile*n_lane;
+    }
+};
+
+// A tile of cells: their scores, masked, less their maximum, exponentiated.
+static void attn_tile(const attn_slab & s, int64_t it, const float * keys, int64_t n_dim, const float * queries, const int32_t * begin) {
+    const int64_t n_lane = s.n_lane, first = it*KVC_ATTN_TILE, n = std::min<int64_t>(KVC_ATTN_TILE, s.n_kv - first);
+    const int32_t * end = begin + n_lane;
+    float * GGML_RESTRICT x   = s.exp + first*n_lane;
+    float * GGML_RESTRICT max = s.max + it*n_lane;
+    float * GGML_RESTRICT sum = s.sum + it*n_lane;
+
+    attn_product(keys, queries, x, n, n_dim, n_lane);
+
+    const bool whole = *std::max_element(begin, end) <= first && *std::min_element(end, end + n_lane) >= first + n;
+    for (int64_t j = 0; !whole && j < n; ++j) {
+        for (int64_t i = 0; i < n_lane; ++i) {
+            x[j*n_lane + i] = first + j >= begin[i] && first + j < end[i] ? x[j*n_lane + i] : -INFINITY;
+        }
+    }
+    memcpy(max, x, n_lane*sizeof(float));
+    for (int64_t j = 1; j < n; ++j) {
+        for (int64_t i = 0; i < n_lane; ++i) {
+            max[i] = x[j*n_lane + i] > max[i] ? x[j*n_lane + i] : max[i];
+        }
+    }
+    for (int64_t j = 0; j < n; ++j) {
+        for (int64_t i = 0; i < n_lane; ++i) {
+            x[j*n_lane + i] -= max[i] == -INFINITY ? 0.0f : max[i];
+        }
+    }
+    exp_all(x, n*n_lane);
+    memset(sum, 0, n_lane*sizeof(float));
+    for (int64_t j = 0; j < n; ++j) {
+        for (int64_t i = 0; i < n_lane; ++i) {
+            sum[i] += x[j*n_lane + i];
+        }
+    }
+}
+
+// What each lane's numbers of a tile are to be multiplied with: weight*exp(tile's maximum - maximum)/sum.
+struct attn_factors {
+    const attn_slab & s;
+    std::vector<float> max, scale, factor; // [n_lane]
+
+    attn_factors(const attn_slab & s, const float * weight) : s(s), max(s.n_lane, -INFINITY), scale(s.n_lane, 0.0f), factor(s.n_lane) {
+        for (int64_t it = 0; it < s.n_tile; ++it) {
+            for (int64_t i = 0; i < s.n_lane; ++i) {
+                max[i] = std::max(max[i], s.max[it*s.n_lane + i]);
+            }
+        }
+        for (auto & x : max) {
+            x = x == -INFINITY ? 0.0f : x; // a lane that sees nothing
+        }
+        for (int64_t it = 0; it < s.n_tile; ++it) {
+            fade(it);
+            for (int64_t i = 0; i < s.n_lane; ++i) {
+                scale[i] += s.sum[it*s.n_lane + i]*factor[i];
+            }
+        }
+        for (int64_t i = 0; i < s.n_lane; ++i) {
+            scale[i] = scale[i] == 0.0f ? 0.0f : weight[i]/scale[i];
+        }
+    }
+
+    void fade(int64_t it) {
+        for (int64_t i = 0; i < s.n_lane; ++i) {
+            factor[i] = s.max[it*s.n_lane + i] - max[i];
+        }
+        exp_all(factor.data(), s.n_lane);
+    }
+
+    const float * of(int64_t it) {
+        fade(it);
+        for (int64_t i = 0; i < s.n_lane; ++i) {
+            factor[i] *= scale[i];
+        }
+        return factor.data();
+    }
+};
+
+// Over the lanes of a head: the sum, or the largest.
+template<bool largest>
+static float attn_lanes(const float * x, const float * factor, int64_t n) {
+    float acc[KVC_ATTN_LANES] = {};
+    for (int64_t i = 0; i < n; i += KVC_ATTN_LANES) {
+        for (int64_t l = 0; l < KVC_ATTN_LANES; ++l) {
+            const float y = x[i + l]*factor[i + l];
+            acc[l] = largest ? (y > acc[l] ? y : acc[l]) : acc[l] + y;
+        }
+    }
+    for (int64_t m = KVC_ATTN_LANES/2; m > 0; m /= 2) {
+        for (int64_t l = 0; l < m; ++l) {
+            acc[l] = largest ? std::max(acc[l], acc[l + m]) : acc[l] + acc[l + m];
+        }
+    }
+    return acc[0];
+}
+
+template<bool largest>
+static void attn_reduce(ggml_tensor * dst, int ith, int nth) {
+    const ggml_tensor * tiles  = dst->src[0]; // of kvc_attn_tiles()
+    const ggml_tensor * weight = dst->src[1]; // F32 [n_lane, n_head_kv]
+    const int64_t n_kv = dst->ne[0], n_hkv = tiles->ne[2], n_group = dst->ne[1]/n_hkv, n_lane = tiles->ne[0]/n_group; // of a head
+    const int64_t n_tile = (n_kv + KVC_ATTN_TILE - 1)/KVC_ATTN_TILE, n_item = n_hkv*n_tile;
+
+    for (int64_t item = n_item*ith/nth, last = n_item*(ith + 1)/nth; item < last; ) {
+        const int64_t h = item/n_tile;
+        const attn_slab s(tiles, n_kv, h);
+        attn_factors factors(s, (const float *) weight->data + h*s.n_lane);
+        for (; item < last && item/n_tile == h; ++item) {
+            const float * factor = factors.of(item % n_tile);
+            const int64_t j0 = item % n_tile*KVC_ATTN_TILE, j1 = std::min(j0 + KVC_ATTN_TILE, n_kv);
+            for (int64_t g = 0; g < n_group; ++g) {
+                float * out = (float *) dst->data + (h*n_group + g)*n_kv;
+                for (int64_t j = j0; j < j1; ++j) {
+                    out[j] = attn_lanes<largest>(s.exp + j*s.n_lane + g*n_lane, factor + g*n_lane, n_lane);
+                }
+            }
+        }
+    }
+}
+
+} // namespace kvc
+
+// dst: F32 [n_lane, n_kv + 2*n_tile, n_head_kv], see attn_slab.
+void kvc_attn_tiles(ggml_tensor * dst, int ith, int nth, void *) {
+    const ggml_tensor * k     = dst->src[0]; // any type [head_dim, n_head_kv, n_kv]
+    const ggml_tensor * q     = dst->src[1]; // F32 [n_lane, head_dim, n_head_kv], scaled
+    const ggml_tensor * range = dst->src[2]; // I32 [n_lane, 2, n_head_kv]: the cells that a lane sees, from and up to
+    const int64_t n_dim = k->ne[0], n_hkv = k->ne[1], n_kv = k->ne[2];
+    const int64_t n_tile = (n_kv + KVC_ATTN_TILE - 1)/KVC_ATTN_TILE, n_item = n_hkv*n_tile;
+
+    std::vector<float> keys(KVC_ATTN_TILE*n_dim); // [tile][head_dim]
+    for (int64_t item = n_item*ith/nth; item < n_item*(ith + 1)/nth; ++item) {
+        const int64_t h = item/n_tile, it = item % n_tile;
+        for (int64_t j = it*KVC_ATTN_TILE; j < std::min((it + 1)*KVC_ATTN_TILE, n_kv); ++j) {
+            kvc::fa_to_f32(k->type, (const char *) k->data + h*k->nb[1] + j*k->nb[2], &keys[j % KVC_ATTN_TILE*n_dim], n_dim);
+        }
+        kvc::attn_tile(kvc::attn_slab(dst, n_kv, h), it, keys.data(), n_dim, (const float *) ((const char *) q->data + h*q->nb[2]),
+                (const int32_t *) ((const char *) range->data + h*range->nb[2]));
+    }
+}
+
+// dst: F32 [n_kv, n_head]: the weighted sum, or the largest, of what a head's lanes give to each cell.
+void kvc_attn_sum(ggml_tensor * dst, int ith, int nth, void *) { kvc::attn_reduce<false>(dst, ith, nth); }
+void kvc_attn_max(ggml_tensor * dst, int ith, int nth, void *) { kvc::attn_reduce<true> (dst, ith, nth); }
