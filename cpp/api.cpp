@@ -1,6 +1,7 @@
 #include "kvc.h"
 
 #include "engine.h"
+#include "spans.h"
 
 #include "llama-context.h"
 #include "llama-kv-cache-iswa.h"
@@ -112,6 +113,16 @@ int32_t kvc_set_spans(llama_context * ctx, llama_seq_id seq_id, const kvc_span *
         }
         need_engine(ctx).set_spans(seq_id, std::move(v));
         return 0;
+    });
+}
+
+int32_t kvc_segment(const llama_vocab * vocab, const llama_token * tokens, int32_t n_tokens, const char * separator, kvc_span * out) {
+    return guarded([&]() {
+        const auto spans = segment(vocab, { tokens, tokens + n_tokens }, separator);
+        for (size_t i = 0; out && i < spans.size(); ++i) {
+            out[i] = { spans[i].begin, spans[i].end };
+        }
+        return (int32_t) spans.size();
     });
 }
 

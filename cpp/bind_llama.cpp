@@ -163,6 +163,7 @@ void bind_llama(py::module_ & m) {
         .def_property_readonly("n_vocab", [](const Model & m) { return llama_vocab_n_tokens(m.vocab); })
         .def_property_readonly("bos", [](const Model & m) { return llama_vocab_bos(m.vocab); })
         .def_property_readonly("eos", [](const Model & m) { return llama_vocab_eos(m.vocab); })
+        .def_property_readonly("add_bos", [](const Model & m) { return llama_vocab_get_add_bos(m.vocab); })
         .def_property_readonly("chat_template", [](const Model & m) -> py::object {
             const char * t = llama_model_chat_template(m.ptr.get(), nullptr);
             return t ? py::object(py::str(t)) : py::object(py::none());

@@ -10,7 +10,9 @@
 // RoPE position they were written with.
 //
 //   config.cpp  which policy a context gets, and which models can evict
-//   engine.cpp  hooks: what happened to the cache, and when an eviction is due
+//   engine.cpp  what a new one holds, and what its sequences hold
+//   hooks.cpp   what happened to the cache
+//   due.cpp     budgets, and when an eviction is due
 //   cells.cpp   fewer cells than tokens: how many rows a layer gets, and room before each ubatch
 //   update.cpp  where evictions run
 //   device.cpp  what the device that holds a layer can run
@@ -210,11 +212,15 @@ private:
     bool    has_room(uint32_t s, int32_t n_new) const;
     int32_t n_to_free(uint32_t s, int32_t n_new) const;
 
-    // evict.cpp
+    // engine.cpp
+    void     reset(stream & q) const;
+    uint32_t stream_of(llama_seq_id seq_id) const; // throws
     int32_t  n_cells(uint32_t s) const;
     int32_t  n_empty(uint32_t s, int32_t ikv, int32_t h) const;
     int64_t  n_held(uint32_t s, int32_t ikv) const;
     std::vector<int32_t> slot_pos(uint32_t s, int32_t ikv) const;
+
+    // due.cpp
     std::vector<int32_t> frozen(uint32_t s, cause why) const;
     int32_t  target(uint32_t s, cause why, int32_t n_new, const std::vector<int32_t> & n_frozen) const;
     llama_pos first_query(uint32_t s) const;
@@ -222,6 +228,11 @@ private:
     bool     is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) const;
     bool     over_budget(uint32_t s, int32_t n_new) const;
     void     check_budgets(const config & c, const budget & prompt, const budget & decode) const;
+
+    // update.cpp
+    void     in_update(llama_context * lctx, std::function<void()> fn);
+
+    // evict.cpp
     bool     run(llama_context * lctx, const job & j);
     void     compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep);
     void     compact_rows(ggml_tensor * t, bool trans, int32_t n_head_dim, int32_t n_src, int32_t n_dst, const int32_t * slots) const;
@@ -261,10 +272,6 @@ private:
     // fit.cpp
     void read_fit(llama_context * lctx, uint32_t s, layer_signals & sig) const;
     std::vector<float> read_turns(llama_context * lctx, int32_t ikv, const std::vector<llama_pos> & pos) const;
-
-    void reset(stream & q) const;
-    uint32_t stream_of(llama_seq_id seq_id) const; // throws
-    void in_update(llama_context * lctx, std::function<void()> fn);
 
     std::shared_ptr<const config> cfg;
     const llama_model & model;

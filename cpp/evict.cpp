@@ -2,6 +2,7 @@
 
 #include "engine.h"
 #include "select.h"
+#include "spans.h"
 
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
@@ -243,26 +244,13 @@ void engine::clear_sums(uint32_t s) {
     }
 }
 
-// Spans of a prompt nobody segmented: a sentence ends with . ! ? or a line break.
+// Spans of a prompt nobody segmented; none without a tokenizer.
 std::vector<span> engine::sentences(const stream & q) const {
-    std::vector<span> res;
     if (model.vocab.get_type() == LLAMA_VOCAB_TYPE_NONE) {
-        return res;
+        return {};
     }
-    int32_t begin = 0;
-    const int32_t n = q.gen >= 0 ? std::min<int32_t>(q.gen, q.tokens.size()) : (int32_t) q.tokens.size();
-    for (int32_t i = 0; i < n; ++i) {
-        std::string text = q.tokens[i] == LLAMA_TOKEN_NULL ? "" : model.vocab.token_to_piece(q.tokens[i]);
-        const bool line = text.find('\n') != std::string::npos;
-        while (!text.empty() && strchr(" \t\n\"')]", text.back())) {
-            text.pop_back();
-        }
-        if (line || i == n - 1 || (!text.empty() && strchr(".!?", text.back()))) {
-            res.push_back({ begin, i + 1 });
-            begin = i + 1;
-        }
-    }
-    return res;
+    const size_t n = q.gen >= 0 ? std::min<size_t>(q.gen, q.tokens.size()) : q.tokens.size();
+    return segment(&model.vocab, { q.tokens.begin(), q.tokens.begin() + n }, nullptr);
 }
 
 } // namespace kvc

@@ -17,9 +17,9 @@ from pykvc.inspect import N_SINKS, WINDOW, Attention, attention, counts, survivo
 from .cases import Case, cases
 from .items import Item, Options
 from .prompts import Prompt, count, render
-from .run import N_SPARE, Subject, commit, open_model
 from .store import Row, Rows, key
 from .tasks import settings_of, task
+from .work import N_SPARE, Subject, commit, open_model
 
 N_ROWS = 64   # of a heat map
 N_GRID = 200  # points of a cumulative curve

@@ -11,8 +11,9 @@ from pykvc.command import sentences, values
 
 from . import attention, estimate, latency, pictures, report, study
 from .cases import cases, protocols
-from .run import Plan, open_model, run, run_all
+from .run import run, run_all
 from .tasks import TASKS, settings_of, task
+from .work import Plan, open_model
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="What eviction does to answers: tasks, policies and budgets against the whole cache.")

@@ -6,9 +6,9 @@ import pykvc
 from pykvc.prose import prose
 
 from .ask import side_by_side
-from .run import Plan, all_works, open_model, tokens_of
 from .store import Row, key, read
 from .tasks import task
+from .work import Plan, all_works, open_model, tokens_of
 
 N_PREFILL, N_DECODE = 512, 24
 

@@ -17,8 +17,8 @@ from typing import Any, Sequence
 from . import attention_report, latency, panels
 from . import report as tables
 from .cases import cases, protocols
-from .run import Plan
 from .tasks import TASKS, settings_of, task
+from .work import Plan
 
 if sys.version_info >= (3, 11):
     import tomllib

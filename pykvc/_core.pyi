@@ -28,6 +28,11 @@ def plan(spec: str, pos: Sequence[I32], score: Sequence[F32], budget: int, *, pr
     """budgets() and keep() of a policy: pos, score a layer [n_head_kv, n_kv] -> slots kept a layer, I32 [n_head_kv, n_keep],
     -1 where a head keeps fewer."""
 
+# -- units of a UTF-8 text, spans of bytes: pykvc/spans.py has them in characters --------------------------------------
+
+def sentence_spans(text: bytes) -> list[tuple[int, int]]: ...
+def separator_spans(text: bytes, separator: bytes) -> list[tuple[int, int]]: """ValueError: an empty separator"""
+
 # -- llama.cpp ------------------------------------------------------------------------------------------------------
 
 def system_info() -> str: ...
@@ -68,6 +73,8 @@ class Model:
     def bos(self) -> int: """-1: none"""
     @property
     def eos(self) -> int: ...
+    @property
+    def add_bos(self) -> bool: """tokenize() puts it in front, with add_special"""
     @property
     def chat_template(self) -> str | None: ...
     def tokenize(self, text: bytes, add_special: bool = True, parse_special: bool = False) -> list[int]: ...

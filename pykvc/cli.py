@@ -5,12 +5,13 @@ A mistake ends with exit status 2 and one sentence on stderr.
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
-from . import __version__, bench, command, models, policies, report, table
+from . import __version__, bench, command, flags, models, policies, report, table
 from .command import numbers, sentences, values
+from .flags import flag
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="KV cache eviction inside llama.cpp: a long prompt in a small cache.")
@@ -32,47 +33,42 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
     pass
 
 
-def _flag(*names: str, help: str, env: str | None = None, **more: Any) -> Any:
-    return typer.Option(*names, help=help, envvar=env and f"LLAMA_ARG_{env}", **more)
-
-
 @app.command()
 @sentences
 def generate(
-    model: Annotated[Optional[str], _flag("-m", "--model", env="MODEL", help="GGUF file or known name. Default: SmolLM2-135M, fetched once.")] = None,
-    hf_repo: Annotated[Optional[str], _flag("-hf", "--hf-repo", env="HF_REPO", help="user/repo[:quant] of Hugging Face.")] = None,
-    prompt: Annotated[Optional[str], _flag("-p", "--prompt", help="The prompt.")] = None,
-    file: Annotated[Optional[str], _flag("-f", "--file", help="A file with the prompt; - is stdin.")] = None,
-    question: Annotated[Optional[str], _flag("--question", help="Asked after the prompt was evicted, so that the eviction has not seen it (question-out).")] = None,
-    n_predict: Annotated[int, _flag("-n", "--predict", "--n-predict", env="N_PREDICT", help="Tokens to generate; -1: until the context is full.")] = 128,
-    ctx_size: Annotated[int, _flag("-c", "--ctx-size", env="CTX_SIZE", help="Tokens of context; 0: the model's own, at most 8192.")] = 0,
-    batch_size: Annotated[int, _flag("-b", "--batch-size", env="BATCH", help="Tokens of one call.")] = 512,
-    ubatch_size: Annotated[int, _flag("-ub", "--ubatch-size", env="UBATCH", help="Tokens computed at once.")] = 512,
-    threads: Annotated[Optional[int], _flag("-t", "--threads", env="THREADS", help="CPU threads; default: all.")] = None,
-    n_gpu_layers: Annotated[int, _flag("-ngl", "--gpu-layers", "--n-gpu-layers", env="N_GPU_LAYERS", help="Layers on the GPU.")] = 0,
-    flash_attn: Annotated[str, _flag("-fa", "--flash-attn", env="FLASH_ATTN", help="on, off or auto.")] = "auto",
-    type_k: Annotated[str, _flag("-ctk", "--cache-type-k", env="CACHE_TYPE_K", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.")] = "f16",
-    type_v: Annotated[str, _flag("-ctv", "--cache-type-v", env="CACHE_TYPE_V", help="As -ctk.")] = "f16",
-    seed: Annotated[int, _flag("-s", "--seed", env="SEED", help="Seed of the sampler.")] = 0,
-    temp: Annotated[float, _flag("--temp", "--temperature", help="0: the most likely token.")] = 0.0,
-    top_k: Annotated[int, _flag("--top-k", env="TOP_K", help="0: off.")] = 40,
-    top_p: Annotated[float, _flag("--top-p", help="1: off.")] = 0.95,
-    min_p: Annotated[float, _flag("--min-p", help="0: off.")] = 0.05,
-    kv_policy: Annotated[str, _flag("--kv-policy", env="KV_POLICY", help="NAME[:key=value,...]; `pykvc policies` lists them.")] = "full",
-    kv_budget: Annotated[Optional[str], _flag("--kv-budget", env="KV_BUDGET", help="Cells a layer keeps of the prompt: 512, 25% or 0.25.")] = None,
-    kv_decode_budget: Annotated[Optional[str], _flag("--kv-decode-budget", env="KV_DECODE_BUDGET", help="The same of the generated tokens.")] = None,
-    kv_cells: Annotated[Optional[str], _flag("--kv-cells", env="KV_CELLS", help="Allocate this many cells, or bytes (512MiB), and evict whenever they are full.")] = None,
-    kv_query: Annotated[Optional[str], _flag("--kv-query", help="What finch asks after each chunk of the prompt. Default: --question.")] = None,
-    segment: Annotated[Optional[str], _flag("--segment", help='Units for policies on spans: sentence, sep:SEPARATOR or re:REGEX.')] = None,
-    stop: Annotated[Optional[list[str]], _flag("--stop", help="A string that ends the answer; may be repeated.")] = None,
-    as_json: Annotated[bool, _flag("--json", help="Print one object instead of the text.")] = False,
+    model: flags.Model = None,
+    hf_repo: flags.HfRepo = None,
+    prompt: flags.Prompt = None,
+    file: flags.File = None,
+    question: flags.Question = None,
+    n_predict: Annotated[int, flag("-n", "--predict", "--n-predict", env="N_PREDICT", help="Tokens to generate; -1: until the context is full.")] = 128,
+    ctx_size: flags.CtxSize = 0,
+    batch_size: Annotated[int, flag("-b", "--batch-size", env="BATCH", help="Tokens of one call.")] = 512,
+    ubatch_size: flags.UbatchSize = 512,
+    threads: flags.Threads = None,
+    n_gpu_layers: flags.GpuLayers = 0,
+    flash_attn: Annotated[str, flag("-fa", "--flash-attn", env="FLASH_ATTN", help="on, off or auto.")] = "auto",
+    type_k: flags.TypeK = "f16",
+    type_v: flags.TypeV = "f16",
+    seed: Annotated[int, flag("-s", "--seed", env="SEED", help="Seed of the sampler.")] = 0,
+    temp: Annotated[float, flag("--temp", "--temperature", help="0: the most likely token.")] = 0.0,
+    top_k: Annotated[int, flag("--top-k", env="TOP_K", help="0: off.")] = 40,
+    top_p: Annotated[float, flag("--top-p", help="1: off.")] = 0.95,
+    min_p: Annotated[float, flag("--min-p", help="0: off.")] = 0.05,
+    kv_policy: flags.KvPolicy = "full",
+    kv_budget: flags.KvBudget = None,
+    kv_decode_budget: Annotated[Optional[str], flag("--kv-decode-budget", env="KV_DECODE_BUDGET", help="The same of the generated tokens.")] = None,
+    kv_cells: flags.KvCells = None,
+    kv_query: flags.KvQuery = None,
+    segment: flags.Segment = None,
+    stop: Annotated[Optional[list[str]], flag("--stop", help="A string that ends the answer; may be repeated.")] = None,
+    as_json: Annotated[bool, flag("--json", help="Print one object instead of the text.")] = False,
 ) -> None:
     """Evaluate a prompt, evict, and go on from it."""
     from .llm import LLM
-    if model is not None and hf_repo is not None:
-        raise ValueError("give -m or -hf, not both")
+    name = flags.named(model, hf_repo)
     text = _prompt(prompt, file)
-    with LLM(model or hf_repo, n_ctx=ctx_size, n_batch=batch_size, n_ubatch=ubatch_size, n_threads=threads,
+    with LLM(name, n_ctx=ctx_size, n_batch=batch_size, n_ubatch=ubatch_size, n_threads=threads,
              n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v, flash_attn=flash_attn, seed=seed,
              kv_policy=kv_policy, kv_budget=kv_budget or None, kv_decode_budget=kv_decode_budget or None,
              kv_cells=kv_cells or None) as llm:
@@ -103,31 +99,30 @@ def generate(
 @app.command("inspect")
 @sentences
 def show_kept(
-    output: Annotated[list[str], _flag("-o", "--output", help="A page (.html) or a picture (.png, .svg, .pdf); may be repeated.")],
-    model: Annotated[Optional[str], _flag("-m", "--model", env="MODEL", help="As in generate.")] = None,
-    hf_repo: Annotated[Optional[str], _flag("-hf", "--hf-repo", env="HF_REPO", help="As in generate.")] = None,
-    prompt: Annotated[Optional[str], _flag("-p", "--prompt", help="The prompt.")] = None,
-    file: Annotated[Optional[str], _flag("-f", "--file", help="A file with the prompt; - is stdin.")] = None,
-    question: Annotated[Optional[str], _flag("--question", help="Evaluated after the prompt was evicted, so that the eviction has not seen it.")] = None,
-    kv_policy: Annotated[str, _flag("--kv-policy", env="KV_POLICY", help="NAME[:key=value,...]; `pykvc policies` lists them.")] = "full",
-    kv_budget: Annotated[Optional[str], _flag("--kv-budget", env="KV_BUDGET", help="Cells a layer keeps of the prompt: 512, 25% or 0.25.")] = None,
-    kv_cells: Annotated[Optional[str], _flag("--kv-cells", env="KV_CELLS", help="As in generate.")] = None,
-    kv_query: Annotated[Optional[str], _flag("--kv-query", help="What finch asks. Default: --question.")] = None,
-    segment: Annotated[Optional[str], _flag("--segment", help="Units that are outlined, and that policies on spans keep: sentence, sep:SEPARATOR or re:REGEX.")] = None,
-    window: Annotated[int, _flag("--window", help="Last queries whose attention is shown.")] = 32,
-    ctx_size: Annotated[int, _flag("-c", "--ctx-size", env="CTX_SIZE", help="Tokens of context; 0: the model's own, at most 8192.")] = 0,
-    ubatch_size: Annotated[int, _flag("-ub", "--ubatch-size", env="UBATCH", help="Tokens computed at once.")] = 512,
-    threads: Annotated[Optional[int], _flag("-t", "--threads", env="THREADS", help="CPU threads; default: all.")] = None,
-    n_gpu_layers: Annotated[int, _flag("-ngl", "--gpu-layers", "--n-gpu-layers", env="N_GPU_LAYERS", help="Layers on the GPU.")] = 0,
-    type_k: Annotated[str, _flag("-ctk", "--cache-type-k", env="CACHE_TYPE_K", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.")] = "f16",
-    type_v: Annotated[str, _flag("-ctv", "--cache-type-v", env="CACHE_TYPE_V", help="As -ctk.")] = "f16",
+    output: Annotated[list[str], flag("-o", "--output", help="A page (.html) or a picture (.png, .svg, .pdf); may be repeated.")],
+    model: Annotated[Optional[str], flags.said(flags.Model, "As in generate.")] = None,
+    hf_repo: Annotated[Optional[str], flags.said(flags.HfRepo, "As in generate.")] = None,
+    prompt: flags.Prompt = None,
+    file: flags.File = None,
+    question: Annotated[Optional[str], flags.said(flags.Question, "Evaluated after the prompt was evicted, so that the eviction has not seen it.")] = None,
+    kv_policy: flags.KvPolicy = "full",
+    kv_budget: flags.KvBudget = None,
+    kv_cells: Annotated[Optional[str], flags.said(flags.KvCells, "As in generate.")] = None,
+    kv_query: Annotated[Optional[str], flags.said(flags.KvQuery, "What finch asks. Default: --question.")] = None,
+    segment: Annotated[Optional[str], flags.said(flags.Segment, "Units that are outlined, and that policies on spans keep: sentence, sep:SEPARATOR or re:REGEX.")] = None,
+    window: Annotated[int, flag("--window", help="Last queries whose attention is shown.")] = 32,
+    ctx_size: flags.CtxSize = 0,
+    ubatch_size: flags.UbatchSize = 512,
+    threads: flags.Threads = None,
+    n_gpu_layers: flags.GpuLayers = 0,
+    type_k: flags.TypeK = "f16",
+    type_v: flags.TypeV = "f16",
 ) -> None:
     """Show which tokens of a prompt an eviction keeps, and where the attention went."""
     from . import inspect
-    if model is not None and hf_repo is not None:
-        raise ValueError("give -m or -hf, not both")
+    name = flags.named(model, hf_repo)
     paths = [inspect.check_output(path) for path in output]
-    found = inspect.look(_prompt(prompt, file), question or "", segment=_unescape(segment), kv_query=kv_query, window=window, model=model or hf_repo,
+    found = inspect.look(_prompt(prompt, file), question or "", segment=_unescape(segment), kv_query=kv_query, window=window, model=name,
                          n_ctx=ctx_size, n_batch=ubatch_size, n_ubatch=ubatch_size, n_threads=threads, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v,
                          kv_policy=kv_policy, kv_budget=kv_budget or None, kv_cells=kv_cells or None)
     for path in paths:
@@ -162,26 +157,26 @@ def run_serve(flags: typer.Context) -> None:
 @app.command("bench")
 @sentences
 def run_bench(
-    model: Annotated[Optional[list[str]], _flag("-m", "--model", help="As in generate.")] = None,
-    n_prompt: Annotated[list[str], _flag("-p", "--n-prompt", help="Tokens of the prompt that are timed; 0: none.")] = ["512"],
-    n_gen: Annotated[list[str], _flag("-n", "--n-gen", help="Tokens generated after it; 0: none.")] = ["128"],
-    n_depth: Annotated[list[str], _flag("-d", "--n-depth", help="Tokens evaluated before the prompt, not timed.")] = ["0"],
-    repetitions: Annotated[int, _flag("-r", "--repetitions", help="Times each row is measured.")] = 5,
-    batch_size: Annotated[list[str], _flag("-b", "--batch-size", help="Tokens of one call; caches take turns after each.")] = ["512"],
-    ubatch_size: Annotated[list[str], _flag("-ub", "--ubatch-size", help="Tokens computed at once.")] = ["512"],
-    type_k: Annotated[list[str], _flag("-ctk", "--cache-type-k", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.")] = ["f16"],
-    type_v: Annotated[list[str], _flag("-ctv", "--cache-type-v", help="As -ctk.")] = ["f16"],
-    flash_attn: Annotated[list[str], _flag("-fa", "--flash-attn", help="on, off or auto.")] = ["auto"],
-    threads: Annotated[Optional[list[str]], _flag("-t", "--threads", help="CPU threads; default: all.")] = None,
-    n_gpu_layers: Annotated[list[str], _flag("-ngl", "--n-gpu-layers", help="Layers on the GPU.")] = ["0"],
-    n_parallel: Annotated[list[str], _flag("-np", "--parallel", help="Sequences at once; rates are their sum.")] = ["1"],
-    kv_policy: Annotated[list[str], _flag("--kv-policy", help="NAME[:key=value,...]; full is the reference of the others.")] = ["full"],
-    kv_budget: Annotated[Optional[list[str]], _flag("--kv-budget", help="Cells a layer keeps of the prompt: 512, 25% or 0.25.")] = None,
-    kv_decode_budget: Annotated[Optional[list[str]], _flag("--kv-decode-budget", help="The same of the generated tokens.")] = None,
-    kv_cells: Annotated[Optional[list[str]], _flag("--kv-cells", help="Cells of a sequence that are allocated, or bytes of all (512MiB).")] = None,
-    file: Annotated[Optional[str], _flag("-f", "--file", help="Text to evaluate; - is stdin. Default: prose made from a word list.")] = None,
-    random_tokens: Annotated[bool, _flag("--random", help="Evaluate random tokens, as llama-bench does.")] = False,
-    output: Annotated[str, _flag("-o", "--output", help="md, csv, json or jsonl.")] = "md",
+    model: Annotated[Optional[list[str]], flag("-m", "--model", help="As in generate.")] = None,
+    n_prompt: Annotated[list[str], flag("-p", "--n-prompt", help="Tokens of the prompt that are timed; 0: none.")] = ["512"],
+    n_gen: Annotated[list[str], flag("-n", "--n-gen", help="Tokens generated after it; 0: none.")] = ["128"],
+    n_depth: Annotated[list[str], flag("-d", "--n-depth", help="Tokens evaluated before the prompt, not timed.")] = ["0"],
+    repetitions: Annotated[int, flag("-r", "--repetitions", help="Times each row is measured.")] = 5,
+    batch_size: Annotated[list[str], flag("-b", "--batch-size", help="Tokens of one call; caches take turns after each.")] = ["512"],
+    ubatch_size: Annotated[list[str], flag("-ub", "--ubatch-size", help="Tokens computed at once.")] = ["512"],
+    type_k: Annotated[list[str], flag("-ctk", "--cache-type-k", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.")] = ["f16"],
+    type_v: Annotated[list[str], flag("-ctv", "--cache-type-v", help="As -ctk.")] = ["f16"],
+    flash_attn: Annotated[list[str], flag("-fa", "--flash-attn", help="on, off or auto.")] = ["auto"],
+    threads: Annotated[Optional[list[str]], flag("-t", "--threads", help="CPU threads; default: all.")] = None,
+    n_gpu_layers: Annotated[list[str], flag("-ngl", "--n-gpu-layers", help="Layers on the GPU.")] = ["0"],
+    n_parallel: Annotated[list[str], flag("-np", "--parallel", help="Sequences at once; rates are their sum.")] = ["1"],
+    kv_policy: Annotated[list[str], flag("--kv-policy", help="NAME[:key=value,...]; full is the reference of the others.")] = ["full"],
+    kv_budget: Annotated[Optional[list[str]], flag("--kv-budget", help="Cells a layer keeps of the prompt: 512, 25% or 0.25.")] = None,
+    kv_decode_budget: Annotated[Optional[list[str]], flag("--kv-decode-budget", help="The same of the generated tokens.")] = None,
+    kv_cells: Annotated[Optional[list[str]], flag("--kv-cells", help="Cells of a sequence that are allocated, or bytes of all (512MiB).")] = None,
+    file: Annotated[Optional[str], flag("-f", "--file", help="Text to evaluate; - is stdin. Default: prose made from a word list.")] = None,
+    random_tokens: Annotated[bool, flag("--random", help="Evaluate random tokens, as llama-bench does.")] = False,
+    output: Annotated[str, flag("-o", "--output", help="md, csv, json or jsonl.")] = "md",
 ) -> None:
     """Measure prefill, eviction and decode against a cache that holds everything and one that holds only the budget.
 
@@ -240,8 +235,8 @@ def pull(name: Annotated[str, typer.Argument(help="smollm2-135m, or user/repo[:q
 @app.command()
 @sentences
 def demo(
-    model: Annotated[Optional[str], _flag("-m", "--model", env="MODEL", help="As in generate.")] = None,
-    threads: Annotated[Optional[int], _flag("-t", "--threads", env="THREADS", help="CPU threads; default: all.")] = None,
+    model: Annotated[Optional[str], flags.said(flags.Model, "As in generate.")] = None,
+    threads: flags.Threads = None,
 ) -> None:
     """A prompt of many shots: the whole cache against a quarter of it."""
     from .demo import run

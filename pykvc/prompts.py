@@ -46,6 +46,8 @@ def encode(model: "_core.Model", needs_spans: bool, text: str | None, tokens: Se
             return ids, []
         segment = "sentence"
     pieces = [model.piece(token, True) for token in ids]
+    if first and model.add_bos and ids[0] == model.bos:
+        pieces[0] = b""  # the tokenizer's, not the text's
     if text is None:  # bytes that are no UTF-8 go through as surrogates and come back the same
         text = b"".join(pieces).decode("utf-8", "surrogateescape")
     lengths = token_lengths(text.encode("utf-8", "surrogateescape"), pieces)

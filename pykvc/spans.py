@@ -3,16 +3,17 @@
 A span is a half-open pair (begin, end). Spans are ascending and disjoint; what lies outside every span (a system
 prompt, the final question) is never evicted by a policy that works on spans.
 
-    segment="sentence"     a sentence and the white space after it
+    segment="sentence"     a sentence and the white space after it. It ends with . ! ? and what closes it before white space, with 。！？,
+                           or with an empty line; a line break alone ends none. llama-server and the engine find the same (cpp/spans.h).
     segment="\\n\\n"         a separator; "sep:..." says the same and may be any string
     segment="re:^Q: "      a regular expression that matches where a unit begins (re.MULTILINE)
 """
 import re
 from typing import Callable, Sequence
 
-Span = tuple[int, int]
+from . import _core
 
-_SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*(?:\s+|(?<=[。！？])|$)|\n\s*\n\s*")
+Span = tuple[int, int]
 
 
 def check_spans(spans: Sequence[Span], n: int, what: str = "tokens") -> list[Span]:
@@ -33,14 +34,16 @@ def check_spans(spans: Sequence[Span], n: int, what: str = "tokens") -> list[Spa
 
 def sentence_spans(text: str) -> list[Span]:
     """Character spans of the sentences, each with the white space after it; they cover the text."""
-    return _between(text, [found.end() for found in _SENTENCE_END.finditer(text)])
+    data = _bytes(text)
+    return _characters(data, _core.sentence_spans(data))
 
 
 def separator_spans(text: str, separator: str) -> list[Span]:
     """Character spans of the pieces, each with the separator that ends it. Pieces of white space alone are left out."""
     if not separator:
         raise ValueError('segment="sep:..." needs a separator after the colon')
-    return _between(text, [found.end() for found in re.finditer(re.escape(separator), text)])
+    data = _bytes(text)
+    return _characters(data, _core.separator_spans(data, _bytes(separator)))
 
 
 def regex_spans(text: str, pattern: str) -> list[Span]:
@@ -150,7 +153,15 @@ def token_spans(text: str, spans: Sequence[Span], lengths: Sequence[int]) -> lis
     return result
 
 
-def _between(text: str, ends: Sequence[int]) -> list[Span]:
-    """The spans between cuts, without those of white space alone."""
-    cuts = [0, *(end for end in ends if end < len(text)), len(text)]
-    return [(begin, end) for begin, end in zip(cuts, cuts[1:]) if text[begin:end].strip()]
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # of any str, one character after the other
+
+
+def _characters(data: bytes, spans: Sequence[Span]) -> list[Span]:
+    """Spans of bytes, which do not cut a character -> of characters."""
+    result, at, byte = [], 0, 0
+    for begin, end in spans:
+        first = at + len(data[byte:begin].decode("utf-8", "surrogatepass"))
+        at, byte = first + len(data[begin:end].decode("utf-8", "surrogatepass")), end
+        result.append((first, at))
+    return result

@@ -18,8 +18,8 @@ from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Item, Options
 from evals.prompts import render
-from evals.run import Plan, open_model
 from evals.tasks import TASKS, niah
+from evals.work import Plan, open_model
 from pykvc.prose import prose
 
 ROOT = Path(__file__).parent.parent

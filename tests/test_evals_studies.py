@@ -11,8 +11,8 @@ from evals import ask as asking
 from evals import attention, latency, panels, report, run, study
 from evals.cases import Case, cases
 from evals.cli import app
-from evals.run import Plan
 from evals.tasks import TASKS, gsm8k
+from evals.work import Plan
 from test_evals_tasks import folder  # noqa: F401  (a fixture)
 
 SMALL = '''

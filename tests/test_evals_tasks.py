@@ -10,8 +10,8 @@ from evals import choices, data, report, run, sandbox
 from evals.cases import Case
 from evals.cli import app
 from evals.items import Options
-from evals.run import Plan
 from evals.tasks import TASKS, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, mmlu, safety
+from evals.work import Plan
 from pykvc.prose import prose
 
 

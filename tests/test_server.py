@@ -1,6 +1,5 @@
 """`pykvc serve` on SmolLM2-135M: what llama-server's API says of eviction, and that one client does not disturb another."""
 import json
-import json
 import random
 import struct
 import time
@@ -9,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import pykvc
-from pykvc import serve
+from pykvc import prompts, serve
 from evals.served import Server
+from test_spans import TEXTS
 
 SHOTS = [f"Q: What is {a} plus {b}?\nA: {a} plus {b} is {a + b}.\n\n" for a in range(2, 8) for b in range(2, 4)]
 PROMPT = "".join(SHOTS) + "Q: What is 3 plus 6?\nA:"
@@ -115,6 +115,21 @@ def test_chat_messages_are_spans(server, llm):
     assert last["kv"]["n_kept"] == reply["kv"]["n_kept"] and last["timings"]
     by_sentence = server.ok("/v1/chat/completions", {**body, "kv_spans": "sentence"})
     assert by_sentence["kv"]["n_evictions"] == 1
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_sentences_are_those_of_python(server, llm, name):
+    """A slot file holds the spans, too."""
+    ids, spans = prompts.encode(llm._session.model, True, "".join(SHOTS[:3]) + 2*TEXTS[name], None, None, "tokens", "sentence", first=True)
+
+    def saved(kv_spans):
+        erase(server)
+        assert server.ok("/completion", ask(ids, 4, id_slot=0, kv_budget="60%", kv_spans=kv_spans))["kv"]["n_evictions"] == 1
+        server.ok("/slots/0?action=save", {"filename": "spans.bin"})
+        return (server.slots_folder/"spans.bin").read_bytes()
+    found = saved("sentence")
+    assert found == saved(spans) and found != saved([(spans[0][0], spans[-1][1])])
+    (server.slots_folder/"spans.bin").unlink()
 
 
 def test_several_answers_of_one_prompt(server):

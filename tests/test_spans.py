@@ -1,6 +1,13 @@
-"""Text -> character spans -> token spans. No model."""
-import pytest
+"""Text -> character spans -> token spans."""
+import re
+from types import SimpleNamespace
 
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+import pykvc
+from pykvc import _core, prompts
 from pykvc.spans import (check_spans, message_spans, piece_spans, regex_spans, segment_spans, sentence_spans, separator_spans,
                          token_lengths, token_spans)
 
@@ -18,6 +25,56 @@ def test_sentences_of_other_scripts_and_none():
     assert cut("今日は。雨だ。", sentence_spans("今日は。雨だ。")) == ["今日は。", "雨だ。"]
     assert sentence_spans("Version 3.14 is out") == [(0, 19)]  # a point inside a number ends nothing
     assert sentence_spans("") == [] and sentence_spans(" \n") == []
+
+
+# name -> a text's sentences, and what is left out: test_server.py has them, too
+SENTENCES = {
+    "abbreviations": ["Dr. ", "Smith paid approx. ", "3.50 (cash). ", '"Why?" ', "he asked... ", "Nobody knew!"],
+    "line breaks": ["A heading\nin two lines\n\n", "One.\n", "Two\nand more.\r\n \t\n", "Three\n"],
+    "no full stop": ["It rains. ", "And then"],
+    "one sentence": ["x = a.b(1)\ny = [2, 3]"],
+    "scripts": ["今日は。", "雨だ！\u3000", "そう？", "Ça va\xa0? ", "Oui… “Bien.” ", "Fini\xa0! ", "🙂 (Ok.)\u2003", "(Non.a)"],
+    "white space": [],
+    "empty": [],
+}
+TEXTS = {name: "".join(sentences) for name, sentences in SENTENCES.items()} | {"white space": " \n\n\t\n "}
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_sentences(name):
+    assert cut(TEXTS[name], sentence_spans(TEXTS[name])) == SENTENCES[name]
+
+
+SENTENCE_END = re.compile(r"[.!?。！？][\"'”’)\]]*(?:\s+|(?<=[。！？])|$)|\n\s*\n\s*")
+
+
+@given(st.text(st.sampled_from("ab.!?。！”’\"') \n\r\x1f\x85\u2009\u3000é🙂\ud800\udc85"), max_size=30), st.text(st.sampled_from("a.\né🙂"), min_size=1, max_size=2))
+def test_sentences_and_separators_by_regular_expression(text, separator):
+    for spans, pattern in ((sentence_spans(text), SENTENCE_END), (separator_spans(text, separator), re.compile(re.escape(separator)))):
+        cuts = [0, *(found.end() for found in pattern.finditer(text) if found.end() < len(text)), len(text)]
+        assert spans == [(a, b) for a, b in zip(cuts, cuts[1:]) if text[a:b].strip()]
+
+
+class Seen(pykvc.Policy):
+    name, spans = "seen", True
+
+    def score(self, layer):
+        return layer.pos
+
+    def budgets(self, request):
+        self.found = request.spans
+        return [request.budget]*len(request.layers)
+
+
+@pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if text])
+def test_the_engine_finds_the_same_sentences(model_path, name):
+    """Where nobody gave it spans, as in other programs."""
+    model, seen = _core.Model(str(model_path)), Seen()
+    ids, spans = prompts.encode(model, True, TEXTS[name], None, None, "tokens", None, first=True)
+    ctx = _core.Context(model, n_ctx=256, n_threads=2, policy=seen, budget="1")
+    ctx.decode(np.array(ids, np.int32))
+    assert ctx.evict() and seen.found == spans
+    assert len(spans) == len(SENTENCES[name])
 
 
 def test_separator_belongs_to_the_piece_before_it():
@@ -116,3 +173,10 @@ def test_a_tokenizer_that_changes_the_text_is_refused():
 def test_character_spans_are_checked():
     with pytest.raises(ValueError, match="characters"):
         token_spans("abc", [(0, 4)], [1, 1, 1])
+
+
+def test_a_bos_is_in_no_span_whether_the_prompt_is_text_or_tokens():
+    pieces = [b"<s>", b" Hi", b".", b" You", b" there"]
+    model = SimpleNamespace(n_vocab=5, bos=0, add_bos=True, piece=lambda token, special: pieces[token], tokenize=lambda *_: [0, 1, 2, 3, 4])
+    for text, tokens in (("Hi. You there", None), (None, [0, 1, 2, 3, 4])):
+        assert prompts.encode(model, True, text, tokens, None, "tokens", None, first=True)[1] == [(1, 4), (4, 5)]

@@ -13,7 +13,7 @@
 
 #include "llama.h"
 
-#define KVC_API_VERSION 3
+#define KVC_API_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -70,6 +70,12 @@ LLAMA_API int32_t kvc_check_policy(struct llama_context * ctx, const char * poli
 
 // Units of the prompt for policies that need them: ascending, disjoint.
 LLAMA_API int32_t kvc_set_spans(struct llama_context * ctx, llama_seq_id seq_id, const struct kvc_span * spans, size_t n_spans);
+
+// Units of a prompt for kvc_set_spans(), in tokens: its sentences (separator NULL), or pieces that end with a separator. A token belongs
+// to the unit in which its first byte lies; units of white space alone and tokens of no text are left out.
+// out: NULL or room for n_tokens. Returns how many there are.
+LLAMA_API int32_t kvc_segment(const struct llama_vocab * vocab, const llama_token * tokens, int32_t n_tokens, const char * separator,
+                              struct kvc_span * out);
 
 // Compress what the sequence holds to kv_budget, now. 1: evicted, 0: nothing was over budget.
 LLAMA_API int32_t kvc_evict(struct llama_context * ctx, llama_seq_id seq_id);

@@ -47,7 +47,10 @@ static void read_spans(const json & v, kvc_request & kv) {
         }
         return;
     }
-    const std::string text = v.is_string() ? v.get<std::string>() : "";
+    std::string text = v.is_string() ? v.get<std::string>() : "";
+    if (text.find('\0') != std::string::npos) { // the engine takes C strings
+        text.clear();
+    }
     bool word = !text.empty();
     for (const char c : text) {
         word = word && (isalnum((unsigned char) c) || c == '_');

@@ -1,7 +1,6 @@
 #include "kvc_request.h"
 
 #include "kvc_server.h"
-#include "kvc_spans.h"
 
 #include "chat.h"
 
@@ -77,7 +76,12 @@ void kvc_request::resolve(const kvc_server & server, const server_tokens & promp
         for (int32_t i = 0; i < n_tokens; ++i) {
             tokens.push_back(prompt[i]);
         }
-        const kvc_text whole(llama_model_get_vocab(llama_get_model(server.ctx)), tokens);
-        spans = units == sentences ? kvc_sentences(whole) : kvc_separated(whole, text);
+        spans.resize(n_tokens);
+        const int32_t n = kvc_segment(llama_model_get_vocab(llama_get_model(server.ctx)), tokens.data(), n_tokens,
+            units == separator ? text.c_str() : nullptr, spans.data());
+        if (n < 0) {
+            throw std::invalid_argument(kvc_last_error());
+        }
+        spans.resize(n);
     }
 }

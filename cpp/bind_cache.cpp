@@ -1,0 +1,188 @@
+// Context: evictions, what its cache holds, and saved states.
+
+#include "bind_context.h"
+
+namespace kvc {
+
+bool Context::evict(int32_t seq, bool mask_only) {
+    check_seq(seq);
+    begin_call();
+    py::gil_scoped_release nogil;
+    return evictor().evict(ctx.get(), seq, mask_only);
+}
+
+void Context::ask(const i32_array & tokens, int32_t seq, int32_t begin, int32_t end) {
+    const llama_pos p0 = pos_max(seq) + 1;
+    const int32_t n = (int32_t) tokens.size();
+    if (n > std::min<int64_t>(evictor().conf().need.window, llama_n_ubatch(ctx.get()))) {
+        throw std::invalid_argument("a probe of " + std::to_string(n) + " tokens: at most the policy's window, " +
+                std::to_string(evictor().conf().need.window) + ", and n_ubatch, " + std::to_string(llama_n_ubatch(ctx.get())));
+    }
+    if (!evictor().has_room(seq, n)) {
+        throw std::invalid_argument("there is no room for a probe of " + std::to_string(n) + " tokens");
+    }
+    try {
+        decode(tokens, seq, "none");
+        py::gil_scoped_release nogil;
+        evictor().ask(ctx.get(), seq, n, begin, end < 0 ? p0 : end);
+    } catch (...) {
+        if (pos_max(seq) >= p0) {
+            remove_tail(p0, seq);
+        }
+        throw;
+    }
+    n_rows = 0;
+}
+
+void Context::make_room(int32_t n, int32_t seq) {
+    check_seq(seq);
+    begin_call();
+    py::gil_scoped_release nogil;
+    evictor().make_room(ctx.get(), seq, n);
+}
+
+py::list Context::kept(int32_t seq) const {
+    check_seq(seq);
+    kvc_usage u = usage();
+    py::list res;
+    for (int32_t l = 0; l < u.n_layer; ++l) {
+        const int32_t n = kvc_kept(ctx.get(), seq, l, nullptr);
+        py::array_t<int32_t> a({ u.n_head_kv, n });
+        kvc_kept(ctx.get(), seq, l, a.mutable_data());
+        res.append(a);
+    }
+    return res;
+}
+
+py::list Context::scores(int32_t seq) const {
+    check_seq(seq);
+    begin_call();
+    std::vector<std::vector<float>> v;
+    {
+        py::gil_scoped_release nogil;
+        v = evictor().scores(ctx.get(), seq);
+    }
+    py::list res;
+    for (const auto & s : v) {
+        const int32_t n_hkv = evictor().n_head_kv();
+        res.append(to_numpy(s, { n_hkv, (py::ssize_t) s.size()/n_hkv }));
+    }
+    return res;
+}
+
+py::list Context::signals(int32_t seq) const {
+    check_seq(seq);
+    begin_call();
+    std::vector<layer_signals> v;
+    {
+        py::gil_scoped_release nogil;
+        v = evictor().signals(ctx.get(), seq);
+    }
+    py::list res;
+    for (const auto & s : v) {
+        py::dict d;
+        const auto f32 = [](const std::vector<float> & x, std::vector<py::ssize_t> shape) -> py::object {
+            return x.empty() ? py::object(py::none()) : py::object(to_numpy(x, shape));
+        };
+        d["il"] = s.il; d["n_query"] = s.n_query;
+        d["pos"]  = to_numpy(s.pos, { s.n_head_kv, s.n_kv });
+        d["attn"] = f32(s.attn, { s.n_head, s.n_kv });
+        d["sums"] = f32(s.sums, { s.n_head_kv, s.n_kv });
+        d["keys"] = f32(s.keys, { s.n_head_kv, s.n_kv, s.head_dim });
+        d["probed"] = f32(s.probed, { s.n_head_kv, s.n_kv });
+        d["q_mean"] = f32(s.q_mean, { s.n_head, s.head_dim });
+        d["q_cov"]  = f32(s.q_cov,  { s.n_head, s.head_dim, s.head_dim });
+        d["v_norm"] = f32(s.v_norm, { s.n_head_kv, s.n_kv });
+        res.append(d);
+    }
+    return res;
+}
+
+kvc_usage Context::usage() const {
+    begin_call();
+    kvc_usage u;
+    if (kvc_get_usage(ctx.get(), &u) < 0) {
+        fail("no usage");
+    }
+    return u;
+}
+
+py::dict Context::stats() const {
+    const kvc_usage u = usage();
+    py::list cells, kept;
+    for (uint32_t s = 0; s < n_seq_max(); ++s) {
+        int32_t n_max = 0;
+        for (int32_t l = 0; l < u.n_layer; ++l) {
+            const int32_t n = kvc_kept(ctx.get(), (int32_t) s, l, nullptr);
+            n_max = std::max(n_max, n);
+            if (s == 0) {
+                kept.append(n);
+            }
+        }
+        cells.append(n_max);
+    }
+    py::dict d;
+    d["cells_used"] = cells; d["cells_allocated"] = u.n_cells; d["kept"] = kept;
+    d["bytes_allocated"] = u.bytes_allocated; d["bytes_signals"] = u.bytes_signals; d["bytes_used"] = u.bytes_used; d["bytes_full"] = u.bytes_full;
+    d["n_evictions"] = u.n_evictions; d["n_evicted"] = u.n_evicted;
+    d["score_ms"] = u.score_ms; d["plan_ms"] = u.plan_ms; d["compact_ms"] = u.compact_ms;
+    d["prefill_ms"] = prefill_ms; d["decode_ms"] = decode_ms;
+    return d;
+}
+
+kvc_seq_usage Context::seq_usage(int32_t seq) const {
+    check_seq(seq);
+    begin_call();
+    kvc_seq_usage u;
+    if (kvc_get_seq_usage(ctx.get(), seq, &u) < 0) {
+        fail("no usage");
+    }
+    return u;
+}
+
+int64_t Context::n_evictions(int32_t seq) const {
+    return seq_usage(seq).n_evictions;
+}
+
+py::dict Context::seq_stats(int32_t seq) const {
+    const kvc_seq_usage u = seq_usage(seq);
+    py::list kept;
+    for (int32_t l = 0; l < usage().n_layer; ++l) {
+        kept.append(kvc_kept(ctx.get(), seq, l, nullptr));
+    }
+    py::dict d;
+    d["n_tokens"] = u.n_tokens; d["cells"] = u.n_cells; d["kept"] = kept;
+    d["bytes_used"] = u.bytes_used; d["bytes_full"] = u.bytes_full;
+    d["n_evictions"] = u.n_evictions; d["n_evicted"] = u.n_evicted;
+    return d;
+}
+
+py::bytes Context::save(int32_t seq) {
+    if (seq >= 0) {
+        check_seq(seq);
+    }
+    std::string buf(seq < 0 ? llama_state_get_size(ctx.get()) : llama_state_seq_get_size(ctx.get(), seq), '\0');
+    const size_t n = seq < 0 ? llama_state_get_data(ctx.get(), (uint8_t *) &buf[0], buf.size())
+                             : llama_state_seq_get_data(ctx.get(), (uint8_t *) &buf[0], buf.size(), seq);
+    if (n == 0) {
+        fail("the state cannot be saved");
+    }
+    return py::bytes(buf.data(), n);
+}
+
+void Context::load(const std::string & data, int32_t seq) {
+    if (seq >= 0) {
+        check_seq(seq);
+    }
+    begin_call();
+    const size_t n = seq < 0 ? llama_state_set_data(ctx.get(), (const uint8_t *) data.data(), data.size())
+                             : llama_state_seq_set_data(ctx.get(), (const uint8_t *) data.data(), data.size(), seq);
+    n_rows = 0;
+    if (n != data.size()) {
+        const std::string why = why_failed("this state is not of this model, policy and version, or damaged");
+        clear(seq);
+        throw std::invalid_argument(why);
+    }
+}
+
+} // namespace kvc

@@ -1,0 +1,179 @@
+// Budgets, and when an eviction is due.
+
+#include "engine.h"
+
+#include "llama-batch.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+
+namespace kvc {
+
+// Of a layer's first slots those that stay: a frozen prompt, while generated tokens are evicted.
+std::vector<int32_t> engine::frozen(uint32_t s, cause why) const {
+    const auto & q = streams[s];
+    std::vector<int32_t> res(n_layer(), 0);
+    for (int32_t l = 0; why != cause::prompt && q.gen >= 0 && q.cfg->decode == decode_mode::generated && l < n_layer(); ++l) {
+        const auto pos = slot_pos(s, l);
+        res[l] = std::lower_bound(pos.begin(), pos.begin() + n_slots(s, l), q.gen) - pos.begin();
+    }
+    return res;
+}
+
+// Slots the mean layer keeps.
+int32_t engine::target(uint32_t s, cause why, int32_t n_new, const std::vector<int32_t> & n_frozen) const {
+    const auto & q = streams[s];
+    const int32_t n_tokens = (int32_t) q.tokens.size();
+    const int32_t n_most = is_bounded() ? cfg->n_cells - n_to_free(s, n_new) : std::numeric_limits<int32_t>::max();
+    if (why == cause::room) {
+        return n_most;
+    }
+    if (why == cause::prompt) {
+        // a ratio of a short prompt is not below what the policy always keeps; a number of tokens was checked when it was given
+        return q.prompt_budget.kind == budget::none ? std::numeric_limits<int32_t>::max() :
+            std::min(std::max(q.prompt_budget.of(n_tokens), q.cfg->pol->min_budget()), n_most);
+    }
+    const int32_t n_decode = q.decode_budget.of(n_tokens - q.gen);
+    if (q.cfg->decode == decode_mode::whole) {
+        return std::min(q.n_prompt + n_decode, n_most);
+    }
+    const int64_t sum = std::accumulate(n_frozen.begin(), n_frozen.end(), (int64_t) 0);
+    return std::min((int32_t) std::lround((double) sum/n_layer()) + n_decode, n_most);
+}
+
+// Would n_new more tokens take a sequence that generates over its limit and one interval, and is there anything to evict?
+bool engine::over_budget(uint32_t s, int32_t n_new) const {
+    const auto & q = streams[s];
+    if (q.decode_budget.kind == budget::none || q.gen < 0) {
+        return false;
+    }
+    const int32_t n_decode = q.decode_budget.of(std::max(1, (int32_t) q.tokens.size() - q.gen));
+    int64_t n = 0;
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        n += n_slots(s, l);
+    }
+    const int64_t n_gen = (n + n_layer() - 1)/n_layer() - q.n_prompt;
+    return n_gen > n_decode && n_gen + n_new > n_decode + q.cfg->interval;
+}
+
+bool engine::is_due(const llama_ubatch & ubatch) {
+    due.clear();
+    const int32_t n_new = (int32_t) (ubatch.n_tokens/(kv.n_stream > 1 ? ubatch.n_seqs_unq : 1)); // of each sequence
+    for (uint32_t i = 0; i < ubatch.n_seqs_unq; ++i) {
+        const llama_seq_id seq_id = ubatch.seq_id_unq[i];
+        const uint32_t s = kv.seq_to_stream[seq_id];
+        auto & q = streams[s];
+        if (q.tokens.empty()) {
+            continue;
+        }
+        const bool can_score = has_queries(s); // if not, the tokens to come are queries: the next call evicts
+        if (cfg->guess && q.gen < 0 && n_new == 1) {
+            if (!is_over(s, cause::prompt, n_new, target(s, cause::prompt, n_new, {}))) {
+                end_prompt(seq_id);
+            } else if (can_score) {
+                due.push_back({ s, cause::prompt, n_new });
+            }
+        }
+        if (can_score && over_budget(s, n_new)) {
+            due.push_back({ s, cause::decode, n_new });
+        }
+        if (is_bounded() && !has_room(s, n_new)) { // if the evictions before it did not make it
+            due.push_back({ s, cause::room, n_new });
+        }
+    }
+    return !due.empty();
+}
+
+// Heads disagree on what lies below the floor. Queries from the floor on see all of that; earlier ones are left out. The ring
+// may be longer than the window of the sequence's policy.
+llama_pos engine::first_query(uint32_t s) const {
+    const auto & q = streams[s];
+    return std::max({ q.floor - 1, (llama_pos) q.tokens.size() - q.cfg->need.window, 0 });
+}
+
+// Does a policy that scores by the last queries have one? A removed tail took its own along.
+bool engine::has_queries(uint32_t s) const {
+    const auto & q = streams[s];
+    return q.cfg->need.window == 0 || *std::max_element(q.win_pos.begin(), q.win_pos.end()) >= first_query(s);
+}
+
+// Is there anything to evict?
+bool engine::is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) const {
+    if (why == cause::room) {
+        return !has_room(s, n_new);
+    }
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        if (n_held(s, l) > (int64_t) n_target*n_hkv) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void engine::begin_prompt(llama_seq_id seq_id) {
+    streams[stream_of(seq_id)].gen = -1;
+}
+
+void engine::end_prompt(llama_seq_id seq_id) {
+    const uint32_t s = stream_of(seq_id);
+    auto & q = streams[s];
+    if (q.tokens.empty()) {
+        return;
+    }
+    int64_t n = 0;
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        n += n_slots(s, l);
+    }
+    q.gen      = (llama_pos) q.tokens.size();
+    q.n_prompt = (int32_t) std::lround((double) n/n_layer());
+}
+
+void engine::check_budgets(const config & c, const budget & prompt, const budget & decode) const {
+    kvc::check_budgets(*c.pol, c.spec, c.decode, prompt, decode);
+    if (is_bounded() && prompt.kind == budget::tokens && prompt.value > cfg->n_cells - cfg->n_reserve) {
+        throw std::invalid_argument("kv_budget " + prompt.str() + ": kv_cells leave it at most " +
+                std::to_string(cfg->n_cells - cfg->n_reserve));
+    }
+}
+
+void engine::check_budget(const budget & prompt, const budget & decode) const {
+    check_budgets(*cfg, prompt, decode);
+}
+
+void engine::set_budget(llama_seq_id seq_id, const budget & prompt, const budget & decode) {
+    auto & q = streams[stream_of(seq_id)];
+    check_budgets(*q.cfg, prompt, decode);
+    q.prompt_budget = is_bounded() && prompt.kind == budget::none ? cfg->prompt_budget : prompt;
+    q.decode_budget = decode;
+}
+
+void engine::set_guess(bool guess) {
+    auto c = std::make_shared<config>(*cfg);
+    c->guess = guess;
+    cfg = c;
+}
+
+void engine::set_policy(llama_seq_id seq_id, const char * policy, const char * prompt, const char * decode) {
+    auto & q = streams[stream_of(seq_id)];
+    q.cfg = variant(policy, prompt, decode);
+    q.prompt_budget = q.cfg->prompt_budget;
+    q.decode_budget = q.cfg->decode_budget;
+}
+
+void engine::set_spans(llama_seq_id seq_id, std::vector<span> spans) {
+    int32_t end = 0;
+    for (const auto & sp : spans) {
+        if (sp.begin < end || sp.end <= sp.begin) {
+            throw std::invalid_argument("span [" + std::to_string(sp.begin) + ", " + std::to_string(sp.end) +
+                    ") overlaps another, is empty or out of order: spans are ascending, disjoint [begin, end)");
+        }
+        end = sp.end;
+    }
+    streams[stream_of(seq_id)].spans = std::move(spans);
+}
+
+} // namespace kvc

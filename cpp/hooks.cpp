@@ -1,0 +1,134 @@
+// What happened to the cache: llama.cpp says so as it happens.
+
+#include "engine.h"
+
+#include "llama-batch.h"
+#include "llama-impl.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+
+namespace kvc {
+
+// A batch of more tokens than this is a prompt to a caller that does not say so; fewer may be a speculative draft.
+static const uint32_t N_DRAFT_MAX = 32;
+
+void engine::on_clear() {
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        reset(streams[s]);
+    }
+    for (auto & it : ctxs_bufs) {
+        for (auto * t = ggml_get_first_tensor(it.first.get()); t; t = ggml_get_next_tensor(it.first.get(), t)) {
+            if (t->name[0] != '1') { // the ones
+                ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
+            }
+        }
+    }
+    due.clear();
+    mask_only = false;
+    stale = true;
+}
+
+bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    struct removal { uint32_t s; llama_pos end; };
+    std::vector<removal> todo;
+
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        if (seq_id >= 0 && kv.seq_to_stream[seq_id] != s) {
+            continue;
+        }
+        const llama_pos last = (llama_pos) streams[s].tokens.size() - 1;
+        if (last < 0) {
+            reset(streams[s]); // spans may have been set
+            continue;
+        }
+        if (p0 > last || p1 <= p0) {
+            continue;
+        }
+        if (p1 <= last) {
+            return false; // a hole: cells would no longer be in the order of their positions
+        }
+        if (p0 > 0 && (p0 < streams[s].floor || cfg->need.sums)) {
+            return false; // gone for good; or its queries are in the sums, and cannot be taken out
+        }
+        todo.push_back({ s, p0 });
+    }
+
+    for (const auto & r : todo) {
+        auto & q = streams[r.s];
+        due.erase(std::remove_if(due.begin(), due.end(), [&](const job & j) { return j.s == r.s; }), due.end());
+        stale = true;
+        if (r.end == 0) {
+            clear_sums(r.s);
+            reset(q);
+            continue;
+        }
+        // cells of the compacted part that hold removed positions: every head has them last, in order
+        const int32_t n_left = n_cells(r.s) - ((int32_t) q.tokens.size() - r.end);
+        const int32_t n_rm   = std::max(0, q.n_base - n_left);
+        for (size_t l = 0; n_rm > 0 && l < q.kept.size(); ++l) {
+            const int32_t n_new = q.n_kept[l] - n_rm;
+            std::vector<int32_t> kept;
+            for (int32_t h = 0; h < n_hkv; ++h) {
+                const auto * row = q.kept[l].data() + (size_t) h*q.n_kept[l];
+                kept.insert(kept.end(), row, row + n_new);
+            }
+            q.kept[l]   = std::move(kept);
+            q.n_kept[l] = n_new;
+        }
+        for (int32_t l = 0; l < n_layer(); ++l) {
+            q.probed[l].resize(std::min(q.probed[l].size(), (size_t) (n_left - q.n_base + q.n_kept[l] + n_rm)*n_hkv));
+        }
+        q.n_base -= n_rm;
+        q.tokens.resize(r.end);
+        q.gen = r.end <= q.gen ? -1 : q.gen;
+        for (auto & p : q.win_pos) {
+            p = p >= r.end ? -1 : p;
+        }
+    }
+    return true;
+}
+
+void engine::on_seq_cp(uint32_t s0, uint32_t s1) {
+    const budget prompt = streams[s1].prompt_budget, decode = streams[s1].decode_budget; // a sequence's own
+    auto own = std::move(streams[s1].cfg);
+    streams[s1] = streams[s0];
+    streams[s1].cfg           = std::move(own);
+    streams[s1].prompt_budget = prompt;
+    streams[s1].decode_budget = decode;
+    stale = true;
+}
+
+bool engine::refuse_shift(const char * what) const {
+    LLAMA_LOG_ERROR("%s: ignored: positions cannot be shifted while %s evicts (llama_memory_can_shift says so)\n", what, cfg->spec.c_str());
+    return true;
+}
+
+llama_pos engine::pos_min(uint32_t s, llama_pos p0) const {
+    // after an eviction: what a caller may roll back to, and still evaluate one token
+    const auto & q = streams[s];
+    if (cfg->need.sums && p0 >= 0) {
+        return (llama_pos) q.tokens.size() - 1; // no tail can be removed
+    }
+    return q.n_base == 0 || p0 < 0 ? p0 : std::min(q.floor + 1, (llama_pos) q.tokens.size() - 1);
+}
+
+void engine::on_ubatch(const llama_ubatch & ubatch) {
+    const uint32_t n_seqs = kv.n_stream > 1 ? ubatch.n_seqs_unq : 1;
+    const uint32_t n_tps  = ubatch.n_tokens/n_seqs;
+
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        auto & q = streams[kv.seq_to_stream[ubatch.seq_id[i][0]]];
+        const llama_pos pos = ubatch.pos[i];
+        q.tokens.resize(pos);
+        q.tokens.push_back(ubatch.token ? ubatch.token[i] : LLAMA_TOKEN_NULL);
+        if (!q.win_pos.empty()) {
+            q.win_pos[pos % q.win_pos.size()] = pos;
+        }
+        if (cfg->guess && n_tps > N_DRAFT_MAX) {
+            q.gen = -1; // another prompt follows what was generated
+        }
+    }
+}
+
+} // namespace kvc

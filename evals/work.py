@@ -1,0 +1,137 @@
+"""What a run was asked for, and what of it is not answered yet."""
+import hashlib
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Sequence
+
+from pykvc import _core, models
+
+from .ask import Asked, groups
+from .cases import Case
+from .items import Item, Options
+from .prompts import count, render
+from .store import Row, Rows, key
+from .tasks import task
+
+N_SPARE = 16  # cells of n_ctx for BOS, and tokens that differ where texts are joined
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `run` was asked for."""
+    tasks: Sequence[str]
+    cases: Sequence[Case]
+    protocols: Sequence[str]
+    out: Path
+    data_dir: Path | None = None
+    n: int | None = None
+    seed: int = 0
+    n_ctx: int = 0                # 0: what the task needs
+    n_ubatch: int = 512
+    n_threads: int | None = None
+    n_gpu_layers: int = 0
+    n_parallel: int = 1           # questions asked at once
+    chat: bool = True
+    any_commit: bool = False
+    settings: dict[str, dict[str, Any]] | None = None  # of tasks: {"niah": {"length": 4000}}
+
+
+@dataclass(frozen=True)
+class Work:
+    """The questions of one task for one configuration and protocol."""
+    plan: Plan
+    task: str
+    settings: Row                 # of the task, all of them
+    case: Case
+    protocol: str
+    n_ctx: int
+    asked: Asked
+    todo: list[Asked]             # groups that are not answered yet
+
+
+@dataclass
+class Subject:
+    """The model under test."""
+    path: Path
+    sha256: str
+    vocabulary: "_core.Model"
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    @property
+    def n_ctx_train(self) -> int:
+        meta = self.vocabulary.meta
+        return int(meta[f"{meta['general.architecture']}.context_length"])
+
+
+def open_model(model: str | None) -> Subject:
+    path = models.resolve(model)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
+    return Subject(path, digest.hexdigest(), _core.Model(str(path), vocab_only=True))
+
+
+def commit() -> str:
+    """Of this checkout; "+" where tracked files differ from it."""
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent.parent), *args], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def answered(answers: Rows) -> set[tuple]:
+    """Keys of the rows that need not be asked again."""
+    return {k for k, row in answers.rows.items() if is_done(row)}
+
+
+def all_works(plans: Sequence[Plan], subject: Subject, done: set[tuple]) -> list[Work]:
+    """Of all plans, without what one before asks already. done: the keys of what is answered."""
+    works: dict[tuple, Work] = {}
+    for plan in plans:
+        for name in plan.tasks:
+            for work in _works(plan, subject, name, done):
+                works.setdefault(tuple(key(key_row(plan, name, item, work.protocol, work.case)) for item, _ in work.asked), work)
+    return list(works.values())
+
+
+def _works(plan: Plan, subject: Subject, name: str, done: set[tuple]) -> list[Work]:
+    module, vocabulary = task(name), subject.vocabulary
+    settings = {**module.SETTINGS, **(plan.settings or {}).get(name, {})}
+    items = module.load(Options(lambda text: count(vocabulary, text), plan.data_dir, plan.n, plan.seed, plan.chat, settings))
+    asked = [(item, render(item, vocabulary, plan.chat)) for item in items]
+    needed = max(count(vocabulary, prompt.head) + count(vocabulary, prompt.tail) + item.max_tokens for item, prompt in asked) + N_SPARE
+    limit, what = (plan.n_ctx, "--n-ctx is") if plan.n_ctx else (subject.n_ctx_train, f"{subject.name} was trained for")
+    if needed > limit:
+        raise ValueError(f"{name} needs a context of {needed} tokens, {what} {limit}")
+    n_ctx = plan.n_ctx or needed
+    works = []
+    for case in plan.cases:
+        for protocol in plan.protocols:
+            left = [(item, prompt) for item, prompt in asked if key(key_row(plan, name, item, protocol, case)) not in done]
+            works.append(Work(plan, name, settings, case, protocol, n_ctx, asked, groups(left, protocol, case)))
+    return works
+
+
+def is_done(row: Row | None) -> bool:
+    return row is not None and "error" not in row
+
+
+def key_row(plan: Plan, name: str, item: Item, protocol: str, case: Case) -> Row:
+    return {"task": name, "item": item.id, "protocol": protocol, "policy": case.policy, "budget": case.budget, "decode_budget": case.decode_budget,
+            "cells": case.cells, "type_k": case.type_k, "type_v": case.type_v, "n_ubatch": plan.n_ubatch, "chat": plan.chat and item.chat,
+            "seed": plan.seed}
+
+
+def tokens_of(group: Asked, subject: Subject) -> int:
+    """To evaluate before the answers."""
+    return count(subject.vocabulary, group[0][1].head) + sum(count(subject.vocabulary, prompt.tail) for _, prompt in group)
+
+
+def weight(asked: Asked, subject: Subject) -> int:
+    """About how long it takes: generated tokens take longer. Contexts are left out."""
+    return sum(count(subject.vocabulary, prompt.tail) + 4*item.max_tokens for item, prompt in asked)
