@@ -85,7 +85,7 @@ def outcomes(report: Path) -> dict[str, tuple[str, str]]:
     found = {}
     for case in xml.parse(report).iter("testcase"):
         bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        message = "" if bad is None else re.sub(r"0x[0-9a-f]+|port=\d+|:\d{4,5}\b|chatcmpl-\w+|resp_\w+|created_at=[\d.]+", "_", bad.get("message") or "")
+        message = "" if bad is None else re.sub(r"0x[0-9a-f]+|port=\d+|:\d{4,5}\b|chatcmpl-\w+|resp_\w+|(?:created|completed)_at=[\d.]+", "_", bad.get("message") or "")
         found[f"{case.get('classname')}::{case.get('name')}"] = ("passed" if bad is None else bad.tag, message)
     return found
 
