@@ -1,12 +1,10 @@
 """Stand-ins for the models that llama-server's own tests download: random weights of the same kinds, with the real tokenizers' tokens."""
-import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-from tests import tiny  # noqa: E402
+from tests import tiny
 
 
 def text(path: Path, vocab: Path, arch: str = "llama") -> None:

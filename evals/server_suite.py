@@ -2,13 +2,13 @@
 
     pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36          # unpacked, its vendor/llama.cpp is SOURCE
     pip install -r SOURCE/tools/server/tests/requirements.txt gguf pytest-timeout
-    python evals/server_suite.py prepare SOURCE WORK [MODEL.gguf]              # a copy of the tests, and models in place of theirs
+    python evals/server_suite.py prepare SOURCE WORK                           # a copy of the tests, and models in place of theirs
     python evals/server_suite.py run WORK LLAMA_SERVER ours.xml [PYTEST_ARG ...]     # under LLAMA_ARG_KV_POLICY and the like, if set
     python evals/server_suite.py compare stock.xml ours.xml                    # counts, and each test that ended differently
 
 The tests name models of Hugging Face. `prepare` writes a cache as llama-server keeps it, with stand-ins under those names: random weights,
-and SmolLM2 and Qwen2.5-Coder of pykvc's own cache; MODEL is what most tests use in place of stories260K. Tests that ask for the words or
-numbers of tokens of a certain model fail on them, so `compare` compares their messages, too.
+and SmolLM2 and Qwen2.5-Coder of pykvc's own cache. Tests that ask for the words or numbers of tokens of a certain model fail on them, so
+`compare` compares their messages, too. Nothing is downloaded.
 """
 import os
 import re
@@ -20,7 +20,10 @@ import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import gguf
-import server_models as models
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # run as a file, so that ./pykvc, without its compiled half, is not first
+
+from evals import server_models as models  # noqa: E402
 
 CACHE = Path(os.environ.get("PYKVC_CACHE") or Path.home()/".cache/pykvc")/"models"
 COMMIT = "0"*40
@@ -40,7 +43,7 @@ requests.get = picture
 '''
 
 
-def prepare(source: Path, work: Path, small: Path | None = None) -> None:
+def prepare(source: Path, work: Path) -> None:
     tests = work/"tools/server/tests"
     shutil.copytree(source/"tools/server/tests", tests)
     (work/"models").symlink_to((source/"models").resolve())  # chat templates
@@ -57,8 +60,7 @@ def prepare(source: Path, work: Path, small: Path | None = None) -> None:
         return path
 
     llama, bert = source/"models/ggml-vocab-llama-spm.gguf", source/"models/ggml-vocab-bert-bge.gguf"
-    stories = cached("test-model-stories260K", "stories260K-F32.gguf")
-    stories.symlink_to(small.resolve()) if small else models.text(stories, llama)
+    models.text(cached("test-model-stories260K", "stories260K-F32.gguf"), llama)
     models.encoder(cached("models", "bert-bge-small/ggml-model-f16.gguf"), bert, gguf.PoolingType.CLS)
     models.encoder(cached("models", "jina-reranker-v1-tiny-en/ggml-model-f16.gguf"), bert, gguf.PoolingType.RANK)
     models.text(cached("tinygemma3-GGUF", "tinygemma3-Q8_0.gguf"), llama, "gemma3")
@@ -81,11 +83,11 @@ def run(work: Path, server: Path, report: Path, args: list[str]) -> int:
 
 
 def outcomes(report: Path) -> dict[str, tuple[str, str]]:
-    """Of each test: passed, failed, error or skipped, and the message without what differs from run to run."""
-    found = {}
+    """Of each test: passed, failure, error or skipped, and the message without what differs from run to run."""
+    found, varying = {}, r"0x[0-9a-f]+|port=\d+|:\d{4,5}\b|chatcmpl-\w+|resp_\w+|(?:created|completed)_at=[\d.]+|ins\.\.\..*"
     for case in xml.parse(report).iter("testcase"):
         bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        message = "" if bad is None else re.sub(r"0x[0-9a-f]+|port=\d+|:\d{4,5}\b|chatcmpl-\w+|resp_\w+|(?:created|completed)_at=[\d.]+", "_", bad.get("message") or "")
+        message = "" if bad is None else re.sub(varying, "_", bad.get("message") or "")
         found[f"{case.get('classname')}::{case.get('name')}"] = ("passed" if bad is None else bad.tag, message)
     return found
 
