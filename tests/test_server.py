@@ -170,6 +170,18 @@ def test_embeddings_are_refused(server, path, body):
     assert status == 501 and "--kv-policy" in reply["error"]["message"]
 
 
+def test_metrics_of_a_sleeping_server(model_path, tmp_path):
+    server = Server(tmp_path/"log", "-m", model_path, "-c", 1024, "--kv-policy", POLICY, "--kv-budget", BUDGET, "--metrics",
+                    "--sleep-idle-seconds", 1).wait()
+    server.ok("/completion", ask(PROMPT, 2))
+    server.get("/metrics")  # rates are of the time since the last look
+    awake = server.get("/metrics")[1]
+    while not server.ok("/props")["is_sleeping"]:
+        time.sleep(0.1)
+    assert server.get("/metrics")[1] == awake and "llamacpp:kv_evictions_total 1" in awake
+    assert server.stop() == 0
+
+
 # -- mistakes -----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("fields, says", [
@@ -261,7 +273,8 @@ def test_slot_files(server, llm):
     assert path.stat().st_size == saved["n_written"] and [p.name for p in server.slots_folder.iterdir()] == ["a.bin"]
     direct = server.ok("/completion", longer)
     erase(server)
-    assert server.ok("/slots/0?action=restore", {"filename": "a.bin"})["n_restored"] == len(ids) + 15
+    restored = server.ok("/slots/0?action=restore", {"filename": "a.bin"})
+    assert restored["n_restored"] == len(ids) + 15 and restored["n_read"] == saved["n_written"]
     back = server.ok("/completion", longer)
     assert back["timings"]["cache_n"] == len(ids) + 15 and back["tokens"] == direct["tokens"]
 

@@ -1,5 +1,6 @@
 """GGUF models with random weights, a few hundred kilobytes each: architectures to accept or refuse, and to fuzz fast."""
 from pathlib import Path
+from typing import Callable
 
 import gguf
 import numpy as np
@@ -8,9 +9,10 @@ N_EMBD, N_HEAD, N_HEAD_KV, N_FF, N_VOCAB = 64, 4, 2, 96, 128
 
 
 def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, head_dim: int = 32, yarn: float = 1, quant: str = "F32",
-          n_vocab: int = N_VOCAB) -> Path:
+          n_vocab: int = N_VOCAB, tokenizer: Callable[[gguf.GGUFWriter], None] = lambda w: w.add_tokenizer_model("no_vocab")) -> Path:
     """arch: llama | qwen2 (the other pairs in RoPE) | gemma3 (a global layer after five with a window of 32) | hunyuan-dense (a norm
-    after RoPE) | qwen2vl (M-RoPE) | mamba (recurrent). yarn: what RoPE is stretched by. quant: the type of the matrices, as gguf.GGMLQuantizationType names it."""
+    after RoPE) | qwen2vl (M-RoPE) | mamba (recurrent). yarn: what RoPE is stretched by. quant: the type of the matrices, as gguf.GGMLQuantizationType names it.
+    tokenizer: writes one of n_vocab tokens; none otherwise."""
     rng = np.random.default_rng(0)
     head_dim = 16 if arch == "qwen2vl" else head_dim  # 32: a block of a quantized cache
     w = gguf.GGUFWriter(path, arch)
@@ -24,7 +26,7 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
     w.add_value_length(head_dim)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_vocab_size(n_vocab)
-    w.add_tokenizer_model("no_vocab")
+    tokenizer(w)
     if yarn > 1:
         w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         w.add_rope_scaling_factor(yarn)

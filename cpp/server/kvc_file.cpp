@@ -62,7 +62,7 @@ size_t kvc_save_slot(llama_context * ctx, const char * path, llama_seq_id seq_id
     return n + sizeof(trailer);
 }
 
-void kvc_check_slot(const char * path, bool must) {
+size_t kvc_check_slot(const char * path, bool must) {
     auto f = open(path, "rb");
     trailer t;
     if (!f || fseek(f.get(), -(long) sizeof(t), SEEK_END) != 0 || fread(&t, sizeof(t), 1, f.get()) != 1) {
@@ -76,4 +76,5 @@ void kvc_check_slot(const char * path, bool must) {
     if (ours && (!checksum(f.get(), ftell(f.get()) - sizeof(t), sum) || sum != t.sum)) {
         throw std::runtime_error("the file is damaged");
     }
+    return ours ? sizeof(t) : 0;
 }
