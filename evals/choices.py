@@ -3,8 +3,11 @@ import re
 from typing import Sequence
 
 
+CUE = "Answer:"
+
+
 def block(question: str, labels: Sequence[str], texts: Sequence[str]) -> str:
-    return question.strip() + "\n" + "".join(f"{label}. {text}\n" for label, text in zip(labels, texts, strict=True)) + "Answer:"
+    return question.strip() + "\n" + "".join(f"{label}. {text}\n" for label, text in zip(labels, texts, strict=True)) + CUE
 
 
 def letter(answer: str, labels: str) -> str:

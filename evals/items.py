@@ -32,6 +32,7 @@ class Item:
     stop: Sequence[str] = ()
     max_tokens: int = 64
     chat: bool = True                    # inside the model's chat template, as one user turn
+    cue: str = ""                        # the end of the question, with which an answer begins: a chat's assistant is made to begin so
     query: str = ""                      # what finch asks, if not the question
     tags: dict[str, Any] = field(default_factory=dict)  # what a report groups by
 

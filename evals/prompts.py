@@ -23,13 +23,13 @@ def render(item: Item, model: "_core.Model", chat: bool) -> Prompt:
         return Prompt(whole, item.question, item.spans, query)
     if model.chat_template is None:
         raise ValueError("this model has no chat template: --plain asks without one")
-    content = whole + item.question
+    content = whole + (item.question.removesuffix(item.cue).rstrip() if item.cue else item.question)
     text = model.apply_chat_template([("user", content)], True, model.chat_template)
     begin = text.find(content)
     if begin < 0:  # a template that rewrites contents
         raise ValueError(f"the chat template changes the text of {item.id}: --plain asks without it")
     cut = begin + len(whole) if whole else 0
-    return Prompt(text[:cut], text[cut:], [(a + begin, b + begin) for a, b in item.spans] if whole else [], query)
+    return Prompt(text[:cut], text[cut:] + item.cue, [(a + begin, b + begin) for a, b in item.spans] if whole else [], query)
 
 
 @lru_cache(1 << 16)  # a text is counted for every configuration

@@ -127,6 +127,10 @@ def test_the_template_is_around_context_and_question(subject, data):
     prompt = render(item, subject.vocabulary, True)
     assert prompt.head.endswith(item.context) and prompt.tail.startswith(item.question) and prompt.head != item.context
     assert "".join(prompt.head[a:b] for a, b in prompt.spans) == item.context
+    with_cue = replace(item, question="Q: where?\nA:", cue="A:")  # the assistant is made to begin with it
+    tail = render(with_cue, subject.vocabulary, True).tail
+    assert tail.startswith("Q: where?<") and tail.endswith("A:") and "A:" not in tail[:-2]
+    assert render(with_cue, subject.vocabulary, False).tail == "Q: where?\nA:"
     plain = render(item, subject.vocabulary, False)
     assert (plain.head, plain.tail) == (item.context, item.question)
 

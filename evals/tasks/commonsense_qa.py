@@ -22,8 +22,8 @@ def load(options: Options) -> list[Item]:
         rows(options.data_dir, "commonsense_qa/train", (HUB, None, "train"), FIELDS)
     shots = [f"{_block(row)} {_answer(row)}\n\n" for row in take("--shots", shown, options["shots"])]
     asked = rows(options.data_dir, "commonsense_qa/validation", (HUB, None, "validation"), FIELDS)
-    return [Item(id=f"{row.get('id', i)}/{options['shots']}-{options['exemplars']}", shots=shots, question=_block(row), query=row["question"].strip(),
-                 gold=row["answerKey"], stop=["\n\n"], max_tokens=128 if reasons else 16) for i, row in enumerate(asked[:options.n])]
+    return [Item(id=f"{row.get('id', i)}/{options['shots']}-{options['exemplars']}", shots=shots, question=_block(row), cue=choices.CUE,
+                 query=row["question"].strip(), gold=row["answerKey"], stop=["\n\n"], max_tokens=128 if reasons else 16) for i, row in enumerate(asked[:options.n])]
 
 
 def score(item: Item, answer: str) -> bool:

@@ -20,7 +20,7 @@ NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 def load(options: Options) -> list[Item]:
     kind, shown = exemplars(options)
     shots = [f"Q: {row['question'].strip()}\nA: {worked(row['answer'])}\n\n" for row in shown]
-    return [Item(id=f"{row.get('id', i)}/{kind}", shots=shots, question=f"Q: {row['question'].strip()}\nA:", query=row["question"].strip(),
+    return [Item(id=f"{row.get('id', i)}/{kind}", shots=shots, question=f"Q: {row['question'].strip()}\nA:", cue="A:", query=row["question"].strip(),
                  gold=number(row["answer"].split("####")[-1]), stop=["Q:"], max_tokens=320)
             for i, row in enumerate(rows(options.data_dir, "gsm8k/test", ("openai/gsm8k", "main", "test"), FIELDS)[:options.n])]
 

@@ -33,7 +33,7 @@ def _of_object(i: int, row: dict, options: Options) -> list[Item]:
     for j in range(n_asked):
         tenth = (i + j*10//n_asked) % 10
         key, value = pairs[round((len(pairs) - 1)*tenth/9)]
-        items.append(Item(id=f"{row.get('id', i)}/{options['pairs']}/{key}", lead=LEAD, shots=shots, question=f'Key: "{key}"\nValue:',
+        items.append(Item(id=f"{row.get('id', i)}/{options['pairs']}/{key}", lead=LEAD, shots=shots, question=f'Key: "{key}"\nValue:', cue="Value:",
                           query=f'Key: "{key}"', gold=value, max_tokens=60, tags={"depth": round(100*tenth/9)}))
     return items
 

@@ -27,7 +27,7 @@ def load(options: Options) -> list[Item]:
 def _item(begin: int, asked: list[dict], shots: list[str], kind: str) -> Item:
     questions = "".join(f"Question_{i}: {row['question'].strip()}\n" for i, row in enumerate(asked, 1))
     return Item(id=f"{begin}+{len(asked)}/{kind}", lead=LEAD, shots=shots,
-                question=f"The questions:\n\n{questions}\nAnswer_1:", query="Answer each question step by step.",
+                question=f"The questions:\n\n{questions}\nAnswer_1:", cue="Answer_1:", query="Answer each question step by step.",
                 gold=[gsm8k.number(row["answer"].split("####")[-1]) for row in asked], max_tokens=160*len(asked))
 
 

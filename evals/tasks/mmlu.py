@@ -26,7 +26,7 @@ def load(options: Options) -> list[Item]:
     for subject, of_subject in by_subject.items():
         shots = take("--shots", shown[subject], options["shots"])
         items.append([Item(
-            id=f"{row.get('id', f'{subject}/{i}')}/{options['shots']}", shots=shots, question=_block(row), query=row["question"].strip(),
+            id=f"{row.get('id', f'{subject}/{i}')}/{options['shots']}", shots=shots, question=_block(row), cue=choices.CUE, query=row["question"].strip(),
             lead=f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n",
             gold=LABELS[row["answer"]], stop=["\n\n"], max_tokens=16, tags={"subject": subject}) for i, row in enumerate(of_subject)])
     longest = max(map(len, items))
