@@ -79,7 +79,7 @@ sanitize: .build/stock/stock
 	PATH=$(CURDIR)/$(SAN)/bin:$$PATH $(SAN)/bin/pip --disable-pip-version-check install --quiet --no-build-isolation \
 	    -C build-dir=.build/sanitize $(NATIVE) -C cmake.define.PYKVC_SANITIZE=ON -C install.strip=false '.[test,lm-eval]'
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	    $(SAN)/bin/pytest -q $(PYTEST_ARGS)
 
 clean:
