@@ -77,10 +77,10 @@ static std::vector<int32_t> ranges_of(const layer_signals & sig, const std::vect
     return res;
 }
 
-// Two steps of attn_scores.h; null where the layer is not on the CPU, and for what they do not know.
+// A step of attn_scores.h; null where the layer is not on the CPU.
 static ggml_custom_op_t cpu_step(const ggml_tensor * k, const char * name) {
     auto * dev = device_of(k);
-    return getenv("PYKVC_STOCK_ATTENTION") || ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU ? nullptr :
+    return ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU ? nullptr :
         (ggml_custom_op_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), name);
 }
 
@@ -88,9 +88,11 @@ std::vector<float> engine::attention_of(llama_context * lctx, uint32_t s, const 
         bool largest) const {
     const int32_t n_mask = n_held(s, sig.il) < (int64_t) sig.pos.size() ? sig.n_head : 1;
     const auto ranges = ranges_of(sig, queries, n_mask);
-    const auto step = cpu_step(kv.layers[sig.il].k, "kvc_attn_tiles");
-    return step && !attn[sig.il].sinks && !model.hparams.attn_soft_cap ? attention_tiles(lctx, s, sig, queries, ranges, n_mask, largest) :
-                                                                         attention_graph(lctx, s, sig, queries, ranges, n_mask, largest);
+    // The tiles know neither attention sinks nor a soft cap.
+    const bool tiles = !getenv("PYKVC_STOCK_ATTENTION") && !attn[sig.il].sinks && !model.hparams.attn_soft_cap &&
+        cpu_step(kv.layers[sig.il].k, "kvc_attn_tiles");
+    return tiles ? attention_tiles(lctx, s, sig, queries, ranges, n_mask, largest) :
+                   attention_graph(lctx, s, sig, queries, ranges, n_mask, largest);
 }
 
 std::vector<float> engine::attention_tiles(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
