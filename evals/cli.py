@@ -1,4 +1,4 @@
-"""The command line: `python -m evals run | study | report | list`. A mistake ends with exit status 2 and one sentence on stderr."""
+"""The command line: `python -m evals run | study | report | archive | list`. A mistake ends with exit status 2 and one sentence on stderr."""
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from pykvc import _core, bench, command, models, options
 from pykvc.command import sentences, values
 
-from . import attention, estimate, latency, pictures, report, study
+from . import archive, attention, estimate, latency, pictures, report, study
 from .cases import cases, protocols
 from .run import run, run_all
 from .tasks import TASKS, settings_of, task
@@ -194,6 +194,17 @@ def show_report(
     print(text)
     for path in [] if no_pictures else pictures.draw(out, rows, lines):
         print(path, file=sys.stderr)
+
+
+@app.command("archive")
+@sentences
+def archive_results(
+    folder: Annotated[Path, typer.Argument(help="Where the archive's files go; `report --out` reads them there.")],
+    out: Annotated[Path, _flag("--out", "-o", help="Folder of the answers.")] = Path("evals-out"),
+) -> None:
+    """Keep the figures and scores of every answer, compressed, without the texts."""
+    for path in archive.pack(out, folder):
+        print(f"{path}: {path.stat().st_size} bytes")
 
 
 @app.command("list")

@@ -17,9 +17,8 @@ def sentence(plans: Sequence[Plan], model: str | None) -> str:
     """Rows, tokens and hours of what is not answered yet. An answer is taken to be as long as those of its task that are there, else as it may be."""
     subject = open_model(model)
     rows = read(plans[0].out/f"{subject.name}.answers.jsonl")
-    done = {key(row) for row in rows if "error" not in row}
     lengths = _lengths(rows)
-    works = all_works(plans, subject, done)
+    works = all_works(plans, subject, {key(row): row for row in rows})
     n_rows = n_prefill = 0
     n_decode = {True: 0.0, False: 0.0}  # several questions at once, one after the other
     for work in works:

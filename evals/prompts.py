@@ -1,6 +1,7 @@
 """An item as text: what comes before the question, which may be evicted first, and the question."""
+import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from pykvc import _core
 from pykvc.spans import Span
@@ -14,6 +15,11 @@ class Prompt:
     tail: str            # the question, and the template's end
     spans: list[Span]    # of head, in characters
     query: str           # for a policy that asks
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the text: an answer to another one is none to this."""
+        return hashlib.sha256(f"{self.head}\0{self.tail}".encode()).hexdigest()[:16]
 
 
 def render(item: Item, model: "_core.Model", chat: bool) -> Prompt:

@@ -18,7 +18,7 @@ CASE = ("policy", "budget", "decode_budget", "cells")
 
 def scored(out: Path, tasks: Sequence[str] = (), rescore: bool = False) -> list[Row]:
     """The answers of a folder, with their scores; what has none, or every one with rescore, is scored now."""
-    files = sorted(out.glob("*.answers.jsonl"))
+    files = sorted([*out.glob("*.answers.jsonl"), *out.glob("*.answers.jsonl.xz")])
     if not files:
         raise ValueError(f"{out} holds no answers: `python -m evals run --out {out}` first")
     found = []
@@ -30,6 +30,8 @@ def scored(out: Path, tasks: Sequence[str] = (), rescore: bool = False) -> list[
             module = task(row["task"])
             score = known.get(key(row), {}).get("score")
             if score is None and "error" not in row:
+                if "answer" not in row:
+                    raise ValueError(f"{path} is an archive, without the answers: it cannot be scored again")
                 score = float(module.score(Item(row["item"], "", row["gold"], tags=row["tags"]), row["answer"]))
             settings = {**module.SETTINGS, **row.get("settings", {})}
             found.append({**row, "score": score, "set": row.get("tags", {}).get(getattr(module, "SPLIT", None), ""),

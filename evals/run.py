@@ -11,7 +11,7 @@ from .items import Item
 from .report import changed
 from .store import KEY, Row, Rows, key
 from .tasks import task
-from .work import Plan, Subject, Work, all_works, answered, commit, is_done, key_row, open_model, weight
+from .work import Plan, Subject, Work, all_works, commit, is_answer, is_done, key_row, open_model, weight
 
 Watch = Callable[[int, str], None]  # tokens done, what is under way
 
@@ -33,7 +33,7 @@ def run_all(plans: Sequence[Plan], model: str | None, size: Callable[[int], None
         answers = stack.enter_context(Rows(plans[0].out/f"{subject.name}.answers.jsonl"))
         answers.check(identity, plans[0].any_commit)
         scores = stack.enter_context(Rows(plans[0].out/f"{subject.name}.scores.jsonl"))
-        works = all_works(plans, subject, answered(answers))
+        works = all_works(plans, subject, answers.rows)
         for work in {_checked_alike(work): work for work in works if work.todo}.values():
             _check(subject, work)
         size(sum(weight(group, subject) for work in works for group in work.todo))
@@ -67,14 +67,16 @@ def _answer(subject: Subject, work: Work, identity: Row, answers: Rows, scores: 
     plan, what = work.plan, _name(work)
     for item, _ in work.asked:  # a run was killed between the two
         row = answers.rows.get(key(key_row(plan, work.task, item, work.protocol, work.case)))
-        if is_done(row) and key(row) not in scores.rows:
+        if is_done(row) and scores.rows.get(key(row), {}).get("prompt") != row.get("prompt"):
             _score(item, row, scores)
 
     def left(of: Asked) -> Asked:  # another plan may have asked them since
-        return [(item, prompt) for item, prompt in of if not is_done(answers.rows.get(key(key_row(plan, work.task, item, work.protocol, work.case))))]
+        return [(item, prompt) for item, prompt in of if not is_answer(answers.rows.get(key(key_row(plan, work.task, item, work.protocol, work.case))), prompt)]
+
+    digests = {item.id: prompt.digest for item, prompt in work.asked}
 
     def save(item: Item, figures: Row) -> None:
-        row = {**key_row(plan, work.task, item, work.protocol, work.case), **identity, "settings": work.settings}
+        row = {**key_row(plan, work.task, item, work.protocol, work.case), **identity, "settings": work.settings, "prompt": digests[item.id]}
         if "error" not in figures:
             row |= {"n_ctx": work.n_ctx, "gold": item.gold, "tags": item.tags}
         answers.append(row := {**row, **figures})
@@ -124,7 +126,7 @@ def _one_by_one(subject: Subject, work: Work, todo: list[Asked], save: Callable[
 
 
 def _score(item: Item, row: Row, scores: Rows) -> None:
-    result = {name: row[name] for name in KEY}
+    result = {name: row.get(name) for name in (*KEY, "prompt")}
     try:
         result["score"] = float(task(row["task"]).score(item, row["answer"]))
     except Exception as error:

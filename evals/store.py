@@ -5,6 +5,7 @@ model's file name. Scores can be computed again from the answers alone.
 """
 import fcntl
 import json
+import lzma
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -19,13 +20,15 @@ def key(row: Row) -> tuple:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, without a torn last line; none if there is no file. ValueError if another line is damaged."""
+    """The rows of a file, plain or .xz, without a torn last line; none if there is no file. ValueError if another line is damaged."""
     return [row for row, _ in _lines(path)]
 
 
 def _lines(path: Path) -> Iterator[tuple[Row, int]]:
     """(row, bytes up to its end)"""
     data, end = (path.read_bytes() if path.is_file() else b""), 0
+    if data and path.suffix == ".xz":
+        data = lzma.decompress(data)
     for i, line in enumerate(data.splitlines(keepends=True), 1):
         end += len(line)
         if not line.endswith(b"\n"):

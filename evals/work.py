@@ -10,7 +10,7 @@ from pykvc import _core, models
 from .ask import Asked, groups
 from .cases import Case
 from .items import Item, Options
-from .prompts import count, render
+from .prompts import Prompt, count, render
 from .store import Row, Rows, key
 from .tasks import task
 
@@ -84,22 +84,17 @@ def commit() -> str:
         return "unknown"
 
 
-def answered(answers: Rows) -> set[tuple]:
-    """Keys of the rows that need not be asked again."""
-    return {k for k, row in answers.rows.items() if is_done(row)}
-
-
-def all_works(plans: Sequence[Plan], subject: Subject, done: set[tuple]) -> list[Work]:
-    """Of all plans, without what one before asks already. done: the keys of what is answered."""
+def all_works(plans: Sequence[Plan], subject: Subject, rows: dict[tuple, Row]) -> list[Work]:
+    """Of all plans, without what one before asks already. rows: those there are, by key."""
     works: dict[tuple, Work] = {}
     for plan in plans:
         for name in plan.tasks:
-            for work in _works(plan, subject, name, done):
+            for work in _works(plan, subject, name, rows):
                 works.setdefault(tuple(key(key_row(plan, name, item, work.protocol, work.case)) for item, _ in work.asked), work)
     return list(works.values())
 
 
-def _works(plan: Plan, subject: Subject, name: str, done: set[tuple]) -> list[Work]:
+def _works(plan: Plan, subject: Subject, name: str, rows: dict[tuple, Row]) -> list[Work]:
     module, vocabulary = task(name), subject.vocabulary
     settings = {**module.SETTINGS, **(plan.settings or {}).get(name, {})}
     items = module.load(Options(lambda text: count(vocabulary, text), plan.data_dir, plan.n, plan.seed, plan.chat, settings))
@@ -112,13 +107,18 @@ def _works(plan: Plan, subject: Subject, name: str, done: set[tuple]) -> list[Wo
     works = []
     for case in plan.cases:
         for protocol in plan.protocols:
-            left = [(item, prompt) for item, prompt in asked if key(key_row(plan, name, item, protocol, case)) not in done]
+            left = [(item, prompt) for item, prompt in asked if not is_answer(rows.get(key(key_row(plan, name, item, protocol, case))), prompt)]
             works.append(Work(plan, name, settings, case, protocol, n_ctx, asked, groups(left, protocol, case)))
     return works
 
 
 def is_done(row: Row | None) -> bool:
     return row is not None and "error" not in row
+
+
+def is_answer(row: Row | None, prompt: Prompt) -> bool:
+    """Need this prompt not be asked again? A task or a template may have changed since."""
+    return is_done(row) and row.get("prompt") == prompt.digest
 
 
 def key_row(plan: Plan, name: str, item: Item, protocol: str, case: Case) -> Row:

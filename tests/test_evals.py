@@ -1,5 +1,6 @@
 """The evals: asking, saving, resuming, scoring, reporting. Items of a few hundred tokens on SmolLM2."""
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 import pykvc
 from evals import ask as asking
-from evals import pictures, report, run, stats, store
+from evals import archive, pictures, report, run, stats, store, work
 from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Item, Options
@@ -150,6 +151,37 @@ def test_a_run_saves_scores_and_repeats_nothing(tmp_path, data, monkeypatch):
     assert len(store.read(tmp_path/"smollm2-135m.scores.jsonl")) == len(rows)
     monkeypatch.setattr(run, "ask", lambda *_: pytest.fail("asked again"))
     assert run.run(both, None) == [] and answers(tmp_path) == rows
+
+
+def test_another_prompt_is_asked_again(tmp_path, data, monkeypatch):
+    assert run.run(plan(tmp_path, data), None) == []
+    really = work.render
+    monkeypatch.setattr(work, "render", lambda *args: replace(prompt := really(*args), tail=prompt.tail + " Well,"))
+    assert run.run(plan(tmp_path, data), None) == []
+    first, second = answers(tmp_path)[:2], answers(tmp_path)[2:]
+    assert len(second) == 2 and {row["prompt"] for row in first}.isdisjoint(row["prompt"] for row in second)
+    scores = store.read(tmp_path/"smollm2-135m.scores.jsonl")
+    assert [row["prompt"] for row in scores] == [row["prompt"] for row in first + second]
+    assert report.table(report.scored(tmp_path))[0]["n"] == 2  # the later answers
+
+
+def test_an_archive_has_the_figures_without_the_texts(tmp_path, data):
+    assert run.run(plan(tmp_path/"out", data, Case(), Case(SNAPKV, "0.5")), None) == []
+    result = CliRunner().invoke(app, ["archive", str(tmp_path/"kept"), "--out", str(tmp_path/"out")])
+    assert result.exit_code == 0, result.stderr
+    assert report.table(report.scored(tmp_path/"kept")) == report.table(report.scored(tmp_path/"out"))
+    for path in (tmp_path/"kept").iterdir():
+        text = lzma.decompress(path.read_bytes())
+        assert b'"answer"' not in text and b'"gold"' not in text
+        (tmp_path/"again").mkdir(exist_ok=True)
+        (tmp_path/"again"/path.stem).write_bytes(text)
+    with pytest.raises(ValueError, match="archive"):
+        report.scored(tmp_path/"kept", rescore=True)
+    assert run.run(plan(tmp_path/"again", data, Case(), Case(SNAPKV, "0.5")), None) == []  # nothing is asked again
+    assert len(answers(tmp_path/"again")) == 4
+    (tmp_path/"out"/"smollm2-135m.scores.jsonl").unlink()
+    with pytest.raises(ValueError, match="4 answers without a score"):
+        archive.pack(tmp_path/"out", tmp_path/"kept")
 
 
 def test_a_crash_is_a_row_and_loses_no_other(tmp_path, data, monkeypatch):

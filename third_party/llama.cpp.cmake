@@ -12,13 +12,18 @@ include(CheckCXXCompilerFlag)
 set(PYKVC_THIRD_PARTY ${CMAKE_CURRENT_LIST_DIR})
 
 # Each sub-build of a clean tree recompiles the same 200 files, so a compiler cache is worth its process. The base
-# directory makes paths relative: another build directory finds the same objects.
+# directory makes paths relative: another build directory finds the same objects, and so does another checkout with its own inside.
 find_program(PYKVC_CCACHE ccache)
 mark_as_advanced(PYKVC_CCACHE)
 if(PYKVC_CCACHE)
+    get_filename_component(base ${PYKVC_THIRD_PARTY} DIRECTORY)
+    string(FIND "${CMAKE_BINARY_DIR}/" "${base}/" at)
+    if(NOT at EQUAL 0)
+        set(base ${CMAKE_BINARY_DIR})
+    endif()
     foreach(lang C CXX CUDA)
         if(NOT DEFINED CMAKE_${lang}_COMPILER_LAUNCHER)
-            set(CMAKE_${lang}_COMPILER_LAUNCHER env CCACHE_BASEDIR=${CMAKE_BINARY_DIR} ${PYKVC_CCACHE})
+            set(CMAKE_${lang}_COMPILER_LAUNCHER env CCACHE_BASEDIR=${base} ${PYKVC_CCACHE})
         endif()
     endforeach()
 endif()

@@ -1,0 +1,42 @@
+"""Results to keep: the figures and scores of every answer, without what the model wrote and what was right.
+
+OUT/NAME.answers.jsonl and .scores.jsonl become FOLDER/NAME.answers.jsonl.xz and .scores.jsonl.xz. `report` reads them; unpacked with
+xz -d, a run goes on with them.
+"""
+import json
+import lzma
+from pathlib import Path
+
+from .store import Row, key, read
+from .tasks import task
+
+TEXTS = ("answer", "gold")
+
+
+def pack(out: Path, folder: Path) -> list[Path]:
+    """The files, which replace earlier ones. ValueError if `out` holds no answers, or an answer without a score."""
+    files = sorted(out.glob("*.answers.jsonl"))
+    if not files:
+        raise ValueError(f"{out} holds no answers")
+    folder.mkdir(parents=True, exist_ok=True)
+    return [written for path in files for written in _pack(path, folder)]
+
+
+def _pack(path: Path, folder: Path) -> list[Path]:
+    other = path.with_name(path.name.replace(".answers.", ".scores."))
+    answers = {key(row): row for row in read(path) if "error" not in row}
+    scores = {key(row): row for row in read(other) if "score" in row}
+    if missing := [row for k, row in answers.items() if k not in scores]:
+        raise ValueError(f"{path} has {len(missing)} answers without a score, the first to {missing[0]['item']}: run it to the end first")
+    return [_write(folder/f"{path.name}.xz", [_figures(row) for row in answers.values()]),
+            _write(folder/f"{other.name}.xz", [scores[k] for k in answers])]
+
+
+def _figures(row: Row) -> Row:
+    """Without texts; `fidelity` writes figures as its answer."""
+    return row if hasattr(task(row["task"]), "extra") else {name: value for name, value in row.items() if name not in TEXTS}
+
+
+def _write(path: Path, rows: list[Row]) -> Path:
+    path.write_bytes(lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), preset=9))
+    return path
