@@ -14,7 +14,7 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
-from . import _core, options, prompts
+from . import _core, models, options, prompts
 from .policy import I32, Policy
 
 VERSION = "0.3.36"  # whose source our library is built from: its structs are the same
@@ -53,6 +53,14 @@ class _NoImages(MetaPathFinder):
 
 theirs = _load()
 sys.meta_path.insert(0, _NoImages())
+
+
+def __getattr__(name: str) -> Any:
+    """LlamaGrammar, LlamaDiskCache, llama_log_set ...: what is not ours is theirs."""
+    try:
+        return getattr(theirs, name)
+    except AttributeError:
+        raise AttributeError(f"neither pykvc.llama_cpp nor llama_cpp has {name!r}") from None
 
 
 class _Cache:
@@ -176,6 +184,15 @@ class Llama(theirs.Llama):
             self.reset()  # of what was evaluated a part is there; the next call begins anew
             raise RuntimeError(_core.why_failed(str(error))) from None
         self._kv.end(self.n_tokens)
+
+    @classmethod
+    def from_pretrained(cls, repo_id: str, filename: str, additional_files: Sequence[str] | None = None, local_dir: str | os.PathLike | None = None,
+                        local_dir_use_symlinks: bool | str = "auto", cache_dir: str | os.PathLike | None = None, **kwargs: Any) -> "Llama":
+        """A file of a Hugging Face repository, by its name or a pattern that fits one file alone; additional_files: further parts of it.
+
+        Theirs, of 0.3.36, passes local_dir_use_symlinks on to huggingface_hub, which does not take it since 1.0; here it has no effect."""
+        paths = [models.hub_file(repo_id, pattern, local_dir, cache_dir) for pattern in (filename, *(additional_files or ()))]
+        return cls(str(paths[0]), **kwargs)
 
     def save_state(self) -> Any:
         state = super().save_state()

@@ -8,6 +8,7 @@
 Files land in $PYKVC_MODELS, by default ~/.cache/pykvc/models, and only when they are whole. Whatever goes wrong is a
 ValueError with one sentence.
 """
+import fnmatch
 import hashlib
 import os
 import re
@@ -157,27 +158,40 @@ def _hub_name(name: str) -> re.Match | None:
     return re.fullmatch(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))?", name)
 
 
-def _pull_hub(repo: str, quant: str | None) -> Path:
+def hub_file(repo: str, pattern: str, local_dir: str | os.PathLike | None = None, cache_dir: str | os.PathLike | None = None) -> Path:
+    """The one file of a Hugging Face repository that fits a pattern, fetched to local_dir or huggingface_hub's cache.
+    ValueError lists the files there are."""
+    import huggingface_hub as hub
     try:
-        import huggingface_hub as hub
-    except ImportError:
-        raise ValueError(f"{repo} is on Hugging Face: `pip install huggingface_hub` first, or give a .gguf file") from None
+        names = hub.list_repo_files(repo)
+        fits = [name for name in names if fnmatch.fnmatch(name, pattern)]
+        if len(fits) == 1:
+            return Path(hub.hf_hub_download(repo, fits[0], local_dir=local_dir, cache_dir=cache_dir))
+    except Exception as error:
+        raise ValueError(f"Hugging Face does not give {repo}: {_reason(error)}") from None
+    raise ValueError(f"{len(fits)} files of {repo} fit {pattern!r}, not one: there are {', '.join(fits or names)}")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _pull_hub(repo: str, quant: str | None) -> Path:
+    import huggingface_hub as hub
     folder = models_dir() / repo
     try:
         names = hub.list_repo_files(repo)
     except Exception as error:  # no network, no such repository: what we have must do
         names = [str(path.relative_to(folder)) for path in folder.rglob("*.gguf")]
         if not names:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"Hugging Face does not give {repo}: {reason}") from None
+            raise ValueError(f"Hugging Face does not give {repo}: {_reason(error)}") from None
     chosen = choose_quant(names, quant, repo)
     try:
         for name in chosen:
             if not (folder / name).is_file():
                 hub.hf_hub_download(repo, name, local_dir=folder)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{repo}/{name} could not be fetched: {reason}") from None
+        raise ValueError(f"{repo}/{name} could not be fetched: {_reason(error)}") from None
     return folder / chosen[0]
 
 

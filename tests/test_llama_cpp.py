@@ -126,7 +126,7 @@ def test_a_chat_goes_on(fresh):
 
 
 def test_grammar_and_tools(fresh):
-    grammar = llama_cpp.theirs.LlamaGrammar.from_string('root ::= "no" | "yes"', verbose=False)
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "no" | "yes"', verbose=False)
     assert fresh(PROMPT, max_tokens=8, temperature=0, grammar=grammar)["choices"][0]["text"] in ("no", "yes")
     add = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}}
     fresh.chat_format, before = "chatml-function-calling", fresh.chat_format
@@ -170,16 +170,38 @@ def test_states(model_path, fresh):
     assert answer(fresh) == begun  # and is usable
 
 
-def test_ram_cache(fresh):
+@pytest.mark.parametrize("kind", ["LlamaRAMCache", "LlamaDiskCache"])
+def test_a_cache_of_prompts(fresh, kind, tmp_path):
     def ask(text):
         return fresh(text, max_tokens=6, temperature=0)["choices"][0]["text"]
     other = PROMPT.replace("plus", "minus")
     expected = [ask(PROMPT), ask(other)]
-    fresh.set_cache(llama_cpp.theirs.LlamaRAMCache())
+    fresh.set_cache(getattr(llama_cpp, kind)(*[str(tmp_path)]*(kind == "LlamaDiskCache")))
     try:
         assert [ask(PROMPT), ask(other), ask(PROMPT)] == [*expected, expected[0]]
     finally:
         fresh.set_cache(None)
+
+
+def test_names_that_are_not_ours_are_theirs():
+    from pykvc.llama_cpp import LogitsProcessorList
+    assert LogitsProcessorList is llama_cpp.theirs.LogitsProcessorList and llama_cpp.Llama is Llama
+    with pytest.raises(ImportError, match="Lama"):
+        from pykvc.llama_cpp import Lama  # noqa: F401
+
+
+def test_from_pretrained(model_path, monkeypatch):
+    files = ["README.md", "q4/a.gguf", "b.gguf"]
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda repo: files)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, name, local_dir, cache_dir: {"q4/a.gguf": model_path}[name])
+    how = {**HOW, **SNAPKV, "verbose": False}
+    with_policy = Llama.from_pretrained("user/repo", "q4/*.gguf", **how)
+    assert len(answer(with_policy, n=3)) == 3 and with_policy.kv_stats()["n_evictions"] == 1
+    with_policy.close()
+    with pytest.raises(ValueError, match="2 files of user/repo fit .*q4/a.gguf, b.gguf"):
+        Llama.from_pretrained("user/repo", "*.gguf", **how)
+    with pytest.raises(ValueError, match="0 files of .*README.md"):
+        Llama.from_pretrained("user/repo", "c.gguf", **how)
 
 
 def test_pickle(snapkv):
