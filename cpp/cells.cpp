@@ -150,9 +150,8 @@ bool engine::has_room(llama_seq_id seq_id, int32_t n_new) const {
 }
 
 bool engine::has_room(const llama_ubatch & ubatch) const {
-    const int32_t n_tps = (int32_t) (ubatch.n_tokens/(kv.n_stream > 1 ? ubatch.n_seqs_unq : 1));
     for (uint32_t i = 0; i < ubatch.n_seqs_unq; ++i) {
-        if (!has_room(kv.seq_to_stream[ubatch.seq_id_unq[i]], n_tps)) {
+        if (!has_room(kv.seq_to_stream[ubatch.seq_id_unq[i]], n_of_each(ubatch))) {
             return false;
         }
     }
@@ -170,7 +169,7 @@ int32_t engine::n_to_free(uint32_t s, int32_t n_new) const {
 // Evictions between the ubatches of one llama_decode().
 void engine::before_ubatch(llama_context * lctx, const llama_ubatch & ubatch) {
     auto * e = of(lctx);
-    if (e && e->is_bounded() && e->is_due(ubatch)) {
+    if (e && e->lacks_room(ubatch)) {
         lctx->memory_update(true);
     }
 }

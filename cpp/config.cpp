@@ -133,6 +133,10 @@ std::shared_ptr<const config> engine::variant(const char * policy, const char * 
             throw std::invalid_argument("kv_policy " + own->spec + " " + why + ": this context was created with " + cfg->spec +
                     ", and takes policies that need no more than that one");
         }
+        if (is_bounded() && own->pol->min_budget() > cfg->n_cells - cfg->n_reserve) {
+            throw std::invalid_argument("kv_policy " + own->spec + " always keeps " + std::to_string(own->pol->min_budget()) +
+                    " tokens: kv_cells leave it at most " + std::to_string(cfg->n_cells - cfg->n_reserve));
+        }
         res->pol  = own->pol;
         res->spec = own->spec;
         res->need = own->need;

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <map>
 #include <numeric>
 #include <stdexcept>
 
@@ -38,8 +39,8 @@ int32_t engine::target(uint32_t s, cause why, int32_t n_new, const std::vector<i
             std::min(std::max(q.prompt_budget.of(n_tokens), q.cfg->pol->min_budget()), n_most);
     }
     const int32_t n_decode = q.decode_budget.of(n_tokens - q.gen);
-    if (q.cfg->decode == decode_mode::whole) {
-        return std::min(q.n_prompt + n_decode, n_most);
+    if (q.cfg->decode == decode_mode::whole) { // a short prompt may hold less than what is always kept
+        return std::min(std::max(q.n_prompt + n_decode, q.cfg->pol->min_budget()), n_most);
     }
     const int64_t sum = std::accumulate(n_frozen.begin(), n_frozen.end(), (int64_t) 0);
     return std::min((int32_t) std::lround((double) sum/n_layer()) + n_decode, n_most);
@@ -56,36 +57,62 @@ bool engine::over_budget(uint32_t s, int32_t n_new) const {
     for (int32_t l = 0; l < n_layer(); ++l) {
         n += n_slots(s, l);
     }
-    const int64_t n_gen = (n + n_layer() - 1)/n_layer() - q.n_prompt;
-    return n_gen > n_decode && n_gen + n_new > n_decode + q.cfg->interval;
+    const int64_t n_mean  = (n + n_layer() - 1)/n_layer();
+    const int64_t n_limit = q.cfg->decode == decode_mode::whole ? std::max(q.n_prompt + n_decode, q.cfg->pol->min_budget()) : q.n_prompt + n_decode;
+    return n_mean > n_limit && n_mean + n_new > n_limit + q.cfg->interval;
 }
 
-bool engine::is_due(const llama_ubatch & ubatch) {
+// Tokens of each sequence of an ubatch.
+int32_t engine::n_of_each(const llama_ubatch & ubatch) const {
+    return (int32_t) (ubatch.n_tokens/(kv.n_stream > 1 ? ubatch.n_seqs_unq : 1));
+}
+
+// Before a batch, whose ubatches may each have other sequences: whether a prompt is over, and what an answer may hold, are matters of
+// all of it.
+bool engine::is_due(const std::vector<llama_ubatch> & ubatches) {
     due.clear();
-    const int32_t n_new = (int32_t) (ubatch.n_tokens/(kv.n_stream > 1 ? ubatch.n_seqs_unq : 1)); // of each sequence
-    for (uint32_t i = 0; i < ubatch.n_seqs_unq; ++i) {
-        const llama_seq_id seq_id = ubatch.seq_id_unq[i];
+    std::map<llama_seq_id, int32_t> n_new;
+    for (const auto & ubatch : ubatches) {
+        for (uint32_t i = 0; i < ubatch.n_seqs_unq; ++i) {
+            n_new[ubatch.seq_id_unq[i]] += n_of_each(ubatch);
+        }
+    }
+    for (const auto & [seq_id, n] : n_new) {
         const uint32_t s = kv.seq_to_stream[seq_id];
         auto & q = streams[s];
+        const int32_t n_next = is_bounded() ? std::min(n, cfg->n_reserve) : n;
         if (q.tokens.empty()) {
             continue;
         }
         const bool can_score = has_queries(s); // if not, the tokens to come are queries: the next call evicts
-        if (cfg->guess && q.gen < 0 && n_new == 1) {
-            if (!is_over(s, cause::prompt, n_new, target(s, cause::prompt, n_new, {}))) {
+        if (cfg->guess && q.gen < 0 && n == 1) {
+            if (!is_over(s, cause::prompt, n_next, target(s, cause::prompt, n_next, {}))) {
                 end_prompt(seq_id);
             } else if (can_score) {
-                due.push_back({ s, cause::prompt, n_new });
+                due.push_back({ s, cause::prompt, n_next });
             }
         }
-        if (can_score && over_budget(s, n_new)) {
-            due.push_back({ s, cause::decode, n_new });
-        }
-        if (is_bounded() && !has_room(s, n_new)) { // if the evictions before it did not make it
-            due.push_back({ s, cause::room, n_new });
+        if (can_score && over_budget(s, n_next)) {
+            due.push_back({ s, cause::decode, n_next });
         }
     }
+    add_room(ubatches.at(0)); // if the evictions before it did not make it
     return !due.empty();
+}
+
+bool engine::lacks_room(const llama_ubatch & ubatch) {
+    due.clear();
+    add_room(ubatch);
+    return !due.empty();
+}
+
+void engine::add_room(const llama_ubatch & ubatch) {
+    for (uint32_t i = 0; is_bounded() && i < ubatch.n_seqs_unq; ++i) {
+        const uint32_t s = kv.seq_to_stream[ubatch.seq_id_unq[i]];
+        if (!streams[s].tokens.empty() && !has_room(s, n_of_each(ubatch))) {
+            due.push_back({ s, cause::room, n_of_each(ubatch) });
+        }
+    }
 }
 
 // Heads disagree on what lies below the floor. Queries from the floor on see all of that; earlier ones are left out. The ring

@@ -119,7 +119,8 @@ public:
     llama_pos pos_min(uint32_t s, llama_pos p0) const;
 
     // -- evictions happen in llama_context::memory_update(), which knows to drop the graphs of before
-    bool is_due(const llama_ubatch & ubatch);
+    bool is_due(const std::vector<llama_ubatch> & ubatches); // of a batch
+    bool lacks_room(const llama_ubatch & ubatch);            // between two ubatches
     bool is_bounded() const;
     bool has_room(const llama_ubatch & ubatch) const;
     bool wants_update() const { return stale || !jobs.empty() || !due.empty(); }
@@ -227,6 +228,8 @@ private:
     bool     has_queries(uint32_t s) const;
     bool     is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) const;
     bool     over_budget(uint32_t s, int32_t n_new) const;
+    int32_t  n_of_each(const llama_ubatch & ubatch) const;
+    void     add_room(const llama_ubatch & ubatch);
     void     check_budgets(const config & c, const budget & prompt, const budget & decode) const;
 
     // update.cpp

@@ -30,10 +30,10 @@ std::vector<int32_t> policy::budgets(const request & r) const {
 void policy::keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) const {
     const layer_plan & lp = r.layers[il];
 
-    // Beside a frozen prompt n_recent() is a matter of the generated tokens' own budget, which may be smaller than it.
+    // Beside a frozen prompt, sinks that it is too short for and n_recent() are a matter of the generated tokens' own budget, which may be smaller.
     const int32_t n_other = n_keep - lp.n_frozen;
-    const int32_t n_first = std::max(lp.n_frozen, n_sink());
-    const int32_t n_last  = lp.n_frozen > 0 ? std::min(n_recent(n_other), n_other) : n_recent(n_other);
+    const int32_t n_first = lp.n_frozen > 0 ? std::min(std::max(lp.n_frozen, n_sink()), n_keep) : n_sink();
+    const int32_t n_last  = lp.n_frozen > 0 ? std::min(n_recent(n_other), n_keep - n_first) : n_recent(n_other);
 
     slot_marks always(lp.n_kv, 0);
     mark_range(always, 0, n_first);

@@ -206,11 +206,17 @@ void engine::read_values(uint32_t s, layer_signals & sig) const {
     }
 }
 
+// What nobody asked for stays, as a question may have come since; of an answer it gives way, or a long one would drive out the context.
 void engine::read_probed(uint32_t s, layer_signals & sig) const {
-    const auto & probed = streams[s].probed[sig.il];
-    sig.probed.assign((size_t) n_hkv*sig.n_kv, INFINITY);
-    for (size_t i = 0; i < probed.size(); ++i) {
-        sig.probed[(i % n_hkv)*sig.n_kv + i/n_hkv] = probed[i];
+    const auto & q = streams[s];
+    const auto & probed = q.probed[sig.il];
+    sig.probed.resize((size_t) n_hkv*sig.n_kv);
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        for (int32_t j = 0; j < sig.n_kv; ++j) {
+            const size_t i = (size_t) j*n_hkv + h, at = (size_t) h*sig.n_kv + j;
+            const float  x = i < probed.size() ? probed[i] : INFINITY;
+            sig.probed[at] = std::isinf(x) && q.gen >= 0 && sig.pos[at] >= q.gen ? 0.0f : x;
+        }
     }
 }
 

@@ -154,11 +154,10 @@ void engine::build_tap(llm_graph_result * res, int il, ggml_tensor * q, ggml_ten
             res->add_input(std::make_unique<window_input>(this, rows, q->ne[2]));
         }
         q = ggml_reshape_2d(ctx, ggml_is_contiguous(q) ? q : ggml_cont(ctx, q), q->ne[0]*q->ne[1], q->ne[2]);
-        for (int64_t s = 0; s < n_seqs; ++s) {
-            auto * src = ggml_view_2d(ctx, q, q->ne[0], n_row, q->nb[1], (s*n_tps + n_tps - n_row)*q->nb[1]);
-            auto * idx = ggml_view_1d(ctx, rows, n_row, s*n_row*sizeof(int64_t));
-            ggml_build_forward_expand(gf, ggml_set_rows(ctx, t.win, src, idx));
-        }
+        // of all sequences at once: nodes for each would be more than llama.cpp allows
+        auto * src = ggml_view_3d(ctx, q, q->ne[0], n_row, n_seqs, q->nb[1], n_tps*q->nb[1], (n_tps - n_row)*q->nb[1]);
+        src = ggml_reshape_2d(ctx, ggml_is_contiguous(src) ? src : ggml_cont(ctx, src), q->ne[0], n_row*n_seqs);
+        ggml_build_forward_expand(gf, ggml_set_rows(ctx, t.win, src, rows));
     }
 
     if (t.sums) {

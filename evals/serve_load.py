@@ -3,6 +3,8 @@
     python evals/serve_load.py --requests 500                                         # pykvc serve, 4 slots, 25 % of each prompt
     python evals/serve_load.py --requests 500 --server PATH --flags "-c 32768 -np 4"   # another llama-server
 
+llama-server keeps prompts in RAM (--cache-ram, 8 GiB unless told otherwise), so memory is flat once that is full: it is 1 GiB here.
+
 Requests have 100 to --longest tokens; of ten, two branch off an earlier prompt, one is cancelled after its first words, one is invalid. A
 grammar makes each answer begin with the number that its prompt has: another number would be another slot's text. One JSON object.
 """
@@ -126,7 +128,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default=None)
     parser.add_argument("--server", default=None, help="a llama-server; default: pykvc serve")
-    parser.add_argument("--flags", default="-c 32768 -np 4 --kv-policy snapkv --kv-budget 25% --kv-cells 2560 --metrics")
+    parser.add_argument("--flags", default="-c 32768 -np 4 --kv-policy snapkv --kv-budget 25% --kv-cells 2560 --cache-ram 1024 --metrics")
     print(json.dumps(run(parser.parse_args()), indent=2))
 
 

@@ -83,7 +83,7 @@ def answer(session: Session, request: Request) -> Iterator[str]:
                 raise RuntimeError("this stream is over: the LLM was used for something else meanwhile")
             if tokens:
                 begin = perf_counter()
-                session.decode([tokens[-1]])
+                session.step(tokens[-1])
                 decode_ms += 1e3*(perf_counter() - begin)
                 n_decoded += 1
             token = session.sample(request.sampler)

@@ -14,6 +14,8 @@ from .policy import F32
 from .probe import Probe
 from .spans import Span
 
+N_ANSWER = 32  # tokens of an answer between two evictions of a policy that asks, at least
+
 
 @dataclass
 class Work:
@@ -85,12 +87,23 @@ class Session:
         if not (self.setup["kv_cells"] and self.probe.asks):
             self.decode(ids)
             return
-        for i in range(0, len(ids), self.probe.step):  # what is to be evicted is asked for first
+        for i in range(0, len(ids), self.probe.step):
             chunk = ids[i:i + self.probe.step]
-            if not self.ctx.has_room(len(chunk) + self.probe.n_tokens):
-                self.probe.ask()
-                self.ctx.make_room(len(chunk) + self.probe.n_tokens)
+            self._ask_for_room(len(chunk), len(chunk))
             self.decode(chunk)
+
+    def step(self, token: int) -> None:
+        """Evaluates a token of the answer."""
+        if self.setup["kv_cells"] and self.probe.asks:
+            self._ask_for_room(1, N_ANSWER)
+        self.decode([token])
+
+    def _ask_for_room(self, n_new: int, n_free: int) -> None:
+        """Where n_new tokens and a probe do not fit: what is to be evicted is asked for first, then room is made for n_free and a probe."""
+        if not self.ctx.has_room(n_new + self.probe.n_tokens):
+            self._fresh, self._logits = False, None  # the probe leaves its own
+            self.probe.ask()
+            self.ctx.make_room(min(n_free + self.probe.n_tokens, self.ctx.n_ubatch))
 
     def decode(self, ids: list[int], logits: str = "last") -> None:
         """Evaluates tokens, the pending one first. logits: of which ctx.logits() has rows, "last" | "all" (at most n_batch tokens)."""

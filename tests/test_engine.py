@@ -232,6 +232,65 @@ def test_environment(models, monkeypatch):
         context(models["llama"], None)
 
 
+def test_a_prompt_of_whole_ubatches_and_one_token(models, monkeypatch):
+    """Its last token, alone in a ubatch, is no answer."""
+    monkeypatch.setenv("LLAMA_ARG_KV_POLICY", "streaming_llm")
+    monkeypatch.setenv("LLAMA_ARG_KV_BUDGET", "24")
+    monkeypatch.setenv("LLAMA_ARG_KV_CELLS", "256")
+    c = context(models["llama"], None)
+    c.decode(ids(129), logits="last")
+    assert c.stats()["n_evictions"] == 0 and c.stats()["kept"] == [129]*3
+    c.decode(ids(1))
+    assert c.stats()["kept"] == [25]*3
+
+
+@pytest.mark.parametrize("order", [[0, 1], [0, 2], [1, 0], [2, 0, 1]])
+def test_answers_side_by_side_are_evicted_in_any_order(models, order):
+    """Sequences that do not follow each other are evaluated in ubatches of their own."""
+    c = context(models["llama"], "streaming_llm:interval=4", "16", decode_budget="8", n_seq_max=3)
+    for seq in order:
+        c.decode(ids(40, seq), seq)
+        c.evict(seq)
+        c.end_prompt(seq)
+    for t in ids(60, 5):
+        c.decode_batch(np.full(len(order), t, np.int32), np.array(order, np.int32))
+        assert max(c.seq_stats(seq)["cells"] for seq in order) <= 16 + 8 + 4
+    assert {c.seq_stats(seq)["n_evictions"] for seq in order} == {1 + (60 - 8 - 1)//4}
+
+
+@pytest.mark.parametrize("policy", ["snapkv:window=8,kernel=3", "expected_attention:window=8,sinks=0", "h2o"])
+def test_many_sequences(models, policy):
+    c = context(models["llama"], policy, "40", n_seq_max=200)
+    for seq in (0, 199):
+        c.decode(ids(60, 1), seq)
+    tokens, seqs = np.full(200, 3, np.int32), np.arange(200, dtype=np.int32)
+    c.decode_batch(tokens[198:], seqs[198:])
+    c.decode_batch(tokens, seqs)
+    alone = context(models["llama"], policy, "40")
+    alone.decode(ids(60, 1))
+    for _ in range(2):
+        alone.decode(tokens[:1])
+    assert c.evict(199) and alone.evict()
+    assert all(map(np.array_equal, c.kept(199), alone.kept()))
+
+
+def test_more_is_always_kept_than_a_short_prompt_has(models):
+    """The limit is then what is always kept."""
+    c = context(models["llama"], "streaming_llm:sinks=64,interval=8", "", decode_budget="16")
+    c.decode(ids(10))
+    c.end_prompt()
+    for t in ids(200, 1):
+        c.decode(np.array([t], np.int32))
+        assert c.stats()["kept"][0] <= 65 + 8
+    assert c.stats()["n_evictions"] > 10
+    c = context(models["llama"], "pyramidinfer:window=8,sinks=32", "", decode_budget="16")  # the prompt is frozen
+    c.decode(ids(10))
+    c.end_prompt()
+    for t in ids(100, 1):
+        c.decode(np.array([t], np.int32))
+        assert c.stats()["kept"][0] <= 10 + 16 + 32
+
+
 @pytest.mark.parametrize("policy", ["snapkv:window=8,kernel=3", "adakv:window=8,kernel=3", "h2o", "full"])
 def test_damaged_states_are_refused(models, policy):
     c = context(models["llama"], policy, "" if policy == "full" else "24")

@@ -3,6 +3,7 @@ import pytest
 
 import pykvc
 from pykvc.prose import prose
+from pykvc.session import Session
 
 CONTEXT = prose(70) + "The word on the blue door is marzipan. " + prose(70, seed=1)
 QUESTION = "\nQuestion: What is the word on the blue door?\nAnswer: The word on the blue door is"
@@ -27,6 +28,21 @@ def test_a_context_is_compressed_and_goes_on(policy, cells):
             share = sum(int((k == place).any(axis=1).sum()) for k in llm.kept())/sum(len(k) for k in llm.kept())
             assert share > 0.3  # the heads that still hold the word
             assert "mar" in answer.text
+
+
+@pytest.mark.parametrize("policy", ["finch:window=64,recent=8", "kvzip:window=128,recent=8"])
+@pytest.mark.parametrize("asks", [True, False], ids=["asked again", "never asked"])
+def test_a_long_answer_does_not_drive_out_the_context(policy, asks, monkeypatch):
+    if not asks:  # as in a batch
+        monkeypatch.setattr(Session, "step", lambda self, token: self.decode([token]))
+    with pykvc.LLM(n_ctx=2048, n_threads=2, n_ubatch=128, kv_policy=policy, kv_cells=512) as llm:
+        n = llm.prefill(CONTEXT[:2500], **dict(kv_query="What is on the door?") if policy.startswith("finch") else {})
+        llm.compress()
+        before = sum(len(set(k[k < n])) for k in llm.kept())
+        answer = llm.generate("\nA long story:", reset=False, max_tokens=700)
+        assert answer.n_predicted == 700 and answer.kv["cells"] <= 512  # the answer alone would fill them
+        assert sum(len(set(k[k < n])) for k in llm.kept()) > before/5
+        assert policy.startswith("finch") or all((k[:, :4] == range(4)).all() for k in llm.kept())
 
 
 def test_a_saved_probe_goes_on(tmp_path):
