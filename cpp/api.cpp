@@ -153,7 +153,10 @@ int32_t kvc_kept(llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t *
         if (il < 0 || (size_t) il >= layers.size()) {
             throw std::invalid_argument("layer " + std::to_string(il) + ": this cache has 0 to " + std::to_string(layers.size() - 1));
         }
-        const int32_t n_hkv = ctx->get_model().hparams.n_head_kv(layers[il]);
+        const int32_t n_hkv = n_head_kv_of(ctx, il);
+        if (n_hkv == 0) {
+            return 0;
+        }
         std::vector<int32_t> pos;
         if (auto * e = engine::of(ctx)) {
             pos = e->kept(seq_id, il);

@@ -47,7 +47,7 @@ py::list Context::kept(int32_t seq) const {
     py::list res;
     for (int32_t l = 0; l < u.n_layer; ++l) {
         const int32_t n = kvc_kept(ctx.get(), seq, l, nullptr);
-        py::array_t<int32_t> a({ u.n_head_kv, n });
+        py::array_t<int32_t> a({ n_head_kv_of(ctx.get(), l), n }); // of this layer: without a policy they may differ
         kvc_kept(ctx.get(), seq, l, a.mutable_data());
         res.append(a);
     }

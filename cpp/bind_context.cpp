@@ -3,6 +3,7 @@
 #include "bind_context.h"
 
 #include <chrono>
+#include <limits>
 #include <thread>
 
 namespace kvc {
@@ -27,6 +28,9 @@ Context::Context(std::shared_ptr<Model> m, uint32_t n_ctx, uint32_t n_batch, uin
     }
     const int n_cores = std::max(1u, std::thread::hardware_concurrency());
     const int n_threads = n_threads_ > 0 ? n_threads_ : n_cores;
+    if ((uint64_t) n_ctx*n_seq_max > std::numeric_limits<uint32_t>::max()) {
+        throw std::invalid_argument("n_ctx " + std::to_string(n_ctx) + " times n_seq_max " + std::to_string(n_seq_max) + " is more than llama.cpp counts: 2^32 - 1");
+    }
     auto cp = llama_context_default_params();
     cp.n_ctx           = n_ctx*n_seq_max; // llama.cpp divides it among the sequences
     cp.n_batch         = n_batch;
@@ -56,6 +60,7 @@ Context::Context(std::shared_ptr<Model> m, uint32_t n_ctx, uint32_t n_batch, uin
             next_context(cfg);
         }
         ctx.reset(llama_init_from_model(model->ptr.get(), cp), llama_free);
+        forget_next_context(); // if llama.cpp refused before it was asked for
     }
     if (!ctx) {
         fail("the context cannot be created");

@@ -169,6 +169,10 @@ llama_kv_cache * cache_of(llama_context * lctx) {
     return cache_of(lctx->get_memory());
 }
 
+int32_t n_head_kv_of(llama_context * lctx, int32_t ikv) {
+    return (int32_t) lctx->get_model().hparams.n_head_kv(cache_of(lctx)->get_layer_ids().at(ikv));
+}
+
 void flush_copies(llama_context * lctx) {
     lctx->memory_update(false);
 }
@@ -191,6 +195,7 @@ static void refuse_unsupported(const config & cfg, const llama_model & model, co
     else if (hp.n_pos_per_embd() > 1)                     { why = "M-RoPE positions have more than one component"; }
     else if (kv->has_cell_ext())                          { why = "it looks up earlier tokens in the cache"; }
     else if (hp.use_alibi)                                { why = "ALiBi needs the distance to every cell"; }
+    else if (hp.n_rel_attn_bkts > 0)                      { why = "its relative positions need the distance to every cell"; }
     else if (hp.n_layer_kv_from_start >= 0)               { why = "its layers share caches"; }
     else if (model.arch == LLM_ARCH_GROK)                 { why = "its attention scores are transformed in a way not tested"; }
     else if (!cparams.causal_attn || cparams.embeddings)  { why = "an embedding context evaluates all its tokens at once"; }

@@ -326,6 +326,7 @@ llama_kv_cache * cache_of(llama_context * lctx);
 
 // Runs the copies between sequences that llama.cpp has put off to the next decode: a state saved or loaded before that
 // decode would be of the time before them.
+int32_t n_head_kv_of(llama_context * lctx, int32_t ikv); // KV heads of a layer of its cache
 void flush_copies(llama_context * lctx);
 
 bool uses_flash_attn(llama_context * lctx);

@@ -47,6 +47,12 @@ bool engine::run(llama_context * lctx, const job & j) {
     if (q.tokens.empty() || !is_over(s, j.why, j.n_new, n_target)) {
         return false;
     }
+    for (int32_t l = 0; !conf.pol->heads_differ() && l < n_layer(); ++l) {
+        if (n_held(s, l) < (int64_t) n_slots(s, l)*n_hkv) {
+            throw std::invalid_argument(conf.spec + " keeps the same number of every head, and the heads of this sequence hold different ones: "
+                    "go on with " + cfg->spec + ", or clear it");
+        }
+    }
     request r;
     r.prompt    = j.why == cause::prompt || q.gen < 0;
     r.room      = j.why == cause::room;

@@ -39,6 +39,7 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         }
         const llama_pos last = (llama_pos) streams[s].tokens.size() - 1;
         if (last < 0) {
+            clear_sums(s);     // of a state that was read in part
             reset(streams[s]); // spans may have been set
             continue;
         }

@@ -181,10 +181,18 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         bool ok = q.n_kept.size() == kv.layers.size() && q.win_pos.size() == (size_t) cfg->need.window &&
             q.n_base >= 0 && q.n_base <= n_used && q.tokens.size() <= N_MAX && q.floor >= 0 && q.floor <= (llama_pos) q.tokens.size() &&
             (llama_pos) q.tokens.size() == kv.v_cells[s].seq_pos_max((llama_seq_id) s) + 1;
+        ok = ok && q.gen >= -1 && q.gen <= (llama_pos) q.tokens.size() && q.n_prompt >= 0;
+        for (size_t i = 0; ok && i < q.spans.size(); ++i) {
+            ok = q.spans[i].begin >= (i ? q.spans[i - 1].end : 0) && q.spans[i].end > q.spans[i].begin;
+        }
         for (size_t l = 0; ok && l < q.n_kept.size(); ++l) {
             ok = q.n_kept[l] >= 0 && q.n_kept[l] <= q.n_base && q.kept[l].size() == (size_t) n_hkv*q.n_kept[l] &&
                 n_used - q.n_base + q.n_kept[l] <= n_rows_max((int32_t) l) && q.probed[l].size() % n_hkv == 0 &&
                 (int64_t) q.probed[l].size()/n_hkv <= n_used - q.n_base + q.n_kept[l];
+            for (size_t i = 0; ok && i < q.kept[l].size(); ++i) { // ascending in each head, -1 where it has fewer
+                const llama_pos pos = q.kept[l][i], prev = i % q.n_kept[l] ? q.kept[l][i - 1] : -1;
+                ok = pos >= -1 && pos < (llama_pos) q.tokens.size() && (pos > prev || (pos == -1 && prev == -1));
+            }
         }
         if (!ok) {
             throw std::runtime_error("the state is damaged: what it kept does not fit its cells");

@@ -325,6 +325,75 @@ def test_damaged_states_are_refused(models, policy):
     assert c.pos_max() == 59
 
 
+def test_a_state_that_was_read_in_part_leaves_no_sums(models):
+    """h2o adds to them: what a truncated state left would count."""
+    c, fresh = context(models["llama"], "h2o"), context(models["llama"], "h2o")
+    c.decode(ids(60))
+    data = c.save()
+    with pytest.raises(ValueError):
+        c.load(data[:-64])
+    for x in (c, fresh):
+        x.decode(ids(40, 1))
+    assert all(np.array_equal(a["sums"], b["sums"]) for a, b in zip(c.signals(), fresh.signals()))
+
+
+def test_a_state_with_impossible_spans_or_positions_is_refused(models):
+    c = context(models["llama"], "shotkv:window=8,recent=8")
+    c.set_spans([(10, 50)])
+    c.decode(ids(60))
+    c.evict()
+    data, d = c.save(), context(models["llama"], "shotkv:window=8,recent=8")
+    kept = c.kept()[0][0].astype(np.int32)  # of the first head of the first layer, as they stand in the file
+    for good, bad in ((np.array([10, 50], np.int32), np.array([50, 10], np.int32)), (kept, kept[::-1]), (kept, kept + 60)):
+        assert data.count(good.tobytes()) >= 1
+        with pytest.raises(ValueError, match="damaged"):
+            d.load(data.replace(good.tobytes(), bad.tobytes(), 1))
+    d.load(data)
+
+
+def test_a_context_that_was_refused_leaves_its_policy_to_no_other(models):
+    with pytest.raises(ValueError, match="flash"):
+        context(models["llama"], flash_attn="off", type_v="q8_0")
+    assert context(models["llama"], None, "").policy == "full"
+
+
+def test_layers_with_other_numbers_of_heads(tmp_path):
+    """Without a policy they are llama.cpp's own business, and kept() says what each holds; no policy evicts there."""
+    model = _core.Model(str(tiny.write(tmp_path/"openelm.gguf", "openelm")))
+    c = context(model, "full", "")
+    c.decode(ids(30))
+    assert [k.shape for k in c.kept()] == [(2, 30), (1, 30), (2, 30)] and (c.kept()[1] == range(30)).all()
+    assert c.stats()["kept"] == [30]*3
+    with pytest.raises(ValueError, match="KV heads"):
+        context(model)
+
+
+@pytest.mark.parametrize("first, then, why", [
+    (b"pyramidkv:window=32", b"chunkkv:reuse=2", "hold the same tokens"),
+    (b"adakv:window=32", b"snapkv:window=32", "heads .* hold different ones: go on with adakv"),
+])
+def test_a_policy_that_cannot_go_on_from_another(tmp_path, first, then, why):
+    import ctypes
+
+    from pykvc import llama_cpp
+    lib = ctypes.CDLL(str(next(llama_cpp.LIB.glob("libllama.*"))))
+    lib.kvc_set_policy.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p]
+    llm = llama_cpp.Llama(str(tiny.write(tmp_path/"llama.gguf")), n_ctx=512, n_ubatch=64, kv_policy=first.decode(), kv_budget=64, verbose=False, flash_attn=True)
+    llm.eval(ids(200).tolist())
+    assert llm._kv.ctx.evict()
+    before = llm._kv.ctx.kept()
+    assert lib.kvc_set_policy(llm._ctx.ctx, 0, then, b"48", None) == 0
+    with pytest.raises(ValueError, match=why):
+        llm._kv.ctx.evict()
+    assert all(map(np.array_equal, before, llm._kv.ctx.kept()))
+    llm.close()
+
+
+def test_too_many_cells(models):
+    with pytest.raises(ValueError, match="n_seq_max 256"):
+        context(models["llama"], n_ctx=1 << 24, n_seq_max=256)
+
+
 def test_a_model_without_a_tokenizer_takes_tokens(models):
     with pytest.raises(ValueError, match="no tokenizer"):
         models["llama"].tokenize(b"text")

@@ -204,6 +204,26 @@ def test_from_pretrained(model_path, monkeypatch):
         Llama.from_pretrained("user/repo", "c.gguf", **how)
 
 
+def test_an_aborted_call_under_h2o_leaves_nothing_half_summed(model_path):
+    """What its queries added to the sums cannot be taken out: the sequence begins anew."""
+    llm, calls = opened(model_path, kv_policy="h2o", kv_budget=64), []
+    expected = answer(llm, n=3)
+    llm.reset()
+
+    @llama_cpp.ggml_abort_callback
+    def stop(_):
+        calls.append(1)
+        return len(calls) > 100
+    llama_cpp.llama_set_abort_callback(llm._ctx.ctx, stop, None)
+    with pytest.raises(RuntimeError):
+        answer(llm, n=3)
+    llama_cpp.llama_set_abort_callback(llm._ctx.ctx, llama_cpp.ggml_abort_callback(0), None)
+    assert llm._kv.ctx.pos_max() == -1
+    llm.reset()
+    assert answer(llm, n=3) == expected
+    llm.close()
+
+
 def test_pickle(snapkv):
     again = pickle.loads(pickle.dumps(snapkv))
     snapkv.reset()

@@ -11,7 +11,7 @@ N_EMBD, N_HEAD, N_HEAD_KV, N_FF, N_VOCAB = 64, 4, 2, 96, 128
 def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, head_dim: int = 32, yarn: float = 1, quant: str = "F32",
           n_vocab: int = N_VOCAB, tokenizer: Callable[[gguf.GGUFWriter], None] = lambda w: w.add_tokenizer_model("no_vocab")) -> Path:
     """arch: llama | qwen2 (the other pairs in RoPE) | gemma3 (a global layer after five with a window of 32) | hunyuan-dense (a norm
-    after RoPE) | qwen2vl (M-RoPE) | mamba (recurrent). yarn: what RoPE is stretched by. quant: the type of the matrices, as gguf.GGMLQuantizationType names it.
+    after RoPE) | openelm (the second layer has half the KV heads) | qwen2vl (M-RoPE) | mamba (recurrent). yarn: what RoPE is stretched by. quant: the type of the matrices, as gguf.GGMLQuantizationType names it.
     tokenizer: writes one of n_vocab tokens; none otherwise."""
     rng = np.random.default_rng(0)
     head_dim = 16 if arch == "qwen2vl" else head_dim  # 32: a block of a quantized cache
@@ -21,7 +21,7 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
     w.add_block_count(n_layer)
     w.add_feed_forward_length(N_FF)
     w.add_head_count(N_HEAD)
-    w.add_head_count_kv(N_HEAD_KV)
+    w.add_head_count_kv([N_HEAD_KV//(1 + (i == 1)) for i in range(n_layer)] if arch == "openelm" else N_HEAD_KV)
     w.add_key_length(head_dim)
     w.add_value_length(head_dim)
     w.add_layer_norm_rms_eps(1e-5)
@@ -71,15 +71,18 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
             ones(b + "ssm_d", n)
             put(b + "ssm_out.weight", N_EMBD, n)
             continue
-        put(b + "attn_q.weight", N_HEAD*head_dim, N_EMBD)
-        put(b + "attn_k.weight", N_HEAD_KV*head_dim, N_EMBD)
-        put(b + "attn_v.weight", N_HEAD_KV*head_dim, N_EMBD)
+        if arch == "openelm":
+            put(b + "attn_qkv.weight", (N_HEAD + 2*N_HEAD_KV//(1 + (i == 1)))*head_dim, N_EMBD)
+        else:
+            put(b + "attn_q.weight", N_HEAD*head_dim, N_EMBD)
+            put(b + "attn_k.weight", N_HEAD_KV*head_dim, N_EMBD)
+            put(b + "attn_v.weight", N_HEAD_KV*head_dim, N_EMBD)
         put(b + "attn_output.weight", N_EMBD, N_HEAD*head_dim)
         if arch in ("qwen2", "qwen2vl"):
             put(b + "attn_q.bias", N_HEAD*head_dim)
             put(b + "attn_k.bias", N_HEAD_KV*head_dim)
             put(b + "attn_v.bias", N_HEAD_KV*head_dim)
-        if arch in ("gemma3", "hunyuan-dense"):
+        if arch in ("gemma3", "hunyuan-dense", "openelm"):
             for name in ("attn_q_norm", "attn_k_norm"):
                 ones(b + name + ".weight", head_dim)
         if arch == "gemma3":

@@ -11,6 +11,7 @@
 #include "policies.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace kvc {
 
@@ -27,6 +28,9 @@ struct chunkkv : window_policy {
 
         // Layers that share indices did so from the first eviction on: they hold the same tokens.
         const std::vector<float> token = sum_over_heads(r, il - il % reuse);
+        if ((int32_t) token.size() != lp.n_kv) {
+            throw std::invalid_argument("chunkkv: reuse needs layers that hold the same tokens");
+        }
 
         const int32_t end = std::max(lp.n_kv - window, lp.n_frozen); // of the chunks
 

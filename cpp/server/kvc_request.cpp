@@ -45,7 +45,7 @@ void kvc_request::resolve(const kvc_server & server, const server_tokens & promp
     }
     const int32_t n_tokens = (int32_t) prompt.size();
     if (policy && *policy == "full") {
-        if (server.bounded && (n_predict < 0 || n_tokens + n_predict > server.n_cells)) {
+        if (server.bounded && (n_predict < 0 || (int64_t) n_tokens + n_predict > server.n_cells)) {
             throw std::invalid_argument("kv_policy full: a slot has " + std::to_string(server.n_cells) + " cells (--kv-cells), and the prompt of " +
                 std::to_string(n_tokens) + " tokens and n_predict have to fit into them");
         }
