@@ -17,7 +17,7 @@ class Generation:
     n_predicted: int          # len(tokens)
     stop_reason: str          # "eos" | "stop" | "length" (max_tokens) | "context" (n_ctx is full)
     kv: dict[str, Any]        # cells: in use now; kept: [n_layer] cells each layer had when decoding began;
-                              # bytes_allocated, bytes_used, bytes_full (without eviction); evictions
+                              # bytes_allocated, bytes_used, bytes_full (without eviction); evictions: of this answer and of the prompt it took
     timings: dict[str, float] # prefill_ms, evict_ms (at the prompt's end), decode_ms, prefill_tps, decode_tps
 
 
@@ -105,9 +105,9 @@ def answer(session: Session, request: Request) -> Iterator[str]:
     if pieces[-1]:
         yield pieces[-1]
 
-    work, session.work = session.work, Work()
+    work, session.work = session.work, session.new_work()
     stats = session.ctx.stats()
-    kv = {"cells": int(stats["cells_used"][0]), "kept": list(session.kept), "evictions": stats["n_evictions"],
+    kv = {"cells": int(stats["cells_used"][0]), "kept": list(session.kept), "evictions": stats["n_evictions"] - work.n_before,
           **{key: stats[key] for key in ("bytes_allocated", "bytes_used", "bytes_full")}}
     return Generation("".join(pieces), tokens, work.n_prompt, len(tokens), reason, kv, timings_of(work, decode_ms, n_decoded))
 

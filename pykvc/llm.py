@@ -14,7 +14,7 @@ import os
 import sys
 from typing import Any, Iterator, Sequence
 
-from . import _core, models, options, prompts as prompts_of, spans as units
+from . import _core, models, options, prompts as prompts_of, spans as units, state
 from .batch import Prefix, answers
 from .generation import Generation, Request, Stream, answer
 from .policy import F32, I32, Policy
@@ -58,7 +58,7 @@ class LLM:
         self.path = models.resolve(model)
         loaded = _core.Model(str(self.path), n_gpu_layers=n_gpu_layers)
         ctx = _core.Context(loaded, n_ctx=n_ctx or min(loaded.n_ctx_train, 8192), **context)
-        setup = {"arch": loaded.arch, "model": loaded.desc, "n_params": loaded.n_params, "n_vocab": loaded.n_vocab,
+        setup = {"arch": loaded.arch, "model": loaded.desc, "weights": state.fingerprint(self.path), "n_params": loaded.n_params, "n_vocab": loaded.n_vocab,
                  "kv_policy": ctx.policy, "kv_budget": budget, "kv_decode_budget": decode_budget, "kv_cells": cells, "n_ctx": ctx.n_ctx,
                  "type_k": type_k, "type_v": type_v, "flash_attn": ctx.flash_attn, "n_seq_max": n_seq_max}
         needs = options.needs(policy)

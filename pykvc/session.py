@@ -23,6 +23,7 @@ class Work:
     n_prompt: int = 0
     prefill_ms: float = 0.0
     evict_ms: float = 0.0
+    n_before: int = 0  # evictions of the context before it
 
 
 class Session:
@@ -43,9 +44,12 @@ class Session:
         self.n_probed = 0                     # tokens that have repeated themselves
         self.compressed = False               # since the last clear()
         self.kept: list[int] = []             # [n_layer] cells when decoding began
-        self.work = Work()
+        self.work = self.new_work()
         self._fresh = False                   # the context has the logits of the last token
         self._logits: F32 | None = None       # [n_vocab], from a file
+
+    def new_work(self) -> Work:
+        return Work(n_before=self.ctx.stats()["n_evictions"])
 
     @property
     def n_tokens(self) -> int:

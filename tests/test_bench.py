@@ -95,6 +95,12 @@ def test_full_has_no_reference(path):
     assert row["full_decode_samples_ns"] == []
 
 
+@pytest.mark.parametrize("policy", ["finch", "kvzip"])
+def test_policies_that_ask_are_refused(policy):
+    with pytest.raises(ValueError, match="does not time"):
+        bench.cases(kv_policy=[policy], kv_budget=["25%"])
+
+
 def test_rows_have_the_same_fields(path):
     some = rows(path, 1, kv_policy=["full", "snapkv:window=8", "h2o"], kv_budget=[32], n_prompt=[0, 60], n_gen=[0, 2])
     assert len(some) == 3*3 and len({tuple(row) for row in some}) == 1

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pykvc
+import tiny
 
 SHOTS = [f"Q: What is {a} plus {b}?\nA: {a} plus {b} is {a + b}.\n\n" for a, b in [(2, 3), (4, 4), (1, 6), (7, 2), (5, 5), (3, 6), (8, 1), (2, 2)]]
 QUESTION = "Q: What is 3 plus 3?\nA:"
@@ -109,7 +110,7 @@ def test_interrupt_leaves_it_usable(full, monkeypatch):
 def test_question_in(half, full):
     answer = half.generate(PROMPT, max_tokens=8)
     assert sum(answer.kv["kept"])/len(answer.kv["kept"]) == int(0.5*answer.n_prompt + 0.5)
-    assert answer.kv["evictions"] > 0 and answer.kv["bytes_used"] < answer.kv["bytes_full"]
+    assert answer.kv["evictions"] == half.generate(PROMPT, max_tokens=2).kv["evictions"] == 1 and answer.kv["bytes_used"] < answer.kv["bytes_full"]
     assert answer.tokens[0] == full.generate(PROMPT, max_tokens=1).tokens[0]  # sampled before the eviction
 
 
@@ -125,6 +126,7 @@ def test_question_out(half):
     n_context = len(half.tokenize(context))
     assert set(answer.kv["kept"]) == {int(0.5*n_context + 0.5)} and answer.n_prompt == n_context + len(half.tokenize(QUESTION))
     assert answer.timings["evict_ms"] > 0 and ask().tokens == answer.tokens
+    assert answer.kv["evictions"] == 1 and half.generate(QUESTION, reset=False, max_tokens=2).kv["evictions"] == 0
 
 
 def test_compress_is_once_per_prompt(half):
@@ -320,6 +322,16 @@ def test_heads_that_differ(full, model_path, tmp_path):
             llm.truncate(floor - 1)
         llm.truncate(floor)
         assert llm.generate(QUESTION, reset=False, max_tokens=3).n_predicted == 3
+
+
+def test_a_state_of_other_weights_is_refused(tmp_path):
+    """Base and instruct have one architecture and one size."""
+    a, b = (tiny.write(tmp_path/f"{seed}.gguf", seed=seed) for seed in (0, 1))
+    with pykvc.LLM(a, n_ctx=256) as one, pykvc.LLM(b, n_ctx=256) as other:
+        one.prefill(tokens=list(range(100)))
+        one.save(tmp_path/"state")
+        with pytest.raises(ValueError, match="weights"):
+            other.load(tmp_path/"state")
 
 
 def test_load_says_what_differs(half, full, model_path, tmp_path):

@@ -9,11 +9,11 @@ N_EMBD, N_HEAD, N_HEAD_KV, N_FF, N_VOCAB = 64, 4, 2, 96, 128
 
 
 def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, head_dim: int = 32, yarn: float = 1, quant: str = "F32",
-          n_vocab: int = N_VOCAB, tokenizer: Callable[[gguf.GGUFWriter], None] = lambda w: w.add_tokenizer_model("no_vocab")) -> Path:
+          n_vocab: int = N_VOCAB, seed: int = 0, tokenizer: Callable[[gguf.GGUFWriter], None] = lambda w: w.add_tokenizer_model("no_vocab")) -> Path:
     """arch: llama | qwen2 (the other pairs in RoPE) | gemma3 (a global layer after five with a window of 32) | hunyuan-dense (a norm
     after RoPE) | openelm (the second layer has half the KV heads) | qwen2vl (M-RoPE) | mamba (recurrent). yarn: what RoPE is stretched by. quant: the type of the matrices, as gguf.GGMLQuantizationType names it.
-    tokenizer: writes one of n_vocab tokens; none otherwise."""
-    rng = np.random.default_rng(0)
+    tokenizer: writes one of n_vocab tokens; none otherwise. seed: of the weights."""
+    rng = np.random.default_rng(seed)
     head_dim = 16 if arch == "qwen2vl" else head_dim  # 32: a block of a quantized cache
     w = gguf.GGUFWriter(path, arch)
     w.add_context_length(n_ctx)

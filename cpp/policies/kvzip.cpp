@@ -44,7 +44,7 @@ struct kvzip : policy {
 
     void score(const layer_view & v, float * out) const override {
         if (!v.probed) {
-            throw std::invalid_argument("kvzip scores cells by a repetition of the context, which LLM and the pykvc commands ask for and "
+            throw std::invalid_argument("kvzip scores cells by a repetition of the context, which pykvc.LLM asks for and "
                 "other programs do not: use keydiff there");
         }
         std::copy(v.probed, v.probed + (size_t) v.n_head_kv * v.n_kv, out);
