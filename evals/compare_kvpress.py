@@ -1,6 +1,6 @@
 """Do pykvc and kvpress 0.5.5 keep the same tokens? A check by hand, not in CI: it needs torch.
 
-    pip install torch==2.13.0 kvpress==0.5.5 gguf       # a virtual environment of its own; plain `torch` may take CUDA
+    pip install '.[kvpress]'       # a virtual environment of its own; its torch may be CUDA's
     python evals/compare_kvpress.py --model smollm2-135m.gguf --tokens 2000 --budgets 256,512
 
 One GGUF is dequantised twice: to an F32 GGUF for pykvc, and into a float32 transformers LlamaForCausalLM. Both read the

@@ -19,9 +19,10 @@ def parse_budget(text: str, name: str = "kv_budget") -> tuple[str, float]:
     """('none' | 'tokens' | 'ratio', value)."""
 
 def score(spec: str, pos: I32, *, il: int = 0, n_layer: int = 1, n_head: int = ..., n_query: int = ..., head_dim: int = ...,
-          attn: F32 | None = None, sums: F32 | None = None, keys: F32 | None = None, probed: F32 | None = None) -> F32:
+          attn: F32 | None = None, sums: F32 | None = None, keys: F32 | None = None, probed: F32 | None = None,
+          q_mean: F32 | None = None, q_cov: F32 | None = None, v_norm: F32 | None = None) -> F32:
     """score() of a policy: pos [n_head_kv, n_kv], attn [n_head, n_kv], sums [n_head_kv, n_kv], keys [n_head_kv, n_kv, head_dim],
-    probed [n_head_kv, n_kv] -> [n_head_kv, n_kv]."""
+    probed, v_norm [n_head_kv, n_kv], q_mean [n_head, head_dim], q_cov [n_head, head_dim, head_dim] -> [n_head_kv, n_kv]."""
 
 def plan(spec: str, pos: Sequence[I32], score: Sequence[F32], budget: int, *, prompt: bool = True,
          n_frozen: Sequence[int] | None = None, spans: Sequence[tuple[int, int]] = (), room: bool = False) -> list[I32]:
@@ -141,6 +142,8 @@ class Context:
         """cells_used [n_seq_max], cells_allocated (a sequence), kept [n_layer_kv] (rows, those of the longest head; sequence 0), bytes_allocated, bytes_used, bytes_full
         (what the evaluated tokens would take), n_evictions, n_evicted (cells of the mean layer), score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
     def n_evictions(self, seq: int = 0) -> int: """of the sequence since it was emptied"""
+    def seq_stats(self, seq: int = 0) -> dict[str, Any]:
+        """Of one sequence: n_tokens (evaluated), cells (in use), kept [n_layer_kv], bytes_used, bytes_full, n_evictions, n_evicted."""
     def save(self) -> bytes: """whole state, with what was kept"""
     def load(self, data: bytes) -> None: """ValueError: other model, policy or version; the context is then empty"""
     def save_seq(self, seq: int = 0) -> bytes: ...

@@ -74,9 +74,9 @@ class Running:
                           timings_of(self.work, self.decode_ms, self.n_decoded))
 
 
-def answers(session: Session, requests: list[Request], budgets: list[str], prefixes: list[Prefix | None]) -> Iterator[tuple[int, Generation]]:
-    """Yields (index of the request, answer) as they are done. budgets, prefixes: of each request, "" the context's own, None none;
-    neighbours that share a prefix have the same object.
+def answers(session: Session, requests: list[Request], budgets: list[tuple[str, str] | None], prefixes: list[Prefix | None]) -> Iterator[tuple[int, Generation]]:
+    """Yields (index of the request, answer) as they are done. budgets (kv_budget, kv_decode_budget), prefixes: of each request, None the context's
+    own and none; neighbours that share a prefix have the same object.
 
     The conversation of the session is over; however this ends, the cache is empty afterwards."""
     ctx, turn = session.ctx, session.turn
@@ -137,14 +137,14 @@ def _evaluate(session: Session, seq: int, ids: list[int], spans: list[Span], fir
     session.ctx.decode(np.asarray(ids, dtype=np.int32), seq)
 
 
-def _begin(session: Session, index: int, request: Request, budget: str, seq: int, start: Start | None) -> Running:
+def _begin(session: Session, index: int, request: Request, budget: tuple[str, str] | None, seq: int, start: Start | None) -> Running:
     """Evaluates a prompt, samples the first token, evicts: in the order of generate()."""
     ctx, run = session.ctx, Running(index, seq, request, TextStream(request.stop), [request.echo], start=start)
     begin = perf_counter()
     if start is not None:
         ctx.load_seq(start.state, seq)
     if budget:
-        ctx.set_budget(budget, session.setup["kv_decode_budget"], seq)
+        ctx.set_budget(*budget, seq)
     _evaluate(session, seq, request.ids, request.spans, ctx.pos_max(seq) + 1)
     run.work = Work(len(request.ids), 1e3*(perf_counter() - begin))
     if request.max_tokens == 0:
@@ -153,7 +153,7 @@ def _begin(session: Session, index: int, request: Request, budget: str, seq: int
         run.take(request.sampler.sample(ctx), session)
     begin = perf_counter()
     compress = request.compress if request.compress is not None else start is None or not start.prefix.compress
-    if compress and session.evicts and (session.has_budget or budget):
+    if compress and session.evicts and (session.has_budget or budget and budget[0]):
         ctx.evict(seq)
     run.work.evict_ms = 1e3*(perf_counter() - begin)
     if session.evicts:

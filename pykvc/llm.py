@@ -183,30 +183,33 @@ class LLM:
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, prefix: str | Sequence[str] | None = None, shots: Sequence[str] | None = None,
                        max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05,
                        repeat_penalty: float = 1.0, seed: int | None = None, stop: str | Sequence[str] | None = None,
-                       spans: Sequence[units.Span] | Sequence[Sequence[units.Span]] | None = None, span_unit: str = "tokens",
+                       spans: Sequence[units.Span] | Sequence[Sequence[units.Span] | None] | None = None, span_unit: str = "tokens",
                        segment: str | None = None, compress_prefix: bool = True,
-                       kv_budget: int | float | str | Sequence[int | float | str | None] | None = None, kv_query: str | None = None,
+                       kv_budget: int | float | str | Sequence[int | float | str | None] | None = None,
+                       kv_decode_budget: int | float | str | Sequence[int | float | str | None] | None = None, kv_query: str | None = None,
                        compress: bool | None = None, stream: bool = False) -> list[Generation] | Iterator[tuple[int, Generation]]:
         """Answers many prompts, n_seq_max of them at a time: their Generations in order, or with stream=True
         (index, Generation) as they are done. prompts: strings or token ids. The conversation before is over.
 
         prefix, or shots (each of them a span): what all prompts begin with, evaluated and compressed once; or a list of one for each
         prompt, evaluated once where neighbours have the same. spans (for a list of prefixes a list of them), span_unit, segment and
-        kv_query: of the prefix; a prompt without one is segmented by `segment`. compress_prefix=False: prefixes stay whole, and each
-        prompt is compressed together with its own (question-in). kv_budget: of every prompt, or a list of one for each.
+        kv_query: of the prefix; without one, of the prompts: a list of spans for each (None: as generate() without), or `segment` for all.
+        compress_prefix=False: prefixes stay whole, and each prompt is compressed together with its own (question-in).
+        kv_budget, kv_decode_budget: of every prompt, or a list of one for each; None: the LLM's own, as for a prefix that is compressed.
         compress None: every prompt where there is no compressed prefix, else only the prefix (question-out).
         A Generation's kv has prefix_kept [n_layer] and prefix_evictions, too.
         temperature and so on: as generate(). ValueError for every mistake, before anything is evaluated."""
         session, model = self._session, self._session.model
         if isinstance(prompts, str) or not prompts:
             raise ValueError("prompts is a list of strings or of lists of token ids, and not empty")
+        own_spans: list[Sequence[units.Span] | None] = [None]*len(prompts)
         if shots is not None:
             if any(given is not None for given in (prefix, spans, segment)):
                 raise ValueError("shots are the prefix and its spans: give no prefix, spans or segment beside them")
             prefix, spans = prompts_of.join(shots, "")
             span_unit = "chars"
         elif spans is not None and prefix is None:
-            raise ValueError("spans are those of the prefix: give prefix, or segment for every prompt")
+            own_spans = prompts_of.spans_of_each(spans, len(prompts))
         if session.probe.kind != "none" and prefix is None:
             raise ValueError("a policy that asks probes one context: give it as prefix or shots")
         if session.probe.kind != "none" and not compress_prefix:
@@ -223,16 +226,16 @@ class LLM:
             shared.append(None if own is None else Prefix(*prompts_of.encode(
                 model, session.needs_spans, own, None, spans[i] if several and spans is not None else spans, span_unit, segment, first=True),
                 self._query(kv_query), compress_prefix))
-        budgets = options.budgets(kv_budget, len(prompts), session)
+        budgets = options.budgets(kv_budget, kv_decode_budget, len(prompts), session)
         max_tokens = options.whole("max_tokens", max_tokens, -1)
         requests = []
-        for prompt, own in zip(prompts, shared):
+        for prompt, own, mine in zip(prompts, shared, own_spans):
             text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-            ids, found = prompts_of.encode(model, session.needs_spans, text, ids, None, "tokens", None if own else segment, first=not own)
+            ids, found = prompts_of.encode(model, session.needs_spans, text, ids, mine, span_unit, None if own else segment, first=not own)
             session.check_fits(len(ids), len(own.ids) if own else 0, spare=1 if max_tokens else 0)
             requests.append(Request(ids, [] if own else found, True, compress, max_tokens, check_stop(stop),
                                     options.sampler(model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), ""))
-        if compress and not any(budgets):
+        if compress and not any(budget and budget[0] for budget in budgets):
             session.check_compress()
         session.turn += 1
         done = answers(session, requests, budgets, shared)

@@ -44,17 +44,21 @@ def budget(name: str, value: int | float | str | None) -> str:
     return "" if kind == "none" else f"{int(amount)}" if kind == "tokens" else "100%" if amount == 1 else f"{amount:.12g}"
 
 
-def budgets(value: Any, n: int, session: "Session") -> list[str]:
-    """kv_budget of n prompts: one for all, or a list of them; "" is the context's own."""
-    values = [value]*n if value is None or isinstance(value, (int, float, str)) else list(value)
-    if len(values) != n:
-        raise ValueError(f"kv_budget is one value or a list of {n}, one for each prompt, not of {len(values)}")
-    found = [budget("kv_budget", v) for v in values]
-    if any(found) and not session.evicts:
-        raise ValueError("kv_budget: the policy is full, which keeps everything; name one that evicts when the LLM is made")
-    for given in filter(None, set(found)):
-        session.ctx.check_budget(given, session.setup["kv_decode_budget"])
-    return found
+def budgets(kv_budget: Any, kv_decode_budget: Any, n: int, session: "Session") -> list[tuple[str, str] | None]:
+    """(kv_budget, kv_decode_budget) of n prompts. Each is one value for all or a list of them, None the context's own; None: both are."""
+    found = []
+    for name, value in (("kv_budget", kv_budget), ("kv_decode_budget", kv_decode_budget)):
+        values = [value]*n if value is None or isinstance(value, (int, float, str)) else list(value)
+        if len(values) != n:
+            raise ValueError(f"{name} is one value or a list of {n}, one for each prompt, not of {len(values)}")
+        given = [budget(name, v) for v in values]
+        if any(given) and not session.evicts:
+            raise ValueError(f"{name}: the policy is full, which keeps everything; name one that evicts when the LLM is made")
+        found.append([(v, v or session.setup[name]) for v in given])
+    pairs = [(prompt, decode) if own or own_decode else None for (own, prompt), (own_decode, decode) in zip(*found)]
+    for pair in set(filter(None, pairs)):
+        session.ctx.check_budget(*pair)
+    return pairs
 
 
 def cells(value: int | str | None) -> str:

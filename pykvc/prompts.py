@@ -24,6 +24,16 @@ def join(shots: Sequence[str] | None, question: str | None) -> tuple[str, list[S
     return "".join(shots) + question, spans
 
 
+def spans_of_each(spans: Sequence[Sequence[Span] | None], n: int) -> list[Sequence[Span] | None]:
+    """Of n prompts that have no prefix; encode() checks what is in them."""
+    try:
+        if len(spans) == n and all(own is None or all(len(span) == 2 for span in own) for own in spans):
+            return list(spans)
+    except TypeError:  # something in it has no length
+        pass
+    raise ValueError(f"spans are those of the prefix, or without one a list of (begin, end) pairs for each of the {n} prompts")
+
+
 def encode(model: "_core.Model", needs_spans: bool, text: str | None, tokens: Sequence[int] | None, spans: Sequence[Span] | None,
            span_unit: str, segment: str | None, first: bool) -> tuple[list[int], list[Span]]:
     """(ids, token spans of them) of a text or of tokens.

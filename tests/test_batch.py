@@ -99,6 +99,51 @@ def test_a_budget_for_each(llm):
     assert [b.kv["kept"][0] for b in batch] == [40, round(n*0.25), round(n*0.5)]
 
 
+class Seen(pykvc.Policy):
+    """The newest stay; `seen` is what spans it was asked about."""
+    name, spans, recent, seen = "seen", True, 4, []
+
+    def score(self, layer):
+        return layer.pos
+
+    def budgets(self, request):
+        self.seen.append([(int(begin), int(end)) for begin, end in request.spans])
+        return [request.budget]*len(request.layers)
+
+
+def test_spans_for_each(model_path):
+    """Of the prompts, in tokens or characters; None: sentences, as where none are given."""
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[2]]
+    spans = [[(0, 90), (90, 150)], None, [(5, 60)]]
+    policy = Seen()
+    with pykvc.LLM(model_path, n_ctx=512, n_seq_max=2, n_threads=2, kv_policy=policy, kv_budget=10) as llm:
+        llm.generate_batch(prompts, spans=spans, span_unit="chars", max_tokens=1)
+        batch = list(policy.seen)
+        policy.seen.clear()
+        for prompt, own in zip(prompts, spans):
+            llm.generate(prompt, spans=own, span_unit="chars", max_tokens=1)
+        assert sorted(batch) == sorted(policy.seen) and len(policy.seen) == 3
+    how = dict(n_ctx=512, n_threads=2, kv_policy="shotkv:window=8,recent=8", kv_budget=0.5)
+    with pykvc.LLM(model_path, n_seq_max=2, **how) as llm, pykvc.LLM(model_path, **how) as alone:
+        for own, b in zip(spans, llm.generate_batch(prompts, spans=spans, span_unit="chars", max_tokens=6)):
+            a = alone.generate(prompts.pop(0), spans=own, span_unit="chars", max_tokens=6)
+            assert b.tokens == a.tokens and b.kv["kept"] == a.kv["kept"]
+
+
+def test_a_decode_budget_for_each(model_path):
+    how = dict(n_ctx=512, n_threads=2, kv_policy="streaming_llm:interval=4", kv_budget=24)
+    decode = [4, None, 20]
+    with pykvc.LLM(model_path, n_seq_max=3, kv_decode_budget=8, **how) as llm:
+        batch = llm.generate_batch(PROMPTS[:3], kv_decode_budget=decode, max_tokens=32)
+        both = llm.generate_batch(PROMPTS[:2], kv_budget=[None, 30], kv_decode_budget=4, max_tokens=32)
+    for prompt, own, b in zip(PROMPTS, decode, batch):
+        with pykvc.LLM(model_path, kv_decode_budget=own or 8, **how) as alone:
+            a = alone.generate(prompt, max_tokens=32)
+        assert b.tokens == a.tokens and b.kv["cells"] == a.kv["cells"] and b.kv["evictions"] == a.kv["evictions"]
+    assert len({b.kv["cells"] for b in batch}) == 3
+    assert both[0].tokens == batch[0].tokens and both[1].kv["kept"][0] == 30
+
+
 def test_stream_gives_answers_as_they_are_done(llm):
     seen = [index for index, _ in llm.generate_batch(PROMPTS, max_tokens=3, stream=True)]
     assert sorted(seen) == list(range(len(PROMPTS)))
@@ -117,6 +162,9 @@ def test_stream_gives_answers_as_they_are_done(llm):
     (dict(prompts="one"), "list"), (dict(prompts=[]), "empty"), (dict(prompts=["a", ""]), "empty"),
     (dict(prompts=["x "*2000]), "n_ctx"), (dict(prompts=["a"], kv_budget=[1, 2]), "each prompt"),
     (dict(prompts=["a"], shots=["b"], prefix="c"), "shots"), (dict(prompts=["a"], spans=[(0, 1)]), "prefix"),
+    (dict(prompts=["a", "b"], spans=[[(0, 1)]]), "each of the 2"), (dict(prompts=["a"], spans=5), "each of the 1"),
+    (dict(prompts=["a b c", "a"], spans=[None, [(0, 99)]]), "leaves"), (dict(prompts=["a"], spans=[[(0, 1)]], segment="sentence"), "not both"),
+    (dict(prompts=["a"], kv_decode_budget=[1, 2]), "each prompt"), (dict(prompts=["a"], kv_decode_budget=9), "does not evict generated"),
     (dict(prompts=["a"], kv_budget=3), "at least 17"), (dict(prompts=["a"], prefix="x "*1100), "n_ctx"),
 ])
 def test_mistakes_change_nothing(llm, how, why):

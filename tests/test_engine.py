@@ -394,6 +394,14 @@ def test_too_many_cells(models):
         context(models["llama"], n_ctx=1 << 24, n_seq_max=256)
 
 
+@pytest.mark.parametrize("part, why", [(0.5, "not within the file"), (0.01, "not within the file|remaining file size|header"), (0, "magic")])
+def test_a_truncated_model(tmp_path, part, why):
+    whole, cut = tiny.write(tmp_path/"whole.gguf").read_bytes(), tmp_path/"cut.gguf"
+    cut.write_bytes(whole[:int(part*len(whole))])
+    with pytest.raises(ValueError, match=f"is not a GGUF model llama.cpp can load: .*({why})"):
+        pykvc.LLM(cut, n_ctx=256)
+
+
 def test_a_model_without_a_tokenizer_takes_tokens(models):
     with pytest.raises(ValueError, match="no tokenizer"):
         models["llama"].tokenize(b"text")

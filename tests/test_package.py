@@ -1,4 +1,6 @@
 """The installed package: whole wherever it is copied, and with the licences of what is in it."""
+import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -45,3 +47,37 @@ def test_licences():
     assert "The ggml authors" in texts["LICENSE.llama.cpp"]
     for name in ("cpp-httplib", "nlohmann-json", "xxhash", "sha256", "rotate-bits"):
         assert texts[f"LICENSE.{name}"].strip()
+
+
+def declared(body):
+    """{name: names of the arguments, of a property None, of a class what it declares} in a piece of the stub."""
+    found = {}
+    for node in body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = declared(node.body)
+        elif isinstance(node, ast.FunctionDef):
+            arguments = [a.arg for a in node.args.args + node.args.kwonlyargs if a.arg != "self"]
+            found[node.name] = None if any(getattr(d, "id", "") == "property" for d in node.decorator_list) else arguments
+    return found
+
+
+def bound(owner):
+    """The same of what is compiled: pybind11 writes the signature into the first line of the docstring."""
+    found = {}
+    for name, thing in vars(owner).items():
+        if isinstance(thing, type):
+            found[name] = bound(thing)
+        elif isinstance(thing, property):
+            found[name] = None
+        elif name == "__init__" or not name.startswith("_") and callable(getattr(owner, name)):
+            signature = getattr(owner, name).__doc__.partition("\n")[0]
+            found[name] = [argument for argument in re.findall(r"[(,] ?(\w+): ", signature) if argument != "self"]
+    return found
+
+
+def test_the_stub_is_what_is_compiled():
+    stub = declared(ast.parse(Path(_core.__file__).with_name("_core.pyi").read_text()).body)
+    real = bound(_core)
+    assert stub.keys() == real.keys()
+    for name, own in stub.items():
+        assert own == real[name], name
