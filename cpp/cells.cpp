@@ -166,11 +166,13 @@ int32_t engine::n_to_free(uint32_t s, int32_t n_new) const {
     return std::max(q.gen < 0 ? cfg->n_reserve : std::min(n_left, cfg->n_reserve), n_new);
 }
 
-// Evictions between the ubatches of one llama_decode().
+// Evictions between the ubatches of one llama_decode(). Every ubatch comes by here, before it is computed.
 void engine::before_ubatch(llama_context * lctx, const llama_ubatch & ubatch) {
-    auto * e = of(lctx);
-    if (e && e->lacks_room(ubatch)) {
-        lctx->memory_update(true);
+    if (auto * e = of(lctx)) {
+        e->computes = lctx;
+        if (e->lacks_room(ubatch)) {
+            lctx->memory_update(true);
+        }
     }
 }
 

@@ -125,7 +125,7 @@ public:
     bool has_room(const llama_ubatch & ubatch) const;
     bool wants_update() const { return stale || !jobs.empty() || !due.empty(); }
     static void before_ubatch(llama_context * lctx, const llama_ubatch & ubatch);
-    void update(llama_context * lctx, const std::vector<uint32_t> & ssrc, const std::vector<uint32_t> & sdst);
+    void update(llama_context * lctx);
 
     // -- the graph
     uint32_t cell_begin(int32_t ikv) const;            // first cell layer ikv reads, its row 0
@@ -213,6 +213,9 @@ private:
     bool    has_room(uint32_t s, int32_t n_new) const;
     int32_t n_to_free(uint32_t s, int32_t n_new) const;
 
+    // hooks.cpp
+    void     synchronize() const;
+
     // engine.cpp
     void     reset(stream & q) const;
     uint32_t stream_of(llama_seq_id seq_id) const; // throws
@@ -282,6 +285,7 @@ private:
     int32_t n_hkv = 0;
 
     std::vector<stream> streams;
+    llama_context * computes = nullptr; // the cache's own, known from its first ubatch on
     std::vector<job>    due;
     std::vector<std::function<void()>> jobs;
     bool stale = false;           // cells a layer reads changed outside an update: graphs must go
@@ -324,9 +328,10 @@ std::string & last_error();
 // The cache that evicts, or would: null where the context's memory is none of ours.
 llama_kv_cache * cache_of(llama_context * lctx);
 
+int32_t n_head_kv_of(llama_context * lctx, int32_t ikv); // KV heads of a layer of its cache
+
 // Runs the copies between sequences that llama.cpp has put off to the next decode: a state saved or loaded before that
 // decode would be of the time before them.
-int32_t n_head_kv_of(llama_context * lctx, int32_t ikv); // KV heads of a layer of its cache
 void flush_copies(llama_context * lctx);
 
 bool uses_flash_attn(llama_context * lctx);

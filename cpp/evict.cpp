@@ -243,6 +243,7 @@ void engine::compact_sums(int32_t ikv, uint32_t s, int32_t n_src, int32_t n_dst,
 }
 
 void engine::clear_sums(uint32_t s) {
+    synchronize();
     for (auto & t : tensors) {
         if (t.sums) {
             ggml_backend_tensor_memset(t.sums, 0, s*t.sums->nb[2], t.sums->nb[2]);

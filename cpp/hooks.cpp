@@ -3,6 +3,7 @@
 #include "engine.h"
 
 #include "llama-batch.h"
+#include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
 
@@ -13,7 +14,15 @@ namespace kvc {
 // A batch of more tokens than this is a prompt to a caller that does not say so; fewer may be a speculative draft.
 static const uint32_t N_DRAFT_MAX = 32;
 
+// What is being computed may still write into the signals.
+void engine::synchronize() const {
+    if (computes) {
+        llama_synchronize(computes);
+    }
+}
+
 void engine::on_clear() {
+    synchronize();
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         reset(streams[s]);
     }
@@ -91,6 +100,18 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 }
 
 void engine::on_seq_cp(uint32_t s0, uint32_t s1) {
+    // Signals now, although K and V wait for the next update: by then the source or the copy may have been removed, which clears sums
+    // at once. (K and V may wait: removing cells leaves their rows, and copies come first in an update, in the order they were asked for.)
+    synchronize();
+    for (const auto & t : tensors) {
+        for (ggml_tensor * x : { t.win, t.sums }) {
+            if (x) {
+                std::vector<uint8_t> buf(ggml_nbytes(x)/kv.n_stream);
+                ggml_backend_tensor_get(x, buf.data(), s0*buf.size(), buf.size());
+                ggml_backend_tensor_set(x, buf.data(), s1*buf.size(), buf.size());
+            }
+        }
+    }
     const budget prompt = streams[s1].prompt_budget, decode = streams[s1].decode_budget; // a sequence's own
     auto own = std::move(streams[s1].cfg);
     streams[s1] = streams[s0];

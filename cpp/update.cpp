@@ -13,22 +13,10 @@
 
 namespace kvc {
 
-void engine::update(llama_context * lctx, const std::vector<uint32_t> & ssrc, const std::vector<uint32_t> & sdst) {
+void engine::update(llama_context * lctx) {
     // nothing may leave here but by last_error(): llama_decode is C
     try {
         llama_synchronize(lctx);
-        for (size_t i = 0; i < ssrc.size(); ++i) {
-            for (auto & t : tensors) {
-                for (ggml_tensor * x : { t.win, t.sums }) {
-                    if (!x) {
-                        continue;
-                    }
-                    std::vector<uint8_t> buf(ggml_nbytes(x)/kv.n_stream);
-                    ggml_backend_tensor_get(x, buf.data(), ssrc[i]*buf.size(), buf.size());
-                    ggml_backend_tensor_set(x, buf.data(), sdst[i]*buf.size(), buf.size());
-                }
-            }
-        }
         for (const auto & fn : std::exchange(jobs, {})) {
             fn();
         }

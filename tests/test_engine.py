@@ -337,6 +337,42 @@ def test_a_state_that_was_read_in_part_leaves_no_sums(models):
     assert all(np.array_equal(a["sums"], b["sums"]) for a, b in zip(c.signals(), fresh.signals()))
 
 
+@pytest.fixture
+def raw(tmp_path):
+    """The memory of a context of two sequences under h2o, for C calls, and a Context on it."""
+    from pykvc import llama_cpp as lib
+    _core.set_log(None)  # theirs writes to stderr
+    model = lib.llama_model_load_from_file(str(tiny.write(tmp_path/"llama.gguf")).encode(), lib.llama_model_default_params())
+    how = lib.llama_context_default_params()
+    how.n_ctx, how.n_ubatch, how.n_seq_max, how.kv_unified, how.n_threads, how.n_threads_batch = 1024, 64, 2, False, 1, 1
+    _core.next_context("h2o:interval=8", "24")
+    ctx = lib.llama_init_from_model(model, how)
+    yield lib, ctx, lib.llama_get_memory(ctx), _core.Context.borrow(ctx)
+    lib.llama_free(ctx)
+    lib.llama_model_free(model)
+
+
+@pytest.mark.parametrize("then", ["move", "take back", "clear"])
+def test_a_copy_of_sums_that_is_followed_by_a_removal(models, raw, then):
+    """llama.cpp copies K and V at the next decode: the sums are there before that, and only those of tokens that are."""
+    lib, _, memory, c = raw
+    c.decode(ids(60))
+    lib.llama_memory_seq_cp(memory, 0, 1, -1, -1)
+    if then == "clear":
+        lib.llama_memory_clear(memory, False)
+    else:
+        lib.llama_memory_seq_rm(memory, 0 if then == "move" else 1, -1, -1)
+    fresh = context(models["llama"], "h2o:interval=8", n_seq_max=2)
+    if then == "move":
+        fresh.decode(ids(60))
+    assert c.pos_max(1) == fresh.pos_max()
+    c.decode(ids(40, 1), 1)
+    fresh.decode(ids(40, 1))
+    assert all(np.array_equal(a["sums"], b["sums"]) for a, b in zip(c.signals(1), fresh.signals()))
+    assert c.evict(1) and fresh.evict() and all(map(np.array_equal, c.kept(1), fresh.kept()))
+    assert np.array_equal(c.logits(), fresh.logits())
+
+
 def test_a_state_with_impossible_spans_or_positions_is_refused(models):
     c = context(models["llama"], "shotkv:window=8,recent=8")
     c.set_spans([(10, 50)])
