@@ -373,6 +373,28 @@ def test_a_copy_of_sums_that_is_followed_by_a_removal(models, raw, then):
     assert np.array_equal(c.logits(), fresh.logits())
 
 
+def test_an_aborted_ubatch_under_h2o_takes_its_sequence_along(models, raw):
+    """And says so: what it added to the sums cannot be taken out. The other sequence stays."""
+    lib, ctx, _, c = raw
+    c.decode(ids(60), 0)
+    c.decode(ids(60), 1)
+    said = []
+    abort = lib.ggml_abort_callback(lambda _: True)
+    _core.set_log(lambda level, text: said.append(text))
+    lib.llama_set_abort_callback(ctx, abort, None)
+    try:
+        with pytest.raises(ValueError, match="code 2"):
+            c.decode(ids(5, 1), 1)
+    finally:
+        lib.llama_set_abort_callback(ctx, lib.ggml_abort_callback(0), None)
+        _core.set_log(None)
+    assert any("seq_id = 1 as a whole" in text for text in said) and (c.pos_max(0), c.pos_max(1)) == (59, -1)
+    fresh = context(models["llama"], "h2o:interval=8", n_seq_max=2)
+    for x, seq in ((c, 1), (fresh, 0)):
+        x.decode(ids(60), seq)
+    assert all(np.array_equal(a["sums"], b["sums"]) for a, b in zip(c.signals(1), fresh.signals()))
+
+
 def test_a_state_with_impossible_spans_or_positions_is_refused(models):
     c = context(models["llama"], "shotkv:window=8,recent=8")
     c.set_spans([(10, 50)])

@@ -7,6 +7,7 @@ import pytest
 
 import pykvc
 import tiny
+from pykvc import _core
 
 SHOTS = [f"Q: What is {a} plus {b}?\nA: {a} plus {b} is {a + b}.\n\n" for a, b in [(2, 3), (4, 4), (1, 6), (7, 2), (5, 5), (3, 6), (8, 1), (2, 2)]]
 QUESTION = "Q: What is 3 plus 3?\nA:"
@@ -103,6 +104,27 @@ def test_interrupt_leaves_it_usable(full, monkeypatch):
     monkeypatch.undo()
     assert full.n_tokens == session.ctx.pos_max() + 1
     assert full.generate(PROMPT, max_tokens=6).tokens == expected
+
+
+def test_interrupt_under_h2o_leaves_it_usable(model_path, monkeypatch):
+    """No tail of it can be removed: the tokens that were evaluated stay, and the next prompt begins anew."""
+    decode = _core.Context.decode
+    with pykvc.LLM(model_path, n_ctx=256, kv_policy="h2o", kv_budget=48) as llm:
+        expected = llm.generate(PROMPT, max_tokens=6).tokens
+        for n_calls in (1, 2, 4):  # in the prompt, in the answer before and after another token
+            calls = []
+
+            def interrupted(*args, **kwargs):  # the engine looks for signals after a llama_decode
+                decode(*args, **kwargs)
+                calls.append(args)
+                if len(calls) == n_calls:
+                    raise KeyboardInterrupt
+            monkeypatch.setattr(_core.Context, "decode", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(PROMPT, max_tokens=6)
+            monkeypatch.undo()
+            assert llm.n_tokens == llm._session.ctx.pos_max() + 1 > 0
+            assert llm.generate(PROMPT, max_tokens=6).tokens == expected
 
 
 # -- eviction -------------------------------------------------------------------------------------------------------
