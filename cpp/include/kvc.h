@@ -49,6 +49,8 @@ struct kvc_seq_usage {
 // The policy of the next context this thread creates, whatever the environment says. "full" or NULL: stock.
 // cells: NULL, or fewer than the context has tokens, of one sequence (or bytes of all: 512MiB): evictions make room before
 // each ubatch. guess_prompt_end: evict at the first single token after a prompt; otherwise the caller says so with kvc_evict().
+// A context that llama.cpp refuses before it looks at the policy leaves it to the next one: call this again after
+// llama_init_from_model() returned NULL.
 LLAMA_API int32_t kvc_next_context(const char * policy, const char * budget, const char * decode_budget,
                                          const char * cells, bool guess_prompt_end);
 
