@@ -11,7 +11,7 @@ from pykvc import _core
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     return {arch: _core.Model(str(tiny.write(folder/f"{arch}.gguf", arch, n_layer=7 if arch == "gemma3" else 3)))
-            for arch in ("llama", "gemma3", "qwen2vl", "mamba")}
+            for arch in ("llama", "gemma3", "qwen2vl", "mamba", "t5")}
 
 
 def context(model, policy="snapkv:window=8,kernel=3", budget="24", **kwargs):
@@ -22,12 +22,12 @@ def ids(n, seed=0):
     return np.random.default_rng(seed).integers(0, tiny.N_VOCAB, n, dtype=np.int32)
 
 
-@pytest.mark.parametrize("arch, why", [("qwen2vl", "M-RoPE"), ("mamba", "recurrent")])
+@pytest.mark.parametrize("arch, why", [("qwen2vl", "M-RoPE"), ("mamba", "recurrent"), ("t5", "relative positions")])
 def test_unsupported_models_are_refused(models, arch, why):
     with pytest.raises(ValueError, match=why):
         context(models[arch])
     c = context(models[arch], "full", "")  # the process and the model are as usable as before
-    if arch != "qwen2vl":                  # whose positions this binding does not make
+    if arch not in ("qwen2vl", "t5"):      # this binding does not make their positions, nor what a decoder gets from an encoder
         c.decode(ids(5))
 
 
@@ -325,13 +325,14 @@ def test_damaged_states_are_refused(models, policy):
     assert c.pos_max() == 59
 
 
-def test_a_state_that_was_read_in_part_leaves_no_sums(models):
-    """h2o adds to them: what a truncated state left would count."""
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_state_that_was_read_in_part_leaves_no_sums(models, whole):
+    """h2o adds to them: what a truncated state left would count. Of one sequence, too, where the cache is not cleared as a whole."""
     c, fresh = context(models["llama"], "h2o"), context(models["llama"], "h2o")
     c.decode(ids(60))
-    data = c.save()
+    data = c.save() if whole else c.save_seq()
     with pytest.raises(ValueError):
-        c.load(data[:-64])
+        c.load(data[:-64]) if whole else c.load_seq(data[:-64])
     for x in (c, fresh):
         x.decode(ids(40, 1))
     assert all(np.array_equal(a["sums"], b["sums"]) for a, b in zip(c.signals(), fresh.signals()))
@@ -422,6 +423,16 @@ def test_layers_with_other_numbers_of_heads(tmp_path):
     c.decode(ids(30))
     assert [k.shape for k in c.kept()] == [(2, 30), (1, 30), (2, 30)] and (c.kept()[1] == range(30)).all()
     assert c.stats()["kept"] == [30]*3
+    with pytest.raises(ValueError, match="KV heads"):
+        context(model)
+
+
+def test_a_layer_without_kv_heads(tmp_path):
+    model = _core.Model(str(tiny.write(tmp_path/"deci.gguf", "deci")))
+    c = context(model, "full", "")
+    c.decode(ids(30))
+    assert [k.shape for k in c.kept()] == [(2, 30), (0, 0), (2, 30)]
+    assert c.stats()["kept"] == c.seq_stats()["kept"] == [30, 0, 30]
     with pytest.raises(ValueError, match="KV heads"):
         context(model)
 

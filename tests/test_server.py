@@ -400,6 +400,7 @@ def test_a_prompt_longer_than_its_cells(bounded, model_path):
 def test_what_cells_allow(bounded):
     assert bounded.ok("/completion", ask(PROMPT, 8, kv_policy="full"))["kv"]["n_evictions"] == 0
     for fields, says in (({"kv_policy": "full", "n_predict": 700}, "768 cells"), ({"kv_policy": "full", "n_predict": -1}, "768 cells"),
+                         ({"kv_policy": "full", "n_predict": 2**31 - 1}, "768 cells"),
                          ({"kv_budget": 600}, "at most 512"), ({"kv_policy": "streaming_llm:sinks=600", "kv_budget": "25%"}, "at most 512")):
         status, reply = bounded.post("/completion", {**ask(PROMPT), **fields})
         assert status == 400 and says in reply["error"]["message"]

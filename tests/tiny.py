@@ -11,8 +11,9 @@ N_EMBD, N_HEAD, N_HEAD_KV, N_FF, N_VOCAB = 64, 4, 2, 96, 128
 def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, head_dim: int = 32, yarn: float = 1, quant: str = "F32",
           n_vocab: int = N_VOCAB, seed: int = 0, tokenizer: Callable[[gguf.GGUFWriter], None] = lambda w: w.add_tokenizer_model("no_vocab")) -> Path:
     """arch: llama | qwen2 (the other pairs in RoPE) | gemma3 (a global layer after five with a window of 32) | hunyuan-dense (a norm
-    after RoPE) | openelm (the second layer has half the KV heads) | qwen2vl (M-RoPE) | mamba (recurrent). yarn: what RoPE is stretched by. quant: the type of the matrices, as gguf.GGMLQuantizationType names it.
-    tokenizer: writes one of n_vocab tokens; none otherwise. seed: of the weights."""
+    after RoPE) | openelm (the second layer has half the KV heads) | deci (the second has none) | t5 (relative positions; what an encoder
+    needs, too) | qwen2vl (M-RoPE) | mamba (recurrent). yarn: what RoPE is stretched by. quant: the type of the matrices, as
+    gguf.GGMLQuantizationType names it. tokenizer: writes one of n_vocab tokens; none otherwise. seed: of the weights."""
     rng = np.random.default_rng(seed)
     head_dim = 16 if arch == "qwen2vl" else head_dim  # 32: a block of a quantized cache
     w = gguf.GGUFWriter(path, arch)
@@ -21,7 +22,11 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
     w.add_block_count(n_layer)
     w.add_feed_forward_length(N_FF)
     w.add_head_count(N_HEAD)
-    w.add_head_count_kv([N_HEAD_KV//(1 + (i == 1)) for i in range(n_layer)] if arch == "openelm" else N_HEAD_KV)
+    second = {"openelm": N_HEAD_KV//2, "deci": 0}.get(arch, N_HEAD_KV)  # KV heads of the second layer
+    if second != N_HEAD_KV:
+        w.add_head_count_kv([second if i == 1 else N_HEAD_KV for i in range(n_layer)])
+    else:
+        w.add_head_count_kv(N_HEAD if arch == "t5" else N_HEAD_KV)
     w.add_key_length(head_dim)
     w.add_value_length(head_dim)
     w.add_layer_norm_rms_eps(1e-5)
@@ -45,7 +50,25 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
         w.add_tensor(name, np.ones(n, np.float32))
 
     put("token_embd.weight", n_vocab, N_EMBD, scale=1.0)
-    ones("output_norm.weight", N_EMBD)
+    if arch == "t5":
+        w.add_relative_attn_buckets_count(32)
+        for half, attns in (("enc", ("attn",)), ("dec", ("attn", "cross_attn"))):
+            ones(f"{half}.output_norm.weight", N_EMBD)
+            for i in range(n_layer):
+                b = f"{half}.blk.{i}."
+                if i == 0:
+                    put(b + "attn_rel_b.weight", 32, N_HEAD)
+                for attn in attns:
+                    ones(b + attn + "_norm.weight", N_EMBD)
+                    for name in "qkv":
+                        put(f"{b}{attn}_{name}.weight", N_HEAD*head_dim, N_EMBD)
+                    put(b + attn + "_o.weight", N_EMBD, N_HEAD*head_dim)
+                ones(b + "ffn_norm.weight", N_EMBD)
+                put(b + "ffn_up.weight", N_FF, N_EMBD)
+                put(b + "ffn_down.weight", N_EMBD, N_FF)
+        n_layer = 0  # there are no others
+    else:
+        ones("output_norm.weight", N_EMBD)
     if arch == "mamba":
         w.add_ssm_conv_kernel(4)
         w.add_ssm_inner_size(2*N_EMBD)
@@ -72,12 +95,15 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
             put(b + "ssm_out.weight", N_EMBD, n)
             continue
         if arch == "openelm":
-            put(b + "attn_qkv.weight", (N_HEAD + 2*N_HEAD_KV//(1 + (i == 1)))*head_dim, N_EMBD)
+            put(b + "attn_qkv.weight", (N_HEAD + 2*(second if i == 1 else N_HEAD_KV))*head_dim, N_EMBD)
+        elif arch == "deci" and i == 1:  # attention is one matrix
+            put(b + "attn_output.weight", N_EMBD, N_EMBD)
         else:
             put(b + "attn_q.weight", N_HEAD*head_dim, N_EMBD)
             put(b + "attn_k.weight", N_HEAD_KV*head_dim, N_EMBD)
             put(b + "attn_v.weight", N_HEAD_KV*head_dim, N_EMBD)
-        put(b + "attn_output.weight", N_EMBD, N_HEAD*head_dim)
+        if not (arch == "deci" and i == 1):
+            put(b + "attn_output.weight", N_EMBD, N_HEAD*head_dim)
         if arch in ("qwen2", "qwen2vl"):
             put(b + "attn_q.bias", N_HEAD*head_dim)
             put(b + "attn_k.bias", N_HEAD_KV*head_dim)
