@@ -66,10 +66,18 @@ public:
         return res;
     }
 
-    std::vector<llama_token> tokenize(const std::string & text, bool add_special, bool parse_special) const {
-        if (llama_vocab_type(vocab) == LLAMA_VOCAB_TYPE_NONE) { // llama.cpp would abort
-            throw std::invalid_argument("this model has no tokenizer: give tokens, not text");
+    bool has_text() const {
+        return llama_vocab_type(vocab) != LLAMA_VOCAB_TYPE_NONE;
+    }
+
+    void need_text(const char * instead) const { // llama.cpp would abort
+        if (!has_text()) {
+            throw std::invalid_argument(std::string("this model has no tokenizer: ") + instead);
         }
+    }
+
+    std::vector<llama_token> tokenize(const std::string & text, bool add_special, bool parse_special) const {
+        need_text("give tokens, not text");
         std::vector<llama_token> res(text.size() + 8);
         const int32_t n = llama_tokenize(vocab, text.data(), (int32_t) text.size(), res.data(), (int32_t) res.size(), add_special, parse_special);
         if (n < 0) {
@@ -88,6 +96,7 @@ public:
     }
 
     py::bytes detokenize(const std::vector<llama_token> & tokens, bool remove_special, bool unparse_special) const {
+        need_text("its tokens have no text");
         for (const auto t : tokens) {
             check(t);
         }
@@ -100,8 +109,12 @@ public:
         return py::bytes(res.data(), std::max(0, n));
     }
 
+    // Empty where the model has no tokenizer.
     py::bytes piece(llama_token t, bool special) const {
         check(t);
+        if (!has_text()) {
+            return py::bytes();
+        }
         char buf[512];
         const int32_t n = llama_token_to_piece(vocab, t, buf, sizeof(buf), 0, special);
         return py::bytes(buf, std::max(0, n));

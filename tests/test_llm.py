@@ -346,6 +346,16 @@ def test_heads_that_differ(full, model_path, tmp_path):
         assert llm.generate(QUESTION, reset=False, max_tokens=3).n_predicted == 3
 
 
+def test_a_model_without_a_tokenizer_answers_in_tokens(tmp_path):
+    with pykvc.LLM(tiny.write(tmp_path/"model.gguf"), n_ctx=256, n_seq_max=2) as llm:
+        alone = llm.generate(tokens=list(range(50)), max_tokens=8)
+        assert (alone.text, len(alone.tokens), alone.n_predicted) == ("", 8, 8)
+        assert [one.tokens for one in llm.generate_batch([list(range(50))]*2, max_tokens=8)] == [alone.tokens]*2
+        for call in (lambda: llm.detokenize([1]), lambda: llm.generate("text", max_tokens=1), lambda: llm.generate(tokens=[1], echo=True, max_tokens=1)):
+            with pytest.raises(ValueError, match="no tokenizer"):
+                call()
+
+
 def test_a_state_of_other_weights_is_refused(tmp_path):
     """Base and instruct have one architecture and one size."""
     a, b = (tiny.write(tmp_path/f"{seed}.gguf", seed=seed) for seed in (0, 1))
