@@ -19,14 +19,17 @@ SPECS = [  # spec, budget, decode budget
     ("snapkv:window=8,kernel=3", "24", ""),
     ("adakv:window=8,kernel=3,alpha=0.1", "16", ""),
     ("pyramidkv:window=8,kernel=3,beta=3", "16", ""),
+    ("pyramidinfer:window=8,sinks=2,interval=8", "24", "12"),
     ("chunkkv:window=8,chunk=4", "24", ""),
     ("expected_attention:window=8,future=8,sinks=2,recent=4", "24", ""),
     ("shotkv:window=8,sinks=2,interval=8,recent=4", "32", "8"),
+    ("random_shot:window=8,sinks=2,interval=8,recent=4", "32", "8"),
     ("random:seed=3,interval=8", "16", "16"),
 ]
+CACHES = [("f16", "on"), ("f16", "off"), ("q8_0", "on"), ("f32", "off"), ("bf16", "on"), ("q5_0", "on"), ("q4_1", "on")]  # type, flash attention
 
 
-ONE_SEQUENCE = ("adakv", "pyramidkv")  # layers differ in what they hold
+ONE_SEQUENCE = ("adakv", "pyramid")  # layers differ in what they hold
 SEQ = st.runner().flatmap(lambda machine: st.integers(0, machine.n_seq - 1))
 
 
@@ -58,24 +61,24 @@ def apply(ctx, seq, step, arg):
 class CacheMachine(RuleBasedStateMachine):
     model = None
 
-    @initialize(spec=st.sampled_from(SPECS), cache=st.sampled_from([("f16", "on"), ("f16", "off"), ("q8_0", "on"), ("f32", "off")]))
-    def start(self, spec, cache):
+    @initialize(spec=st.sampled_from(SPECS), cache=st.sampled_from(CACHES), cells=st.sampled_from(["", "256"]))
+    def start(self, spec, cache, cells):
         name, budget, decode_budget = spec
         fa = "off" if name.startswith("h2o") else cache[1]
-        kv = "f16" if name.startswith("h2o") and cache[0] == "q8_0" else cache[0]
-        self.make = lambda n_seq: _core.Context(self.model, n_ctx=256, n_batch=32, n_ubatch=16, n_seq_max=n_seq, n_threads=1, type_k=kv,
-                                                type_v=kv, flash_attn=fa, policy=name, budget=budget, decode_budget=decode_budget)
+        kv = "f16" if name.startswith("h2o") and cache[0][0] == "q" else cache[0]
+        self.make = lambda n_seq: _core.Context(self.model, n_ctx=512, n_batch=32, n_ubatch=16, n_seq_max=n_seq, n_threads=1, type_k=kv,
+                                                type_v=kv, flash_attn=fa, policy=name, budget=budget, decode_budget=decode_budget, cells=cells)
         self.n_seq = 1 if name.startswith(ONE_SEQUENCE) else 2
         self.ctx = self.make(self.n_seq)
         self.steps = [[] for _ in range(self.n_seq)]  # what counts, by sequence
         self.length = [0]*self.n_seq
         self.saved = None
 
-    @rule(seq=SEQ, tokens=st.lists(st.integers(0, tiny.N_VOCAB - 1), min_size=1, max_size=40))
-    def prefill(self, seq, tokens):
-        if self.length[seq] + len(tokens) <= self.ctx.n_ctx:
-            self.do(seq, "decode", tokens)
-            self.length[seq] += len(tokens)
+    @rule(seq=SEQ, n=st.one_of(st.integers(1, 40), st.integers(1, 150)), seed=st.integers(0, 9))
+    def prefill(self, seq, n, seed):
+        if self.length[seq] + n <= self.ctx.n_ctx:
+            self.do(seq, "decode", np.random.default_rng(seed).integers(0, tiny.N_VOCAB, n).tolist())
+            self.length[seq] += n
 
     @rule(seq=SEQ, token=st.integers(0, tiny.N_VOCAB - 1), n=st.integers(1, 20))
     def generate(self, seq, token, n):
