@@ -165,15 +165,17 @@ def test_flash_attention_of_a_real_model(model, tokens):
 
 @pytest.mark.parametrize("type_kv, fa", [(t, 1) for t in ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")]
                          + [(t, 0) for t in ("f32", "f16", "bf16")])  # llama.cpp has no quantized V without flash attention
-def test_rows_move_as_bytes(model, tokens, type_kv, fa):
-    """After an eviction every kept key is the key that was there, of any cache type and layout."""
-    c = _core.Context(model, n_ctx=1024, n_threads=2, type_k=type_kv, type_v=type_kv, flash_attn=["off", "on"][fa], policy="keydiff", budget="100")
+@pytest.mark.parametrize("policy, rows", [("keydiff", "keys"), ("expected_attention:window=32", "v_norm")])  # each asks for what is compared
+def test_rows_move_as_bytes(model, tokens, type_kv, fa, policy, rows):
+    """After an eviction every kept key is the key that was there, and every kept value as long as it was, of any cache type and layout."""
+    c = _core.Context(model, n_ctx=1024, n_threads=2, type_k=type_kv, type_v=type_kv, flash_attn=["off", "on"][fa], policy=policy, budget="100")
     c.decode(tokens[:300])
     before = c.signals()
     assert c.evict()
     for was, now, kept in zip(before, c.signals(), c.kept()):
         assert np.array_equal(now["pos"], kept)
         for h, pos in enumerate(kept):
-            assert np.array_equal(now["keys"][h], was["keys"][h][pos])
+            assert np.array_equal(now[rows][h], was[rows][h][pos])
+        assert len(np.unique(was[rows])) > 200  # rows that are told apart
     c.decode(tokens[300:301])
     assert np.isfinite(c.logits()).all()
