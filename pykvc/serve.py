@@ -21,7 +21,7 @@ def program() -> Path:
     """The llama-server of this package. ValueError says how to get it where it was left out."""
     path = Path(_core.__file__).parent/"lib"/"llama-server"
     if not path.is_file():
-        raise ValueError("this build of pykvc is without llama-server: install it with `pip install pykvc -C cmake.define.PYKVC_SERVER=ON`")
+        raise ValueError("this build of pykvc is without llama-server: install it with `pip install . -C cmake.define.PYKVC_SERVER=ON` in a checkout")
     return path
 
 

@@ -67,6 +67,17 @@ def test_completion(server, llm):
     assert 0 < kv["bytes"] < kv["bytes_full"] and kv["bytes"]*kv["n_tokens"] == kv["bytes_full"]*kv["n_kept"]
 
 
+@pytest.mark.parametrize("route, body", [
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4}),
+    ("/v1/messages", {"messages": [{"role": "user", "content": PROMPT}], "max_tokens": 4}), ("/v1/responses", {"input": PROMPT, "max_output_tokens": 4})])
+def test_every_chat_route_takes_the_fields(server, route, body):
+    kv = server.ok(route, {**body, "temperature": 0, "kv_policy": "keydiff", "kv_budget": 64})["kv"]
+    assert (kv["policy"], kv["budget"], kv["n_evictions"]) == ("keydiff", "64", 1)
+    assert server.ok(route, {**body, "temperature": 0})["kv"]["policy"] == POLICY
+    connection, events = server.stream(route, {**body, "kv_budget": 80})
+    assert [event["kv"]["budget"] for event in events if "kv" in event] == ["80"]
+
+
 @pytest.mark.parametrize("prompt, how", [
     (PROMPT, {}), (STORY, {}), (PROMPT, {"segment": "\n\n"}), (PROMPT, {"spans": [(0, 40), (40, 90), (100, 180)]}),
     (PROMPT, {"policy": "snapkv:window=32", "budget": 96}), (STORY, {"policy": "keydiff", "budget": 0.5}),
@@ -126,7 +137,8 @@ def test_sentences_are_those_of_python(server, llm, name):
         erase(server)
         assert server.ok("/completion", ask(ids, 4, id_slot=0, kv_budget="60%", kv_spans=kv_spans))["kv"]["n_evictions"] == 1
         server.ok("/slots/0?action=save", {"filename": "spans.bin"})
-        return (server.slots_folder/"spans.bin").read_bytes()
+        data = (server.slots_folder/"spans.bin").read_bytes()
+        return data[:-24 - struct.unpack("<Q", data[-16:-8])[0]]  # without the request's own words
     found = saved("sentence")
     assert found == saved(spans) and found != saved([(spans[0][0], spans[-1][1])])
     (server.slots_folder/"spans.bin").unlink()
@@ -229,8 +241,8 @@ def test_an_extension_goes_on(server, llm):
 
 def test_a_branch_gives_what_a_cold_slot_gives(server):
     branch = "".join(SHOTS[:6]) + STORY
-    cold = server.ok("/completion", ask(branch, 24, cache_prompt=False))
-    erase(server)
+    cold = server.ok("/completion", ask(branch, 24, id_slot=0, cache_prompt=False))
+    erase(server)  # an idle slot would go into the host cache, and come back
     server.ok("/completion", ask(PROMPT, 24, id_slot=0))
     warm = server.ok("/completion", ask(branch, 24, id_slot=0))
     assert warm["timings"]["cache_n"] == 0
@@ -238,7 +250,7 @@ def test_a_branch_gives_what_a_cold_slot_gives(server):
 
 
 def test_another_rule_is_another_cache(server):
-    cold = server.ok("/completion", ask(PROMPT + " 9", 24, cache_prompt=False, kv_policy="keydiff", kv_budget=64))
+    cold = server.ok("/completion", ask(PROMPT + " 9", 24, id_slot=0, cache_prompt=False, kv_policy="keydiff", kv_budget=64))
     erase(server)
     server.ok("/completion", ask(PROMPT, 4, id_slot=0))
     warm = server.ok("/completion", ask(PROMPT + " 9", 24, id_slot=0, kv_policy="keydiff", kv_budget=64))
@@ -279,6 +291,44 @@ def test_slot_files(server, llm):
     assert back["timings"]["cache_n"] == len(ids) + 15 and back["tokens"] == direct["tokens"]
 
 
+def test_a_restored_slot_is_the_one_that_was_saved(server):
+    """It knows how it was evicted: a branch inside the evicted part and another policy begin anew."""
+    branch, other = ask("".join(SHOTS[:6]) + STORY, 24, id_slot=0), ask(PROMPT + " 9", 24, id_slot=0, kv_policy="keydiff", kv_budget=64)
+    cold = []
+    for request in branch, other:
+        cold.append(server.ok("/completion", {**request, "cache_prompt": False}))
+        erase(server)  # or the host cache would bring it back
+    server.ok("/completion", ask(PROMPT, 4, id_slot=0))
+    server.ok("/slots/0?action=save", {"filename": "r.bin"})
+    held = server.ok("/slots")[0]["kv"]
+    for request, want in zip((branch, other), cold):
+        erase(server)
+        empty = server.ok("/slots")[0]["kv"]
+        assert (empty["policy"], empty["budget"], empty["n_tokens"], empty["n_kept"], empty["bytes"]) == (POLICY, BUDGET, 0, 0, 0)
+        server.ok("/slots/0?action=restore", {"filename": "r.bin"})
+        assert server.ok("/slots")[0]["kv"] == held
+        warm = server.ok("/completion", request)
+        assert warm["timings"]["cache_n"] == 0 and warm["tokens"] == want["tokens"]
+
+
+@pytest.mark.parametrize("was, now, says", [(b"KVCSLOT2", b"KVCSLOT1", "another version"), (b'"weights":"', b'"weights":"1', "other weights")])
+def test_a_slot_file_of_another_version_or_model(server, was, now, says):
+    erase(server)
+    server.ok("/completion", ask("A short one.", 2, id_slot=0))
+    server.ok("/slots/0?action=save", {"filename": "v.bin"})
+    data, n_about = (server.slots_folder/"v.bin").read_bytes(), 0
+    if was in data[:-24]:
+        at = data.rindex(was)
+        n_about, data = len(now) - len(was), data[:at] + now + data[at + len(was):]
+        data = data[:-24] + trailer(data[:-24], struct.unpack("<Q", data[-16:-8])[0] + n_about)
+    else:
+        data = data[:-24] + data[-24:].replace(was, now)
+    (server.slots_folder/"v.bin").write_bytes(data)
+    status, reply = server.post("/slots/0?action=restore", {"filename": "v.bin"})
+    assert status == 400 and says in reply["error"]["message"]
+    assert server.ok("/completion", ask(PROMPT, 2, id_slot=0))["timings"]["cache_n"] == 0
+
+
 def test_broken_slot_files_touch_nobody(server):
     erase(server)
     server.ok("/completion", ask(PROMPT, 4, id_slot=0))
@@ -306,12 +356,12 @@ def test_a_slot_file_that_cannot_be_written(server):
     assert status == 500 and not list(server.slots_folder.glob("*.part"))
 
 
-def checksum(data: bytes) -> bytes:
-    """The trailer of a slot file: FNV-1a."""
+def trailer(data: bytes, n_about: int) -> bytes:
+    """Of a slot file: the bytes of JSON before it, and FNV-1a."""
     value = 14695981039346656037
     for byte in data:
         value = (value ^ byte)*1099511628211 % 2**64
-    return b"KVCSLOT1" + struct.pack("<Q", value)
+    return b"KVCSLOT2" + struct.pack("<QQ", n_about, value)
 
 
 def test_mutated_slot_files(server):
@@ -321,7 +371,8 @@ def test_mutated_slot_files(server):
     server.ok("/completion", ask("A short one.", 2, id_slot=0))
     server.ok("/slots/0?action=save", {"filename": "c.bin"})
     good = (server.slots_folder/"c.bin").read_bytes()
-    assert good[-16:] == checksum(good[:-16])
+    n_about = struct.unpack("<Q", good[-16:-8])[0]
+    assert good[-24:] == trailer(good[:-24], n_about)
     for i in range(50):
         data, at = bytearray(good), rng.randrange(len(good))
         n = rng.choice([1, 4, 1000])
@@ -330,10 +381,10 @@ def test_mutated_slot_files(server):
         status, reply = server.post("/slots/0?action=restore", {"filename": "m.bin"})
         assert status == 400 and "restore" in reply["error"]["message"]
     for i in range(8):
-        data = bytearray(good[:-16])
+        data = bytearray(good[:-24])
         at = rng.choice([rng.randrange(200), len(data) - 1 - rng.randrange(3000)])
         data[at:at + 4] = rng.randbytes(4)
-        (server.slots_folder/"m.bin").write_bytes(data + checksum(data))
+        (server.slots_folder/"m.bin").write_bytes(data + trailer(data, n_about))
         assert server.post("/slots/0?action=restore", {"filename": "m.bin"})[0] in (200, 400)
         erase(server)
     assert server.ok("/completion", ask(PROMPT, 2, id_slot=0))["content"]
@@ -349,11 +400,15 @@ def test_mutated_requests(server):
         if i % 4 == 3:
             body = json.dumps(ask(PROMPT)).encode()
             body = rng.choice([body[:rng.randrange(len(body) - 1)], rng.randbytes(40), body.replace(b"{", b"[", 1), b""])
+            status, reply = server.post(rng.choice(["/completion", "/v1/completions", "/v1/chat/completions"]), body)
+            assert status >= 400 and reply["error"]["message"], body  # llama-server's own answer to what is no JSON is 500
         else:
             name = rng.choice(list(junk))
-            body = {**ask(PROMPT, 1), name: rng.choice(junk[name])}
-        status, reply = server.post(rng.choice(["/completion", "/v1/completions"]), body)
-        assert status >= 400 and reply["error"]["message"], body if isinstance(body, bytes) else {**body, "prompt": ""}
+            field, messages = {name: rng.choice(junk[name])}, [{"role": "user", "content": PROMPT}]
+            route, body = rng.choice([("/completion", ask(PROMPT, 1)), ("/v1/completions", ask(PROMPT, 1)), ("/v1/messages", {"messages": messages, "max_tokens": 1}),
+                                      ("/v1/chat/completions", {"messages": messages, "max_tokens": 1})])
+            status, reply = server.post(route, {**body, **field})
+            assert status == 400 and reply["error"]["message"], (route, field)
     assert server.ok("/completion", ask(PROMPT, 2))["content"]
 
 
@@ -425,6 +480,16 @@ def test_without_a_policy_and_sigterm(model_path, tmp_path):
         assert waiting.result()[0] == 503
     *_, last = events  # a token in flight may be the last, before the error can be said
     assert not last.get("stop") and last.get("error", {"code": 503})["code"] == 503
+
+
+def test_sigterm_with_a_policy(model_path, tmp_path):
+    server = Server(tmp_path/"log", "-m", model_path, "-c", 4096, "-np", 2, "--kv-policy", "h2o:interval=8", "--kv-budget", 64, "--kv-decode-budget", 32).wait()
+    assert [slot["kv"]["policy"] for slot in server.ok("/slots")] == ["h2o:interval=8"]*2  # before the first request
+    streams = [server.stream("/completion", ask(STORY, 1500, ignore_eos=True)) for _ in range(2)]
+    for _, events in streams:
+        for _ in range(12):
+            next(events)
+    assert server.stop() == 0
 
 
 def test_flags_are_in_the_help():

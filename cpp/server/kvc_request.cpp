@@ -30,6 +30,12 @@ static void check_ranges(const std::vector<kvc_span> & spans, int32_t n_tokens) 
     }
 }
 
+kvc_options kvc_request::over(const kvc_options & own) const {
+    const std::string name = policy.value_or(own.policy);
+    const bool keeps = name == "full";
+    return { name, budget.value_or(keeps ? "" : own.budget), decode_budget.value_or(keeps ? "" : own.decode_budget), own.cells };
+}
+
 void kvc_request::resolve(const kvc_server & server, const server_tokens & prompt, int32_t n_predict,
         const common_chat_msg_spans & chat) {
     if (!server.on) {
@@ -53,7 +59,8 @@ void kvc_request::resolve(const kvc_server & server, const server_tokens & promp
         throw std::invalid_argument("kv_policy " + *policy + " evicts nothing without a budget: give kv_budget (tokens, or a retained ratio in (0, 1]) "
             "or kv_decode_budget");
     }
-    rule = policy.value_or("") + "|" + budget.value_or("") + "|" + decode_budget.value_or("");
+    const auto used = over(server.options);
+    rule = used.policy + "|" + used.budget + "|" + used.decode_budget;
 
     if (units == ranges) {
         check_ranges(spans, n_tokens);

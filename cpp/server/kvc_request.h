@@ -3,6 +3,7 @@
 // What one request says of its cache: kv_policy, kv_budget, kv_decode_budget, kv_spans.
 
 #include "kvc.h"
+#include "kvc_options.h"
 
 #include <optional>
 #include <string>
@@ -12,10 +13,8 @@ struct common_chat_msg_spans;
 struct kvc_server;
 struct server_tokens;
 
-// How the cache of a prompt was last evicted. It goes where the prompt goes: into the host's prompt cache and back.
+// How the cache of a prompt was last evicted. It goes where the prompt goes: into the host's prompt cache or a slot file, and back.
 struct kvc_mark {
-    static constexpr const char * ANY = "*"; // of a restored slot file: nobody knows, and whoever restored it wants it
-
     std::string rule;         // of the request, "": nothing was evicted
     int32_t     n_tokens = 0; // evaluated by then
 
@@ -37,6 +36,9 @@ struct kvc_request {
     // n_predict: -1 no limit. Runs on the thread of the connection, while the context works.
     void resolve(const kvc_server & server, const server_tokens & prompt, int32_t n_predict,
                  const common_chat_msg_spans & chat);
+
+    // What is in force for it: its own, or else the server's.
+    kvc_options over(const kvc_options & own) const;
 
     const char * policy_arg()        const { return policy        ? policy->c_str()        : nullptr; }
     const char * budget_arg()        const { return budget        ? budget->c_str()        : nullptr; }

@@ -1,9 +1,12 @@
 #include "kvc_server.h"
 
-void kvc_server::attach(llama_context * ctx) {
+#include "kvc_file.h"
+
+void kvc_server::attach(llama_context * ctx, const std::string & model_path) {
     *this = kvc_server();
     this->ctx = ctx;
     options = kvc_options::of_environment();
+    weights = kvc_fingerprint(model_path.c_str());
     on = kvc_guess_prompt_end(ctx, false) == 0; // a prompt's end is announced, see kvc_slot
     if (!on) {
         return;

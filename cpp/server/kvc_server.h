@@ -15,8 +15,9 @@ struct kvc_server {
     bool        has_budget = false; // of its own
     int32_t     n_cells    = 0;     // of a slot, in the mean layer
     kvc_options options;
+    std::string weights; // tell one model's file from another's
 
-    void attach(llama_context * ctx); // takes over from the engine when a prompt ends
+    void attach(llama_context * ctx, const std::string & model_path); // takes over from the engine when a prompt ends
 
     json props() const; // of /props
 };

@@ -1,7 +1,5 @@
 #include "kvc_slot.h"
 
-#include "kvc_options.h"
-
 #include "log.h"
 
 #include <stdexcept>
@@ -16,14 +14,25 @@ void kvc_slot::init(llama_context * ctx, int32_t id) {
     *this = kvc_slot();
     this->ctx = ctx;
     this->id  = id;
+    reset();
 }
 
 void kvc_slot::start() {
     begun = ended = false;
 }
 
+void kvc_slot::reset() {
+    if (!ctx) {
+        return;
+    }
+    start();
+    used = kvc_options::of_environment();
+    check(kvc_get_seq_usage(ctx, id, &before));
+    now = before;
+}
+
 int kvc_slot::n_reusable(int n_past, const kvc_mark & mark, const kvc_request & req) const {
-    if (!ctx || n_past == 0 || mark.rule.empty() || mark.rule == kvc_mark::ANY) {
+    if (!ctx || n_past == 0 || mark.rule.empty()) {
         return n_past;
     }
     if (mark.rule != req.rule) {
@@ -42,10 +51,7 @@ void kvc_slot::begin_prompt(const kvc_request & req) {
         return;
     }
     begun = true;
-    const auto own = kvc_options::of_environment();
-    policy        = req.policy.value_or(own.policy);
-    budget        = req.budget.value_or(policy == "full" ? "" : own.budget);
-    decode_budget = req.decode_budget.value_or(policy == "full" ? "" : own.decode_budget);
+    used  = req.over(kvc_options::of_environment());
     check(kvc_begin_prompt(ctx, id));
     check(kvc_set_policy(ctx, id, req.policy_arg(), req.budget_arg(), req.decode_budget_arg()));
     check(kvc_set_spans(ctx, id, req.spans.data(), req.spans.size()));
@@ -93,9 +99,9 @@ json kvc_slot::state() const {
         return nullptr;
     }
     return {
-        { "policy",        policy },
-        { "budget",        budget.empty()        ? json(nullptr) : json(budget) },
-        { "decode_budget", decode_budget.empty() ? json(nullptr) : json(decode_budget) },
+        { "policy",        used.policy },
+        { "budget",        used.budget.empty()        ? json(nullptr) : json(used.budget) },
+        { "decode_budget", used.decode_budget.empty() ? json(nullptr) : json(used.decode_budget) },
         { "n_tokens",      now.n_tokens },
         { "n_kept",        now.n_cells },
         { "bytes",         now.bytes_used },

@@ -11,6 +11,7 @@ struct kvc_slot {
     void init(llama_context * ctx, int32_t id); // ctx null: nothing evicts, and nothing here does anything
 
     void start(); // another request
+    void reset(); // what the cache holds is no request's: nothing, or a restored file's
 
     // Of n_past tokens that the slot's cache has in common with a prompt, those that a request may use: all, where it was evicted
     // under the same rule and the prompt goes on from what was evaluated by then; else none.
@@ -32,7 +33,6 @@ private:
     llama_context * ctx = nullptr;
     int32_t id = 0;
     bool begun = false, ended = false;
-    std::string policy;             // of the request, "" the server's own
-    std::string budget, decode_budget;
+    kvc_options used; // by the request
     kvc_seq_usage before = {}, now = {};
 };
