@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default=None)
     parser.add_argument("--server", default=None, help="a llama-server; default: pykvc serve")
-    parser.add_argument("--flags", default="-c 32768 -np 4 --kv-policy snapkv --kv-budget 25% --kv-cells 2560 --cache-ram 1024 --metrics")
+    parser.add_argument("--flags", default="-c 32768 -np 4 --kv-policy snapkv --kv-budget 25% --kv-cells 2560 --cache-ram 256 --metrics")
     print(json.dumps(run(parser.parse_args()), indent=2))
 
 
