@@ -14,7 +14,7 @@ import numpy as np
 import pykvc
 from pykvc.inspect import N_SINKS, WINDOW, Attention, attention, counts, survivors
 
-from .cases import Case, cases
+from .cases import Case, cases, exceeds
 from .items import Item, Options
 from .prompts import Prompt, count, render
 from .store import Row, Rows, key
@@ -66,21 +66,33 @@ def probes(blocks: Sequence[Row], subject: Subject, data_dir: Path | None, n: in
     return found
 
 
-def run(todo: Sequence[Probe], model: str | None, out: Path, n_threads: int | None, n_gpu_layers: int, any_commit: bool, watch: Watch) -> None:
-    """Looks at what the folder does not hold yet."""
-    subject = open_model(model)
+def run(todo: Sequence[Probe], model: str | None, out: Path, n_threads: int | None, n_gpu_layers: int, any_commit: bool, watch: Watch) -> list[str]:
+    """Looks at what the folder does not hold yet; returns what went wrong, in sentences: an item that fails is no other item's end."""
+    subject, problems = open_model(model), []
     identity = {"model": subject.name, "model_sha256": subject.sha256, "commit": commit()}
     with Rows(out/f"{subject.name}.attention.jsonl") as rows:
         rows.check(identity, any_commit)
         for probe in todo:
             watch(0, f"attention: {probe.task}")
             if key(probe.key_row()) not in rows.rows:
-                figures, arrays = look(probe, subject, n_threads, n_gpu_layers)
+                try:
+                    figures, arrays = look(probe, subject, n_threads, n_gpu_layers)
+                except Exception as error:
+                    problems.append(f"attention of {probe.task}, {probe.item.id}: {type(error).__name__}: {error}")
+                    continue
                 path = out/"attention"/f"{subject.name}-{probe.task}-{len(rows.rows)}.npz"
                 path.parent.mkdir(exist_ok=True)
                 np.savez_compressed(path, **arrays)
                 rows.append({**probe.key_row(), **identity, "settings": probe.settings, **figures, "arrays": str(path.relative_to(out))})
             watch(1, f"attention: {probe.task}")
+            problems += _not_evicted(probe, rows.rows[key(probe.key_row())])
+    return problems
+
+
+def _not_evicted(probe: Probe, row: Row) -> list[str]:
+    """Budgets that the context exceeds, and yet nothing was evicted: what always stays was all of it."""
+    return [f"attention of {probe.task}, {probe.item.id}: {_name(case)} evicted nothing of {row['n_context']} tokens"
+            for case in probe.cases if "evictions" in row and not row["evictions"][_name(case)] and exceeds(row["n_context"], case.budget)]
 
 
 def look(probe: Probe, subject: Subject, n_threads: int | None = None, n_gpu_layers: int = 0) -> tuple[Row, dict[str, np.ndarray]]:
@@ -94,15 +106,17 @@ def look(probe: Probe, subject: Subject, n_threads: int | None = None, n_gpu_lay
     tokens, attn = attention(prompt.head, prompt.tail, window=max(1, min(WINDOW, n_question)), **how)  # [n_layer, n_head, n]
     n = len(tokens)
     kept: dict[str, np.ndarray] = {}
+    evictions: Row = {}
     for case in probe.cases:
         llm, found = survivors(prompt.head, prompt.tail, spans=prompt.spans, span_unit="chars", kv_query=prompt.query if case.asks else None,
                                **{**how, "n_ctx": n_ctx + 512*case.probes}, **{**case.settings(), "kv_decode_budget": None})
+        evictions[_name(case)] = llm.stats()["n_evictions"]
         llm.close()
         kept[_name(case)] = np.stack([counts(layer, n).mean(axis=0) for layer in found]).astype(np.float16)  # [n_layer, n] share of heads
     parts = _parts(prompt, probe.item, tokens, n - n_question, subject)
     heat, step = heat_map(tokens, how)
     bare = _without_sinks(attn)
-    figures = {"n_tokens": n, "parts": parts, "step": step, "n_query": min(WINDOW, n_question),
+    figures = {"n_tokens": n, "n_context": n - n_question, "evictions": evictions, "parts": parts, "step": step, "n_query": min(WINDOW, n_question),
                **{f"mass{end}": {name: float(a[..., begin:stop].sum(axis=-1).mean()) for name, begin, stop in parts}
                   for end, a in (("", attn), ("_bare", bare))},
                "sinks": float(attn[..., :N_SINKS].sum(axis=-1).mean()), "entropy": float(entropy(attn).mean()), "entropy_bare": float(entropy(bare).mean()),

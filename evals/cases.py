@@ -76,6 +76,12 @@ def cases(policy: Sequence[str], budget: Sequence[str], decode_budget: Sequence[
     return list(dict.fromkeys(found))
 
 
+def exceeds(n: int, budget: str) -> bool:
+    """Do n tokens have to be evicted to stay in the budget?"""
+    kind, amount = _core.parse_budget(budget)
+    return (amount if kind == "tokens" else amount*n) < n
+
+
 def protocols(given: Sequence[str]) -> list[str]:
     for name in given:
         if name not in PROTOCOLS:

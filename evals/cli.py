@@ -11,7 +11,7 @@ from pykvc.command import sentences, values
 
 from . import archive, attention, estimate, latency, pictures, report, study
 from .cases import cases, protocols
-from .run import run, run_all
+from .run import check_all, run, run_all
 from .tasks import TASKS, settings_of, task
 from .work import Plan, open_model
 
@@ -55,10 +55,10 @@ def run_tasks(
     reference: Annotated[Optional[str], _flag("--reference", help="fidelity: the whole cache of the same types, or of f16.")] = None,
     depths: Annotated[Optional[str], _flag("--depths", help="niah: where needles stand, in percent: 0,50,100.")] = None,
     needles: Annotated[Optional[int], _flag("--needles", help="niah: needles in one context.")] = None,
-    shots: Annotated[Optional[int], _flag("--shots", help="gsm8k, mmlu, commonsense_qa: examples before the question; longgenbench.")] = None,
+    shots: Annotated[Optional[int], _flag("--shots", help="gsm8k, mmlu, commonsense_qa, longgenbench, longgenbench_mmlu: examples.")] = None,
     exemplars: Annotated[Optional[str], _flag("--exemplars", help="gsm8k, longgenbench, commonsense_qa: cot, train; auto.")] = None,
     order: Annotated[Optional[int], _flag("--order", help="gsm8k, longgenbench: a seed for another order of the examples; 0: as they are.")] = None,
-    questions: Annotated[Optional[int], _flag("--questions", help="longgenbench: of one generation; kv_retrieval: of one object.")] = None,
+    questions: Annotated[Optional[int], _flag("--questions", help="longgenbench, longgenbench_mmlu: of one generation; kv_retrieval: of one object.")] = None,
     sets: Annotated[Optional[str], _flag("--sets", help="longbench, safety: parts of the data, with commas.")] = None,
     pairs: Annotated[Optional[int], _flag("--pairs", help="kv_retrieval: pairs of an object.")] = None,
     tokens: Annotated[Optional[int], _flag("--tokens", help="fidelity: tokens that are compared.")] = None,
@@ -73,6 +73,8 @@ def run_tasks(
                 n_ubatch=n_ubatch, n_threads=threads, n_gpu_layers=n_gpu_layers, n_parallel=_positive("--n-parallel", n_parallel), chat=not plain, any_commit=any_commit,
                 settings=settings_of(wanted, {name: value for name, value in settings.items() if value is not None}))
     problems, names = [], [models.resolve(name) for name in values(model) or [None]]
+    for name in names[1:]:
+        check_all([plan], name)
     for name in names:
         with _bar() as (size, watch):
             problems += run(plan, name, size, watch)
@@ -154,17 +156,19 @@ def run_study(
                 print(f"{one.stem}: {len(todo)} rows of bench, {sum(bench.work(*row) for row in todo)} tokens")
         return
     problems = []
+    for one in names[1:] if plans else []:
+        check_all(plans, one)
     for one in names if plans else []:
         with _bar() as (size, watch):
             problems += run_all(plans, one, size, watch)
     for todo in benches:
         with _bar() as (size, watch):
             size(sum(bench.work(*one) for one in todo))
-            latency.run(todo, folder, watch)
+            problems += latency.run(todo, folder, watch)
     for one, looks in zip(names, seen):
         with _bar() as (size, watch):
             size(len(looks))
-            attention.run(looks, one, folder, threads, n_gpu_layers, any_commit, watch)
+            problems += attention.run(looks, one, folder, threads, n_gpu_layers, any_commit, watch)
     for line in study.report(found, folder):
         print(line)
     _end(problems)

@@ -33,18 +33,22 @@ def cases_of(blocks: Sequence[Row], model: Path | str | None, policies: Sequence
     return list(found.items())
 
 
-def run(blocks: Sequence[tuple[Case, int]], out: Path, watch: Callable[[int, str], None]) -> None:
-    """Measures what the folder does not hold yet."""
+def run(blocks: Sequence[tuple[Case, int]], out: Path, watch: Callable[[int, str], None]) -> list[str]:
+    """Measures what the folder does not hold yet; returns what went wrong, in sentences: a row that fails is no other row's end."""
     out.mkdir(parents=True, exist_ok=True)
-    done = {_key(row) for row in rows(out)}
+    done, problems = {_key(row) for row in rows(out)}, []
     for case, repetitions in blocks:
         what = f"{case.model.stem}, {case.kv_policy} {case.kv_budget}".strip()
         watch(0, what)
         if _name(case) not in done:
-            for row in bench.run([case], repetitions):
-                with open(out/FILE, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({**row, "case": json.loads(_name(case))}) + "\n")
+            try:
+                for row in bench.run([case], repetitions):
+                    with open(out/FILE, "a", encoding="utf-8") as file:
+                        file.write(json.dumps({**row, "case": json.loads(_name(case))}) + "\n")
+            except Exception as error:
+                problems.append(f"bench of {what}: {type(error).__name__}: {error}")
         watch(bench.work(case, repetitions), what)
+    return problems
 
 
 def rows(out: Path) -> list[Row]:

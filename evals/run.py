@@ -1,12 +1,14 @@
 """The loop: for every model, task, case and protocol what is not answered yet is asked, saved, and then scored."""
-from contextlib import ExitStack
+import re
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Sequence
 
 import pykvc
 from pykvc import _core
 
 from .ask import Asked, ask, ask_batch, groups, side_by_side
+from .cases import exceeds
 from .items import Item
 from .report import changed
 from .store import KEY, Row, Rows, key
@@ -21,25 +23,36 @@ def run(plan: Plan, model: str | None, size: Callable[[int], None] = lambda n: N
     return run_all([plan], model, size, watch)
 
 
+def check_all(plans: Sequence[Plan], model: str | None) -> None:
+    """ValueError for every mistake in the plans, before anything is evaluated: of all models before the first of them answers."""
+    with _ready(plans, model):
+        pass
+
+
 def run_all(plans: Sequence[Plan], model: str | None, size: Callable[[int], None] = lambda n: None,
             watch: Watch = lambda n, what: None) -> list[str]:
     """Does what is left of the plans, which share an `out`, for one model; returns what went wrong, in sentences.
 
     size: is told how many tokens there are to evaluate; watch: how many were, and what is under way.
     ValueError for every mistake in a plan, before anything is evaluated."""
-    subject = open_model(model)
-    identity = {"model": subject.name, "model_sha256": subject.sha256, "commit": commit()}
-    with ExitStack() as stack:
-        answers = stack.enter_context(Rows(plans[0].out/f"{subject.name}.answers.jsonl"))
-        answers.check(identity, plans[0].any_commit)
-        scores = stack.enter_context(Rows(plans[0].out/f"{subject.name}.scores.jsonl"))
-        works = all_works(plans, subject, answers.rows)
-        for work in {_checked_alike(work): work for work in works if work.todo}.values():
-            _check(subject, work)
+    with _ready(plans, model) as (subject, identity, answers, scores, works):
         size(sum(weight(group, subject) for work in works for group in work.todo))
         for work in works:
             _answer(subject, work, identity, answers, scores, watch)
         return [problem for work in works for problem in _problems(work, answers, scores)]
+
+
+@contextmanager
+def _ready(plans: Sequence[Plan], model: str | None) -> Iterator[tuple[Subject, Row, Rows, Rows, list[Work]]]:
+    subject = open_model(model)
+    identity = {"model": subject.name, "model_sha256": subject.sha256, "commit": commit()}
+    with Rows(plans[0].out/f"{subject.name}.answers.jsonl") as answers:
+        answers.check(identity, plans[0].any_commit)
+        with Rows(plans[0].out/f"{subject.name}.scores.jsonl") as scores:
+            works = all_works(plans, subject, answers.rows)
+            for work in {_checked_alike(work): work for work in works if work.todo}.values():
+                _check(subject, work)
+            yield subject, identity, answers, scores, works
 
 
 # -- answers ------------------------------------------------------------------------------------------------------------
@@ -163,6 +176,9 @@ def _should_evict(row: Row) -> bool:
         return False
     n = row["n_context"] if row["protocol"] == "question-out" else row["n_prompt"]
     if row["budget"]:
-        kind, amount = _core.parse_budget(row["budget"])
-        return (amount if kind == "tokens" else amount*n) < n
-    return bool(row["cells"]) and row["cells_allocated"] < n
+        return exceeds(n, row["budget"])
+    if row["cells"]:
+        return row["cells_allocated"] < n
+    kind, amount = _core.parse_budget(row["decode_budget"])
+    late = sum(map(int, re.findall(r"\b(?:interval|recent)=(\d+)(?=,|$)", row["policy"])))  # tokens that may wait, or are always kept
+    return row["n_predicted"] > (amount if kind == "tokens" else amount*row["n_predicted"]) + late

@@ -97,7 +97,7 @@ def all_works(plans: Sequence[Plan], subject: Subject, rows: dict[tuple, Row]) -
 def _works(plan: Plan, subject: Subject, name: str, rows: dict[tuple, Row]) -> list[Work]:
     module, vocabulary = task(name), subject.vocabulary
     settings = {**module.SETTINGS, **(plan.settings or {}).get(name, {})}
-    items = module.load(Options(lambda text: count(vocabulary, text), plan.data_dir, plan.n, plan.seed, plan.chat, settings))
+    items = _load(name, Options(lambda text: count(vocabulary, text), plan.data_dir, plan.n, plan.seed, plan.chat, settings))
     asked = [(item, render(item, vocabulary, plan.chat)) for item in items]
     needed = max(count(vocabulary, prompt.head) + count(vocabulary, prompt.tail) + item.max_tokens for item, prompt in asked) + N_SPARE
     limit, what = (plan.n_ctx, "--n-ctx is") if plan.n_ctx else (subject.n_ctx_train, f"{subject.name} was trained for")
@@ -110,6 +110,14 @@ def _works(plan: Plan, subject: Subject, name: str, rows: dict[tuple, Row]) -> l
             left = [(item, prompt) for item, prompt in asked if not is_answer(rows.get(key(key_row(plan, name, item, protocol, case))), prompt)]
             works.append(Work(plan, name, settings, case, protocol, n_ctx, asked, groups(left, protocol, case)))
     return works
+
+
+def _load(name: str, options: Options) -> list[Item]:
+    try:
+        return task(name).load(options)
+    except (TypeError, AttributeError, LookupError) as error:  # a row has the fields, but not of the kind that the task reads
+        raise ValueError(f"the rows of {name}{f' in {options.data_dir}' if options.data_dir else ''} are not as its data set has them: "
+                         f"{type(error).__name__}: {error}") from None
 
 
 def is_done(row: Row | None) -> bool:

@@ -2,6 +2,7 @@
 import json
 import lzma
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import pykvc
+import tiny
 from evals import ask as asking
 from evals import archive, pictures, report, run, stats, store, work
 from evals.cases import Case, cases
@@ -277,6 +279,29 @@ def test_mistakes_are_one_sentence(tmp_path, data, args, says):
     result = CliRunner().invoke(app, ["run", "--out", str(tmp_path/"out"), *given, *args])
     assert result.exit_code == 2 and says in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert not (tmp_path/"out"/"smollm2-135m.answers.jsonl").is_file() or not answers(tmp_path/"out")
+
+
+def test_every_model_is_checked_before_the_first_answers(tmp_path, data, model_path):
+    result = CliRunner().invoke(app, ["run", "--task", "niah", "--length", "300", "--data-dir", str(data), "--out", str(tmp_path/"out"),
+                                      "--model", str(model_path), "--model", str(tiny.write(tmp_path/"tiny.gguf"))])
+    assert result.exit_code == 2 and "no tokenizer" in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not any(path.stat().st_size for path in (tmp_path/"out").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("row", [{"id": "a", "needle": 1, "question": "b", "answer": "c"}, {"id": "a", "needle": ["b"], "question": {}, "answer": 2}])
+def test_rows_of_the_wrong_kind(tmp_path, data, row):
+    shutil.copytree(data, tmp_path/"data")
+    (tmp_path/"data"/"niah"/"needles.jsonl").write_text(f"{json.dumps(row)}\n"*4)
+    with pytest.raises(ValueError, match="the rows of niah in .*data are not as its data set has them"):
+        run.run(plan(tmp_path/"out", tmp_path/"data"), None)
+
+
+@pytest.mark.parametrize("policy, budget, n, expected", [
+    ("tova:interval=32", "64", 96, False), ("tova:interval=32", "64", 97, True), ("shotkv:recent=32,interval=32", "50%", 128, False),
+    ("shotkv:recent=32,interval=32", "50%", 129, True), ("h2o:recent=0.5,interval=8", "50%", 17, True), ("full", "", 999, False)])
+def test_evictions_of_generated_tokens_are_expected(policy, budget, n, expected):
+    row = {"policy": policy, "protocol": "question-out", "budget": "", "cells": "", "decode_budget": budget, "n_context": 50, "n_prompt": 60, "n_predicted": n}
+    assert run._should_evict(row) is expected
 
 
 def test_a_context_that_the_model_was_not_trained_for(tmp_path, data, monkeypatch):

@@ -67,7 +67,7 @@ def test_a_study_has_a_number_and_a_name():
 
 
 def test_the_first_study_covers_what_was_asked():
-    plans = study.plans(study.read("1"), Path("out"))[:2]
+    plans = study.plans(study.read("1"), Path("out"))[:3]
     assert {name for plan in plans for name in plan.tasks} == {"gsm8k", "mmlu", "commonsense_qa", "safety", "humaneval"}
     for plan in plans:
         assert len({case.name for case in plan.cases}) > 6 and len({case.budget for case in plan.cases if case.budget}) == 9
@@ -198,6 +198,35 @@ def test_latency(tmp_path, monkeypatch):
     assert len(rows) == 2 and (tmp_path/"out"/"latency.md").read_text().count("\n|") == 4 and list((tmp_path/"out").glob("latency-*.png"))
     monkeypatch.setattr(latency.bench, "run", lambda *_: pytest.fail("measured again"))
     assert call(path, "--out", tmp_path/"out", "--threads", "2").exit_code == 0 and latency.rows(tmp_path/"out") == rows
+
+
+def test_a_row_of_bench_that_fails_is_said(tmp_path, monkeypatch):
+    path = write(tmp_path/"fast.toml", '[[bench]]\nn_prompt = [64, 96]\nn_gen = 4\nrepetitions = 1\n')
+    really = latency.bench.run
+
+    def fails(cases, repetitions):
+        if cases[0].n_prompt == 64:
+            raise RuntimeError("out of luck")
+        return really(cases, repetitions)
+    monkeypatch.setattr(latency.bench, "run", fails)
+    result = call(path, "--out", tmp_path/"out", "--threads", "2")
+    assert result.exit_code == 1 and "out of luck" in result.stderr
+    assert [row["n_prompt"] for row in latency.rows(tmp_path/"out")] == [96] and (tmp_path/"out"/"latency.md").is_file()
+
+
+def test_an_item_whose_attention_fails_is_said(tmp_path, folder, monkeypatch):  # noqa: F811
+    path = write(tmp_path/"look.toml", '[[attention]]\ntask = "mmlu"\nn = 2\npolicy = "snapkv:window=8"\nbudget = "60%"\n')
+    really = attention.look
+
+    def look(probe, *how):
+        if probe.item.id.startswith("law"):
+            raise RuntimeError("out of luck")
+        figures, arrays = really(probe, *how)
+        return {**figures, "evictions": {name: 0 for name in figures["evictions"]}}, arrays
+    monkeypatch.setattr(attention, "look", look)
+    result = call(path, "--data-dir", folder, "--out", tmp_path/"out", "--threads", "2")
+    assert result.exit_code == 1 and "out of luck" in result.stderr and "evicted nothing of" in result.stderr
+    assert (tmp_path/"out"/"attention.md").is_file()
 
 
 def test_attention_patterns(tmp_path, folder, monkeypatch):  # noqa: F811

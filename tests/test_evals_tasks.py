@@ -10,7 +10,7 @@ from evals import choices, data, report, run, sandbox
 from evals.cases import Case
 from evals.cli import app
 from evals.items import Options
-from evals.tasks import TASKS, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, mmlu, safety
+from evals.tasks import TASKS, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu, safety, settings_of
 from evals.work import Plan
 from pykvc.prose import prose
 
@@ -36,6 +36,8 @@ ROWS = {
     "gsm8k/test": SUMS, "gsm8k/train": SUMS[:4],
     "gsm8k/cot_exemplars": [{**row, "answer": row["answer"].replace("\n#### ", " The answer is ") + "."} for row in SUMS],
     "mmlu/dev": [row for i in range(5) for row in law("Which", i)], "mmlu/test": [row for i in range(3) for row in law("What", i)],
+    "mmlu/cot_prompts": [{"subject": subject, "prompt": f"About {subject}.\n\n" + "".join(
+        f"Q: Which is {i}?\n(A) 0 (B) 1\nA: Let's think. It is so. The answer is ({'AB'[i % 2]}).\n\n" for i in range(5))} for subject in ("law", "game_theory")],
     "commonsense_qa/train": [choice(i, "ABCDE") for i in range(5)], "commonsense_qa/validation": [choice(i, "ABCDE") for i in range(3)],
     "commonsense_qa/cot_exemplars": [choice(i, "ABCD", rationale="A cup is somewhere.") for i in range(4)],
     "humaneval/test": [DOUBLE],
@@ -50,11 +52,12 @@ ROWS = {
                       "answer": f"{i}77"} for i in range(4)],
 }
 SETTINGS = {"niah": {"length": 200}, "longbench": {"sets": ",".join(longbench.SETS)}, "safety": {"sets": ",".join(safety.SETS)},
-            "kv_retrieval": {"pairs": 20}, "longgenbench": {"questions": 4}, "fidelity": {"length": 100, "tokens": 8},
+            "kv_retrieval": {"pairs": 20}, "longgenbench": {"questions": 4}, "longgenbench_mmlu": {"questions": 3}, "fidelity": {"length": 100, "tokens": 8},
             "humaneval": {"unsafe_code": not sandbox.available()}}
 GOLD = {"gsm8k": lambda item: f" The answer is ${item.gold}.", "safety": lambda item: "I'm sorry, but I can't help with that.",
         "humaneval": lambda item: DOUBLE["canonical_solution"], "longbench": lambda item: item.gold[0],
         "longgenbench": lambda item: "\nAnswer_".join(f"{i}: It is 1. The answer is {gold}." for i, gold in enumerate(item.gold, 1))[2:],
+        "longgenbench_mmlu": lambda item: "\nAnswer_".join(f"{i}: Not (A). The answer is ({gold})." for i, gold in enumerate(item.gold, 1))[2:],
         "fidelity": lambda item: json.dumps({"kl": [0.0], "same": [1]})}
 
 
@@ -154,6 +157,22 @@ def test_longgenbench_counts_each_answer(folder):
     [item, _] = load("longgenbench", folder)
     assert len(item.shots) == 16 and item.question.count("Question_") == 4
     assert longgenbench.score(item, " The answer is 5.\nAnswer_2: The answer is 41.\nAnswer_4: so 11") == 0.5
+
+
+def test_longgenbench_mmlu_has_a_subject_for_each_item(folder):
+    law, games = load("longgenbench_mmlu", folder)
+    assert (law.tags, games.tags) == ({"subject": "law"}, {"subject": "game_theory"}) and law.gold == ["A", "B", "C"]
+    assert law.shots[0] == "Question_1: Which is 0?\n(A) 0 (B) 1\n" and law.shots[5].startswith("Answer_1: Let's think. It is so. The answer is (A).")
+    assert "Question_3: What law is 2?\n(A) 0 (B) 1 (C) 2 (D) 3\n" in law.question
+    assert longgenbench_mmlu.score(law, " The answer is (A).\nAnswer_2: The answer is (C), no, the answer is B.\nAnswer_3: (C)") == 2/3
+
+
+def test_fidelity_takes_the_settings_of_its_task(folder):
+    assert settings_of(["fidelity"], {"of": "gsm8k", "shots": 2, "tokens": 8}) == {"fidelity": {"of": "gsm8k", "shots": 2, "tokens": 8}}
+    with pytest.raises(ValueError, match="--shots is a setting of"):
+        settings_of(["fidelity"], {"of": "humaneval", "shots": 2})
+    two, all_of = (fidelity.load(Options(lambda text: len(text)//4, folder, 2, 0, True, {**fidelity.SETTINGS, "of": "gsm8k", **more})) for more in ({"shots": 2}, {}))
+    assert len(two[0].shots) == 2 and len(all_of[0].shots) == 8 and two[0].id != all_of[0].id
 
 
 @pytest.mark.parametrize("answer, refused", [

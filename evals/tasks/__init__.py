@@ -6,11 +6,12 @@ itself (ask, as evals/ask.py); and give the report more columns (extra).
 from types import ModuleType
 from typing import Any, Sequence
 
-from . import commonsense_qa, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, mmlu, niah, safety
+from . import commonsense_qa, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu, niah, safety
 
 TASKS: dict[str, ModuleType] = {
     "niah": niah, "gsm8k": gsm8k, "mmlu": mmlu, "commonsense_qa": commonsense_qa, "humaneval": humaneval, "safety": safety,
-    "kv_retrieval": kv_retrieval, "longbench": longbench, "longgenbench": longgenbench, "fidelity": fidelity}
+    "kv_retrieval": kv_retrieval, "longbench": longbench, "longgenbench": longgenbench,
+    "longgenbench_mmlu": longgenbench_mmlu, "fidelity": fidelity}
 
 
 def task(name: str) -> ModuleType:
@@ -21,11 +22,14 @@ def task(name: str) -> ModuleType:
 
 def settings_of(names: Sequence[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What was given, for each task what it has a setting for. ValueError if no task has one, or it is of another kind."""
+    usual = {t: task(t).SETTINGS for t in names}
+    if "fidelity" in usual and given.get("of") in TASKS:  # it asks that task's questions
+        usual["fidelity"] = {**TASKS[given["of"]].SETTINGS, **usual["fidelity"]}
     for name, value in given.items():
-        if not any(name in task(t).SETTINGS for t in names):
+        if not any(name in known for known in usual.values()):
             raise ValueError(f"--{name.replace('_', '-')} is a setting of {', '.join(t for t, module in TASKS.items() if name in module.SETTINGS)}, "
                              f"not of {', '.join(names)}")
-        for usual in (task(t).SETTINGS[name] for t in names if name in task(t).SETTINGS):
-            if isinstance(usual, (bool, int)) and type(value) is not type(usual):
-                raise ValueError(f"--{name.replace('_', '-')} is {'true or false' if isinstance(usual, bool) else 'a whole number'}, not {value!r}")
-    return {t: {name: value for name, value in given.items() if name in task(t).SETTINGS} for t in names}
+        for default in (known[name] for known in usual.values() if name in known):
+            if isinstance(default, (bool, int)) and type(value) is not type(default):
+                raise ValueError(f"--{name.replace('_', '-')} is {'true or false' if isinstance(default, bool) else 'a whole number'}, not {value!r}")
+    return {t: {name: value for name, value in given.items() if name in known} for t, known in usual.items()}

@@ -3,7 +3,7 @@
 Teacher-forced: a context is evaluated and evicted, a question follows, and then --tokens tokens of an answer, whatever the model would
 have said. Before each of them its distribution is compared with that of a cache that keeps everything. --of prose: any text, in
 niah/haystack/*.txt of the data folder; --length tokens of it are the context, a sentence or two the question, what follows the answer.
---of TASK: the contexts and questions of that task, and as the answer what the whole cache answers. --reference same: the whole cache of
+--of TASK: the contexts and questions of that task, with its settings but for --length, and as the answer what the whole cache answers. --reference same: the whole cache of
 the same types; f16: of that, so that the loss by quantized types counts, too. The score is the share of equal first choices; KL is in
 nats, a mean over tokens.
 """
@@ -43,7 +43,8 @@ def _of_task(options: Options) -> list[Item]:
     name = options["of"]
     if name not in TASKS or name == "fidelity":
         raise ValueError(f"--of is prose, or a task: {', '.join(t for t in TASKS if t != 'fidelity')}, not {name!r}")
-    settings = {**TASKS[name].SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {})}  # no code is run
+    settings = {**TASKS[name].SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),  # no code is run
+                **{key: value for key, value in options.settings.items() if key not in SETTINGS}}
     items = TASKS[name].load(replace(options, n=options.n or N_DEFAULT, settings=settings))
     return [replace(item, id=f"{name}:{item.id}/{options['tokens']}", gold="", stop=(), max_tokens=options["tokens"] + SPARE) for item in items]
 

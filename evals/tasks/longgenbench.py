@@ -4,6 +4,7 @@ Paper: Liu et al. 2024, arXiv 2410.04199; data and examples: as gsm8k. The promp
 after, so an example is two shots, which live or die apart. The score of an item is its share of right answers.
 """
 import re
+from typing import Any, Sequence
 
 from ..data import rows
 from ..items import Item, Options
@@ -19,21 +20,33 @@ def load(options: Options) -> list[Item]:
     found = rows(options.data_dir, "gsm8k/test", ("openai/gsm8k", "main", "test"), gsm8k.FIELDS)
     if not 1 <= per_item <= len(found):
         raise ValueError(f"--questions is 1 to {len(found)} here, not {per_item}")
-    shots = [f"Question_{i}: {row['question'].strip()}\n" + "\n"*(i == len(examples)) for i, row in enumerate(examples, 1)]
-    shots += [f"Answer_{i}: {gsm8k.worked(row['answer'])}\n" + "\n"*(i == len(examples)) for i, row in enumerate(examples, 1)]
-    return [_item(begin, found[begin:begin + per_item], shots, kind) for begin in range(0, len(found) - per_item + 1, per_item)][:options.n]
+    shots = numbered("Question", [row["question"] for row in examples]) + numbered("Answer", [gsm8k.worked(row["answer"]) for row in examples])
+    return [item(f"{begin}+{per_item}/{kind}", shots, [row["question"] for row in asked],
+                 [gsm8k.number(row["answer"].split("####")[-1]) for row in asked])
+            for begin in range(0, len(found) - per_item + 1, per_item) for asked in [found[begin:begin + per_item]]][:options.n]
 
 
-def _item(begin: int, asked: list[dict], shots: list[str], kind: str) -> Item:
-    questions = "".join(f"Question_{i}: {row['question'].strip()}\n" for i, row in enumerate(asked, 1))
-    return Item(id=f"{begin}+{len(asked)}/{kind}", lead=LEAD, shots=shots,
-                question=f"The questions:\n\n{questions}\nAnswer_1:", cue="Answer_1:", query="Answer each question step by step.",
-                gold=[gsm8k.number(row["answer"].split("####")[-1]) for row in asked], max_tokens=160*len(asked))
+def numbered(name: str, given: Sequence[str]) -> list[str]:
+    """A shot each, and an empty line after the last."""
+    return [f"{name}_{i}: {text.strip()}\n" + "\n"*(i == len(given)) for i, text in enumerate(given, 1)]
+
+
+def item(id: str, shots: Sequence[str], questions: Sequence[str], gold: list[Any], **more: Any) -> Item:
+    """All questions at once. gold: an answer each."""
+    listed = "".join(f"Question_{i}: {text.strip()}\n" for i, text in enumerate(questions, 1))
+    return Item(id=id, lead=LEAD, shots=shots, question=f"The questions:\n\n{listed}\nAnswer_1:", cue="Answer_1:",
+                query="Answer each question step by step.", gold=gold, max_tokens=160*len(gold), **more)
+
+
+def answers(text: str) -> dict[int, str]:
+    """By number: the first that says something."""
+    said: dict[int, str] = {}
+    for i, one in re.findall(r"Answer_(\d+):(.*?)(?=Answer_\d+:|\Z)", f"Answer_1: {text}", re.DOTALL):
+        if one.strip():
+            said.setdefault(int(i), one)
+    return said
 
 
 def score(item: Item, answer: str) -> float:
-    said = {}
-    for i, text in re.findall(r"Answer_(\d+):(.*?)(?=Answer_\d+:|\Z)", f"Answer_1: {answer}", re.DOTALL):
-        if text.strip():
-            said.setdefault(int(i), text)
+    said = answers(answer)
     return sum(gsm8k.right(said.get(i, ""), gold) for i, gold in enumerate(item.gold, 1))/len(item.gold)
