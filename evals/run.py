@@ -13,7 +13,7 @@ from .items import Item
 from .report import changed
 from .store import KEY, Row, Rows, key
 from .tasks import task
-from .work import Plan, Subject, Work, all_works, commit, is_answer, is_done, key_row, open_model, weight
+from .work import Plan, Subject, Work, all_works, commit, engine, is_answer, is_done, key_row, open_model, processor, weight
 
 Watch = Callable[[int, str], None]  # tokens done, what is under way
 
@@ -91,6 +91,7 @@ def _answer(subject: Subject, work: Work, identity: Row, answers: Rows, scores: 
     def save(item: Item, figures: Row) -> None:
         row = {**key_row(plan, work.task, item, work.protocol, work.case), **identity, "settings": work.settings, "prompt": digests[item.id]}
         if "error" not in figures:
+            row |= {"engine": engine(), "processor": processor(), "n_threads": plan.n_threads, "n_gpu_layers": plan.n_gpu_layers}
             row |= {"n_ctx": work.n_ctx, "gold": item.gold, "tags": item.tags}
         answers.append(row := {**row, **figures})
         if "error" not in figures:

@@ -1,11 +1,13 @@
 """What a run was asked for, and what of it is not answered yet."""
+import functools
 import hashlib
+import platform
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from pykvc import _core, models
+from pykvc import __version__, _core, models
 
 from .ask import Asked, groups
 from .cases import Case
@@ -82,6 +84,22 @@ def commit() -> str:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+@functools.cache
+def engine() -> str:
+    """Version and library that answer, whatever the checkout says: pykvc's, and the beginning of libllama's sha256."""
+    library = next(Path(_core.__file__).parent.rglob("libllama.*"), Path(_core.__file__))
+    return f"{__version__}-{hashlib.sha256(library.read_bytes()).hexdigest()[:12]}"
+
+
+@functools.cache
+def processor() -> str:
+    try:
+        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def all_works(plans: Sequence[Plan], subject: Subject, rows: dict[tuple, Row]) -> list[Work]:

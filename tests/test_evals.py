@@ -197,6 +197,8 @@ def test_a_crash_is_a_row_and_loses_no_other(tmp_path, data, monkeypatch):
     monkeypatch.setattr(asking, "_figures", once)
     [problem] = run.run(plan(tmp_path, data, n=4), None)
     assert "1 rows failed" in problem and "out of luck" in problem
+    good = answers(tmp_path)[0]
+    assert good["engine"].startswith(f"{pykvc.__version__}-") and good["processor"] and (good["n_threads"], good["n_gpu_layers"]) == (2, 0)
     assert ["error" in row for row in answers(tmp_path)] == [False, True, False, False]
     assert run.run(plan(tmp_path, data, n=4), None) == []  # the failed one is asked again
     assert len(answers(tmp_path)) == 5 and report.table(report.scored(tmp_path))[0]["n"] == 4
