@@ -7,7 +7,8 @@ import threading
 import pykvc
 
 TALKS = """
-import sys, pykvc
+import signal, sys, pykvc
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a shell's background begins with it ignored
 with pykvc.LLM(sys.argv[1], n_ctx=8192, n_threads=1, kv_policy="streaming_llm", kv_budget=64) as llm:
     try:
         for piece in llm.generate("Once upon a time", max_tokens=-1, stream=True):
