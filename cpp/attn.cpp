@@ -49,7 +49,8 @@ ggml_tensor * engine::graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, 
     auto * k = layer.k;
     k = ggml_view_3d(ctx, k, head_dim, n_hkv, mask->ne[0], ggml_row_size(k->type, head_dim), k->nb[1], s*k->nb[2]);
     auto * win = tensors[ikv].win;
-    auto * q = ggml_view_3d(ctx, win, head_dim, n_head, n_window, head_dim*sizeof(float), win->nb[1], (size_t) s*n_window*win->nb[1]);
+    auto * q = ggml_view_3d(ctx, win, head_dim, n_head, n_window, ggml_row_size(win->type, head_dim), win->nb[1], (size_t) s*n_window*win->nb[1]);
+    q = win->type == GGML_TYPE_F32 ? q : ggml_cast(ctx, q, GGML_TYPE_F32);
 
     auto * out = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, q, 0, 2, 1, 3)); // [n_kv, n_window, n_head]
     ggml_prec_set_acc(out, GGML_PREC_F32);
@@ -104,13 +105,12 @@ std::vector<float> engine::attention_tiles(llama_context * lctx, uint32_t s, con
     std::vector<float>   q     ((size_t) n_hkv*sig.head_dim*n_group*n_lane, 0.0f); // [n_head_kv, head_dim, n_group*n_lane]
     std::vector<int32_t> range ((size_t) n_hkv*2*n_group*n_lane, sig.n_kv);        // [n_head_kv, 2, n_group*n_lane]
     std::vector<float>   weight((size_t) n_hkv*n_group*n_lane, 0.0f);              // [n_head_kv, n_group*n_lane]
-    std::vector<float>   row(sig.head_dim*sig.n_head);
+    const auto ring = read_ring(s, sig.il);
     for (int32_t h = 0; h < n_hkv; ++h) {
         std::fill_n(range.begin() + (size_t) 2*h*n_group*n_lane, n_group*n_lane, 0);
     }
     for (int32_t i = 0; i < n_query; ++i) {
-        const auto * win = tensors[sig.il].win;
-        ggml_backend_tensor_get(win, row.data(), ((size_t) s*cfg->need.window + queries[i].row)*win->nb[1], row.size()*sizeof(float));
+        const float * row = ring.data() + (size_t) queries[i].row*sig.n_head*sig.head_dim;
         for (int32_t h = 0; h < sig.n_head; ++h) {
             const size_t kv_head = h/n_group, lane = (size_t) (h % n_group)*n_lane + i, stride = (size_t) n_group*n_lane;
             for (int32_t d = 0; d < sig.head_dim; ++d) {

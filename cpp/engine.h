@@ -265,6 +265,7 @@ private:
 
     // signal.cpp
     void alloc_signals(const llama_cparams & cparams);
+    std::vector<float> read_ring(uint32_t s, int32_t ikv) const; // F32 [head_dim*n_head, window]
     layer_signals no_signals(uint32_t s, int32_t ikv) const;
     layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const;
     std::vector<float> score(uint32_t s, const layer_signals & sig) const; // F32 [n_head_kv, n_kv], -inf where a slot is empty
@@ -295,7 +296,7 @@ private:
     std::vector<layer_attn> attn; // [n_layer]
 
     struct layer_tensors {
-        ggml_tensor * win  = nullptr; // F32 [head_dim*n_head, window*n_stream] ring of the last queries
+        ggml_tensor * win  = nullptr; // F16 or F32 [head_dim*n_head, window*n_stream] ring of the last queries
         ggml_tensor * sums = nullptr; // F32 [kv_size, n_head_kv, n_stream]
         ggml_tensor * ones = nullptr; // F32 [n_ubatch*n_head] all 1/g
         bool out_prod = true;         // the layer's device has it

@@ -131,8 +131,7 @@ void engine::read_fit(llama_context * lctx, uint32_t s, layer_signals & sig) con
     }
 
     const size_t n_row = (size_t) sig.n_head*n_dim;
-    std::vector<float> ring(n_row*n_window); // F32 [window, n_head, head_dim]
-    ggml_backend_tensor_get(tensors[sig.il].win, ring.data(), s*ring.size()*sizeof(float), ring.size()*sizeof(float));
+    auto ring = read_ring(s, sig.il);
 
     sig.q_mean.assign(n_row, 0.0f);
     sig.q_cov.assign(n_row*n_dim, 0.0f);

@@ -23,6 +23,11 @@ layer_view layer_signals::view(int32_t n_layer) const {
         ptr(q_mean), ptr(q_cov), ptr(v_norm) };
 }
 
+// Attention over F16 or quantized keys rounds its queries at least as coarsely.
+static ggml_type ring_type(ggml_type k) {
+    return k == GGML_TYPE_F16 || ggml_is_quantized(k) ? GGML_TYPE_F16 : GGML_TYPE_F32;
+}
+
 void engine::alloc_signals(const llama_cparams & cparams) {
     tensors.resize(kv.layers.size());
     if (cfg->need.window == 0 && !cfg->need.sums) {
@@ -38,7 +43,7 @@ void engine::alloc_signals(const llama_cparams & cparams) {
         }
         auto & t = tensors[l];
         if (cfg->need.window > 0) {
-            t.win = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, (int64_t) hp.n_embd_head_k(layer.il)*hp.n_head(layer.il),
+            t.win = ggml_new_tensor_2d(ctx.get(), ring_type(layer.k->type), (int64_t) hp.n_embd_head_k(layer.il)*hp.n_head(layer.il),
                     (int64_t) cfg->need.window*kv.n_stream);
             ggml_format_name(t.win, "kvc_window_l%d", layer.il);
         }
@@ -66,6 +71,20 @@ void engine::alloc_signals(const llama_cparams & cparams) {
             ggml_backend_tensor_set(tensors[l].ones, ones.data(), 0, ggml_nbytes(tensors[l].ones));
         }
     }
+}
+
+std::vector<float> engine::read_ring(uint32_t s, int32_t ikv) const {
+    const auto * win = tensors[ikv].win;
+    std::vector<float> res((size_t) win->ne[0]*cfg->need.window);
+    const size_t n_bytes = ggml_row_size(win->type, res.size());
+    if (win->type == GGML_TYPE_F32) {
+        ggml_backend_tensor_get(win, res.data(), s*n_bytes, n_bytes);
+    } else {
+        std::vector<ggml_fp16_t> half(res.size());
+        ggml_backend_tensor_get(win, half.data(), s*n_bytes, n_bytes);
+        ggml_fp16_to_fp32_row(half.data(), res.data(), (int64_t) res.size());
+    }
+    return res;
 }
 
 layer_signals engine::no_signals(uint32_t s, int32_t ikv) const {

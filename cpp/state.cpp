@@ -13,7 +13,7 @@
 namespace kvc {
 
 static const uint32_t STATE_TAG     = 0x4b560000; // "KV"
-static const uint32_t STATE_VERSION = 3;
+static const uint32_t STATE_VERSION = 4;
 static const uint64_t N_MAX         = 1u << 28;   // no array of a real state is longer
 
 uint32_t engine::state_tag(uint32_t n_stream) const {

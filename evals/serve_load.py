@@ -3,7 +3,7 @@
     python evals/serve_load.py --requests 500                                         # pykvc serve, 4 slots, 25 % of each prompt
     python evals/serve_load.py --requests 500 --server PATH --flags "-c 32768 -np 4"   # another llama-server
 
-llama-server keeps prompts in RAM (--cache-ram, 8 GiB unless told otherwise), so memory is flat once that is full: it is 1 GiB here.
+llama-server keeps past prompts in RAM (--cache-ram, 8 GiB unless told otherwise), so memory is flat once that is full: it is 256 MiB here.
 
 Requests have 100 to --longest tokens; of ten, two branch off an earlier prompt, one is cancelled after its first words, one is invalid. A
 grammar makes each answer begin with the number that its prompt has: another number would be another slot's text. One JSON object.

@@ -52,8 +52,9 @@ def test_fit_and_norms_of_the_first_layer(folder, arch, head_dim, how):
         mean, cov = mean @ mix, mix @ cov @ mix
     layer, scale = c.signals()[0], head_dim**-0.5
     assert layer["n_query"] == WINDOW and layer["attn"] is None
+    tolerance = 1e-3 if "type_k" in how else 1e-5  # beside quantized keys the ring's queries are F16
     for ours, theirs in ((layer["q_mean"], mean*scale), (layer["q_cov"], cov*scale**2)):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5*abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance*abs(theirs).max())
     tolerance = 0.02 if "type_v" in how else 1e-5
     np.testing.assert_allclose(layer["v_norm"], np.linalg.norm(v, axis=2).T, rtol=tolerance)
 

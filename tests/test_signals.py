@@ -101,3 +101,13 @@ def test_a_probe_leaves_only_what_it_attended_to(model, name):
     assert np.array_equal(ctx.logits(), never.logits())  # nothing of the probe is left
     assert all(np.isinf(x["probed"][:, 400:]).all() and np.isfinite(x["probed"][:, :400]).all() for x in ctx.signals())
     assert ctx.evict() and all((k[:, -10:] == np.arange(400, 410)).all() for k in ctx.kept())
+
+
+@pytest.mark.parametrize("type_k,n_bytes", [("f16", 2), ("q8_0", 2), ("q4_0", 2), ("f32", 4), ("bf16", 4)])
+def test_queries_are_kept_as_finely_as_attention_reads_them(model, type_k, n_bytes):
+    ctx = _core.Context(model, n_ctx=256, policy="snapkv:window=24", budget="64", type_k=type_k, type_v=type_k)
+    ctx.decode(story_tokens(model)[:100])
+    layers = ctx.signals()
+    assert ctx.stats()["bytes_signals"] == len(layers)*24*576*n_bytes  # SmolLM2: 9 query heads of 64
+    for layer in layers:
+        np.testing.assert_allclose(layer["attn"].sum(axis=1), 1, atol=2e-3)
