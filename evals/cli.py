@@ -1,4 +1,4 @@
-"""The command line: `python -m evals run | study | report | archive | list`. A mistake ends with exit status 2 and one sentence on stderr."""
+"""The command line: `python -m evals run | study | report | pool | archive | list`. A mistake ends with exit status 2 and one sentence on stderr."""
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from pykvc import _core, bench, command, models, options
 from pykvc.command import sentences, values
 
-from . import archive, attention, estimate, latency, pictures, report, study
+from . import archive, attention, estimate, latency, pictures, pool, report, study
 from .cases import cases, protocols
 from .run import check_all, run, run_all
 from .tasks import TASKS, settings_of, task
@@ -198,6 +198,28 @@ def show_report(
     print(text)
     for path in [] if no_pictures else pictures.draw(out, rows, lines):
         print(path, file=sys.stderr)
+
+
+@app.command("pool")
+@sentences
+def show_pool(
+    out: Annotated[Path, _flag("--out", "-o", help="Folder of the answers.")] = Path("evals-out"),
+    by: Annotated[list[str], _flag("--by", help=f"A line for each value of these: {', '.join(pool.COLUMNS)}.")] = ["task", "set", "settings", "protocol"],
+    across: Annotated[str, _flag("--across", help="One of --by: a column for each of its values.")] = "",
+    against: Annotated[str, _flag("--against", help="The policy to compare with; all but full at the same budget.")] = "full",
+    tasks: Annotated[Optional[list[str]], _flag("--task", help="Only these.")] = None,
+    policy: Annotated[Optional[list[str]], _flag("--policy", "--kv-policy", help="Only these, by name.")] = None,
+    budget: Annotated[Optional[list[str]], _flag("--budget", "--kv-budget", help="Only these.")] = None,
+    protocol: Annotated[Optional[list[str]], _flag("--protocol", help="Only these.")] = None,
+) -> None:
+    """Print what many cells say together, against one policy on the same items, with intervals over items."""
+    rows = report.scored(out, [name for name in values(tasks) if task(name)])
+    against, *names = (_core.parse_spec(spec).partition(":")[0] for spec in [against, *values(policy)])
+    budgets, asked = [options.budget("--budget", value) for value in values(budget)], protocols(values(protocol))
+    rows = [row for row in rows if (not names or row["policy"].partition(":")[0] in (*names, against)) and (not asked or row["protocol"] in asked)
+            and (not budgets or row["budget"] in ("", *budgets))]
+    columns = values(by)
+    print(pool.markdown(pool.pool(rows, columns, against), columns, against, across))
 
 
 @app.command("archive")

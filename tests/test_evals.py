@@ -10,13 +10,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 import pykvc
 import tiny
 from evals import ask as asking
-from evals import archive, pictures, report, run, stats, store, work
+from evals import archive, pictures, pool, report, run, stats, store, work
 from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Item, Options
@@ -341,6 +342,11 @@ def scores_of(a: int, b: int, c: int, d: int) -> tuple[list[int], list[int]]:
     return [1]*(a + b) + [0]*(c + d), [1]*a + [0]*b + [1]*c + [0]*d
 
 
+@pytest.mark.parametrize("n, t", [(1, 12.706), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (19, 2.0930), (120, 1.9799)])
+def test_student_quantile(n, t):  # any table of t
+    assert stats.student_quantile(n) == pytest.approx(t, rel=3e-3)
+
+
 def test_paired_difference_is_that_of_the_pairs():
     ours, full = scores_of(36, 12, 2, 0)
     difference, low, high = stats.paired_difference(ours, full)
@@ -368,6 +374,33 @@ def test_the_table_compares_the_same_items(tmp_path):
     text = report.markdown([full, snapkv, h2o])
     assert "## niah, m, question-out" in text and "| `snapkv` | 200 |" in text and "-75.0 %" in text and " 200 |" in text
     assert len(report.comma_separated([full, snapkv, h2o]).splitlines()) == 4
+
+
+def test_pooled_answers_are_counted_by_item():
+    rows = [row(i, "full", 1) for i in range(4)] + [row(i, policy, score, budget) for i in range(4)
+            for policy, budget, score in [("snapkv:window=8", "200", i < 2), ("snapkv:window=8", "100", 0), ("h2o", "100", 1), ("tova", "100", None)]]
+    (line,) = pool.pool(rows, ["task"])
+    assert (line["n_items"], line["n_answers"], line["score"], line["reference"]) == pytest.approx((4, 12, 0.5, 1))  # items: 2/3 2/3 1/3 1/3
+    assert line["difference_high"] == pytest.approx(-0.5 + 3.182*np.std([2/3, 2/3, 1/3, 1/3], ddof=1)/2, rel=3e-3)  # over 4 items, not 12 answers
+    by_policy = pool.pool(rows, ["policy", "budget"])
+    assert [(line["policy"], line["budget"], line["score"]) for line in by_policy] == [("snapkv", "200", 0.5), ("snapkv", "100", 0), ("h2o", "100", 1)]
+    assert "| `snapkv` | 100.0 | 50.0 (-" in pool.markdown(by_policy, ["policy", "budget"], "full", across="budget")
+    (against,) = pool.pool(rows, ["policy"], against="snapkv")
+    assert (against["policy"], against["n_answers"], against["difference"]) == ("h2o", 4, 1)  # at the same budget; full is not compared
+    with pytest.raises(ValueError, match="no answer of keydiff"):
+        pool.pool(rows, ["task"], against="keydiff")
+    with pytest.raises(ValueError, match="snapkv with several parameters"):
+        pool.pool([*rows, row(0, "snapkv:window=16", 1, "100")], ["task"], against="snapkv")
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--by", "colour"], "--by takes model, task"), (["--across", "policy"], "--across is one of --by"), (["--against", "snap"], "unknown"),
+    (["--budget", "x"], "--budget"), (["--protocol", "both"], "question-in or question-out"), (["--task", "chess"], "chess"),
+    (["--against", "h2o"], "no answer of h2o")])
+def test_a_mistake_of_pool_is_one_sentence(tmp_path, args, says):
+    (tmp_path/"m.answers.jsonl").write_text("".join(json.dumps({**row(i, "full", 1), "answer": "x", "gold": "x", "settings": {}}) + "\n" for i in range(2)))
+    result = CliRunner().invoke(app, ["pool", "--out", str(tmp_path), *args])
+    assert result.exit_code == 2 and says in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_report_writes_tables_and_pictures(tmp_path, data):

@@ -67,7 +67,9 @@ def test_a_study_has_a_number_and_a_name():
 
 
 def test_the_first_study_covers_what_was_asked():
-    plans = study.plans(study.read("1"), Path("out"))[:3]
+    plans = study.plans(study.read("1"), Path("out"))
+    assert {plan.settings["fidelity"]["of"] for plan in plans if plan.tasks == ["fidelity"]} == {"gsm8k", "mmlu", "commonsense_qa", "safety", "humaneval"}
+    plans = plans[:3]
     assert {name for plan in plans for name in plan.tasks} == {"gsm8k", "mmlu", "commonsense_qa", "safety", "humaneval"}
     for plan in plans:
         assert len({case.name for case in plan.cases}) > 6 and len({case.budget for case in plan.cases if case.budget}) == 9

@@ -1,0 +1,93 @@
+"""Answers pooled: what many small cells say together, against one policy on the same items.
+
+A table has a few items in each cell, and its cells share them. So an item is the unit here: its scores under all configurations of a group
+are one mean, and the interval is over items, not answers.
+"""
+from collections import defaultdict
+from typing import Sequence
+
+from . import stats
+from .report import GROUP
+from .store import Row
+
+COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells")
+SAME = (*GROUP, "item")                                         # of an answer and the one it is compared with,
+SAME_BUDGET = ("budget", "decode_budget", "cells")              # and these, unless that is full's
+
+
+def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full") -> list[Row]:
+    """A line for each value of the columns `by`, in the order of the answers: score and reference are means over items of an item's mean.
+    Policies are named without parameters. ValueError: an unknown column, no answer of `against`, or several of them to compare with."""
+    for name in by:
+        if name not in COLUMNS:
+            raise ValueError(f"--by takes {', '.join(COLUMNS)}, not {name!r}")
+    rows = [{**row, "policy": row["policy"].partition(":")[0]} for row in rows if row["score"] is not None]
+    reference = _reference([row for row in rows if row["policy"] == against], against)
+    groups: dict[tuple, dict[tuple, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        other = reference.get(_same(row, against))
+        if row["policy"] not in (against, "full") and other is not None:
+            groups[tuple(row[name] for name in by)][_item(row)].append((row["score"], other))
+    return [_line(dict(zip(by, values)), list(items.values())) for values, items in groups.items()]
+
+
+def _same(row: Row, against: str) -> tuple:
+    return tuple(row[name] for name in (SAME if against == "full" else SAME + SAME_BUDGET))
+
+
+def _item(row: Row) -> tuple:
+    """The same question under another protocol or cache type is the same item."""
+    return row["model"], row["task"], row["set"], row["item"]
+
+
+def _reference(rows: Sequence[Row], against: str) -> dict[tuple, float]:
+    found: dict[tuple, float] = {}
+    for row in rows:
+        if _same(row, against) in found:
+            raise ValueError(f"there are answers of {against} with several parameters to compare with: pool the folder of one study, or some of its --task")
+        found[_same(row, against)] = row["score"]
+    if not found:
+        raise ValueError(f"there is no answer of {against} to compare with")
+    return found
+
+
+def _line(names: Row, items: list[list[tuple[float, float]]]) -> Row:
+    """items: of each, (score, reference) of every answer."""
+    ours, theirs = ([sum(pair[i] for pair in of_item)/len(of_item) for of_item in items] for i in (0, 1))
+    difference, low, high = stats.paired_difference(ours, theirs)
+    return {**names, "n_items": len(items), "n_answers": sum(map(len, items)), "score": sum(ours)/len(ours), "reference": sum(theirs)/len(theirs),
+            "difference": difference, "difference_low": low, "difference_high": high}
+
+
+def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str = "") -> str:
+    """A line for each group; with `across`, one of `by`, a column for each of its values: score and, in brackets, the difference's interval."""
+    if across and across not in by:
+        raise ValueError(f"--across is one of --by, {', '.join(by)}, not {across!r}")
+    if not across:
+        header = [*by, "items", "answers", "score", against, "difference", "95 %"]
+        return _table(header, len(by), [[*_names(line, by), str(line["n_items"]), str(line["n_answers"]), _percent(line["score"]), _percent(line["reference"]),
+                                         _percent(line["difference"], "+"), _interval(line)] for line in lines])
+    rest, columns = [name for name in by if name != across], list(dict.fromkeys(str(line[across]) for line in lines))
+    cells: dict[tuple, dict[str, str]] = defaultdict(dict)
+    full: dict[tuple, float] = {}
+    for line in lines:
+        names = tuple(_names(line, rest))
+        cells[names][str(line[across])] = f"{_percent(line['score'])} ({_interval(line)})"
+        full[names] = line["reference"]
+    return _table([*rest, against, *columns], len(rest), [[*names, _percent(full[names]), *(of.get(column, "") for column in columns)] for names, of in cells.items()])
+
+
+def _names(line: Row, by: Sequence[str]) -> list[str]:
+    return [f"`{line[name]}`" if name == "policy" else str(line[name]) for name in by]
+
+
+def _percent(value: float, sign: str = "") -> str:
+    return f"{100*value:{sign}.1f}"
+
+
+def _interval(line: Row) -> str:
+    return f"{_percent(line['difference_low'], '+')} to {_percent(line['difference_high'], '+')}"
+
+
+def _table(header: list[str], n_left: int, lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"]*n_left + ["---:"]*(len(header) - n_left), *lines])
