@@ -11,8 +11,10 @@ from evals import ask as asking
 from evals import attention, latency, panels, report, run, study
 from evals.cases import Case, cases
 from evals.cli import app
+from evals.items import Options
+from evals.prompts import count, render
 from evals.tasks import TASKS, gsm8k
-from evals.work import Plan
+from evals.work import Plan, open_model
 from test_evals_tasks import folder  # noqa: F401  (a fixture)
 
 SMALL = '''
@@ -179,6 +181,19 @@ def test_fidelity_of_a_task_against_f16(tmp_path, folder):  # noqa: F811
     for wrong, says in (({"of": "mlu"}, "mmlu"), ({"of": "fidelity"}, "mmlu"), ({"reference": "q8"}, "f16")):
         with pytest.raises(ValueError, match=says):
             run.run(Plan(["fidelity"], several, ["question-out"], tmp_path/"x", folder, 3, settings={"fidelity": wrong}), None)
+
+
+@pytest.mark.parametrize("protocol", ["question-out", "question-in"])
+def test_fidelity_of_a_shared_context_is_that_of_each_alone(folder, protocol):  # noqa: F811
+    subject, case = open_model(None), Case(pykvc._core.parse_spec("snapkv:window=8"), "0.5")
+    settings = {**TASKS["fidelity"].SETTINGS, "of": "mmlu", "tokens": 4, "shots": 2}
+    items = TASKS["fidelity"].load(Options(lambda text: count(subject.vocabulary, text), folder, None, 0, True, settings))
+    group = next(group for group in asking.groups([(item, render(item, subject.vocabulary, True)) for item in items], protocol, case) if len(group) > 1)
+    with pykvc.LLM(n_ctx=1024, n_threads=2, **case.settings()) as llm:
+        together, *alone = ([figures for _, figures in TASKS["fidelity"].ask(llm, part, protocol, case, 2)] for part in (group, *([one] for one in group)))
+    names = ("n_context", "n_prompt", "kept", "evictions", "bytes_used", "answer")
+    assert [[row[name] for name in names] for row in together] == [[row[name] for name in names] for (row,) in alone]
+    assert len(group) > 1 and all(row["evictions"] == 1 for row in together)
 
 
 def test_the_order_of_examples(folder):  # noqa: F811

@@ -76,26 +76,20 @@ def _chunks(text: str, name: str, options: Options) -> Iterator[Item]:
 def ask(llm: pykvc.LLM, group: list, protocol: str, case: Case, n_threads: int | None) -> Iterator[tuple[Item, dict[str, Any]]]:
     """For each token the KL divergence and whether the first choice is the same, as JSON. As evals/ask.py evaluates and evicts."""
     references = {item.id: _reference(llm, item, prompt, case, n_threads) for item, prompt in group}  # not while ours is timed
-    if protocol == "question-in":
-        for item, prompt in group:
-            begin = perf_counter()
-            n_prompt = _context(llm, prompt, case) + llm.prefill(prompt.tail, spans=())
-            first, timings = llm.logits(), {"prefill_ms": _ms(begin)}
-            kept, n_evictions, timings["evict_ms"] = _evict(llm, case)
-            yield item, {"n_context": 0, "n_prompt": n_prompt, "kept": kept, "evictions": n_evictions, **timings, **_compare(llm, references[item.id], first)}
-        return
-    begin = perf_counter()
-    n_context, timings = _context(llm, group[0][1], case), {"prefill_ms": _ms(begin)}
-    kept, n_evictions, timings["evict_ms"] = _evict(llm, case)
+    question_in, begin = protocol == "question-in", perf_counter()
+    n_context, timings, evicted = _context(llm, group[0][1], case), {"prefill_ms": _ms(begin), "evict_ms": 0.0}, {}
+    if not question_in:
+        evicted, timings["evict_ms"] = _evict(llm, case)
     with Mark(llm, case, again=len(group) > 1) as mark:
         for i, (item, prompt) in enumerate(group):
             if i:
                 mark.return_to()
             begin = perf_counter()
             n_prompt = n_context + llm.prefill(prompt.tail, spans=())
-            timings["prefill_ms"] = round(_ms(begin) + timings["prefill_ms"]*(i == 0), 1)
-            yield item, {"n_context": n_context, "n_prompt": n_prompt, "kept": kept, "evictions": n_evictions, **timings,
-                         **_compare(llm, references[item.id], llm.logits())}
+            first, timings["prefill_ms"] = llm.logits(), round(_ms(begin) + timings["prefill_ms"]*(i == 0), 1)
+            if question_in:
+                evicted, timings["evict_ms"] = _evict(llm, case)
+            yield item, {"n_context": 0 if question_in else n_context, "n_prompt": n_prompt, **evicted, **timings, **_compare(llm, references[item.id], first)}
             timings["evict_ms"] = 0.0
 
 
@@ -104,13 +98,13 @@ def _context(llm: pykvc.LLM, prompt: Prompt, case: Case) -> int:
     return llm.prefill(prompt.head, spans=prompt.spans, span_unit="chars", **(dict(kv_query=prompt.query) if case.asks else {}))
 
 
-def _evict(llm: pykvc.LLM, case: Case) -> tuple[list[int], int, float]:
-    """(cells a layer keeps, evictions, ms)"""
+def _evict(llm: pykvc.LLM, case: Case) -> tuple[dict[str, Any], float]:
+    """(cells a layer keeps and evictions, ms)"""
     before, begin = llm.stats()["n_evictions"], perf_counter()
     if case.compresses:
         llm.compress()
     stats = llm.stats()
-    return [int(n) for n in stats["kept"]], stats["n_evictions"] - before, _ms(begin)
+    return {"kept": [int(n) for n in stats["kept"]], "evictions": stats["n_evictions"] - before}, _ms(begin)
 
 
 def _compare(llm: pykvc.LLM, reference: tuple[list[int], np.ndarray], first: np.ndarray) -> dict[str, Any]:
