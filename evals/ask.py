@@ -56,26 +56,27 @@ def side_by_side(case: Case) -> bool:
     return not (case.cells or policy["layers_differ"] or policy["heads_differ"] or policy["needs"]["probe"] != "none")
 
 
-def ask_batch(llm: pykvc.LLM, asked: Asked, protocol: str, case: Case, n_parallel: int) -> Iterator[tuple[Item, dict[str, Any]]]:
-    """As ask(), of several groups, n_parallel questions at once, in the order in which they are done. Contexts are evaluated once, and
-    their time is in no row."""
+def ask_batch(llm: pykvc.LLM, asked: list[tuple[Item, Prompt, Case]], protocol: str, n_parallel: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(index, figures and answer) as ask() of several groups, n_parallel questions at once, in the order in which they are done. Cases differ
+    in their budgets alone. Neighbours' contexts are evaluated once, and their time is in no row."""
     question_in, i = protocol == "question-in", 0
     while i < len(asked):  # those that may become as long and end alike
         how = _length(asked[i][0])
         part = list(itertools.takewhile(lambda one: _length(one[0]) == how, asked[i:]))
-        i += len(part)
-        prompts = [prompt for _, prompt in part]
+        prompts, several = [prompt for _, prompt, _ in part], [case for _, _, case in part]
         n_tails = [len(llm.tokenize(prompt.tail, add_special=False)) for prompt in prompts]
         n_heads = {head: len(llm.tokenize(head)) for head in {prompt.head for prompt in prompts}}
         answers = llm.generate_batch([prompt.tail for prompt in prompts], prefix=[prompt.head for prompt in prompts], span_unit="chars",
-                                     spans=[prompt.spans for prompt in prompts], compress_prefix=not question_in,
-                                     compress=question_in and case.compresses, stream=True, **how)
+                                     spans=[prompt.spans for prompt in prompts], kv_budget=[case.budget or None for case in several],
+                                     kv_decode_budget=[case.decode_budget or None for case in several], compress_prefix=not question_in,
+                                     compress=question_in and several[0].compresses, stream=True, **how)
         for j, answer in answers:
             n_context = n_heads[prompts[j].head]
             kept = answer.kv["kept"] if question_in else answer.kv["prefix_kept"]
             figures = _figures(answer, 0 if question_in else n_context, n_context + n_tails[j], kept,
                                answer.kv["prefix_evictions"] + answer.kv["evictions"], llm.stats()["cells_allocated"])
-            yield part[j][0], {**figures, "bytes_allocated": figures["bytes_allocated"]//n_parallel}
+            yield i + j, {**figures, "bytes_allocated": figures["bytes_allocated"]//n_parallel}
+        i += len(part)
 
 
 class Mark:

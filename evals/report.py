@@ -5,6 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, Sequence
 
+from pykvc import _core
 from pykvc.table import mebibytes
 
 from . import stats
@@ -42,11 +43,23 @@ def scored(out: Path, tasks: Sequence[str] = (), rescore: bool = False) -> list[
 
 
 def table(rows: Sequence[Row]) -> list[Row]:
-    """A line for each configuration, in the order in which they were run."""
+    """A line for each configuration, in the order in which they were run, but those that differ in the budget alone from the largest on:
+    they are run together."""
     configurations: dict[tuple, list[Row]] = defaultdict(list)
+    budgets: dict[tuple, list[tuple]] = defaultdict(list)
     for row in rows:
-        configurations[tuple(row[name] for name in GROUP + CASE)].append(row)
-    return [_line(dict(zip(GROUP + CASE, names)), of_case, _reference(configurations, names)) for names, of_case in configurations.items()]
+        names = tuple(row[name] for name in GROUP + CASE)
+        if names not in configurations:
+            budgets[tuple(row[name] for name in (*GROUP, "policy", "cells"))].append(names)
+        configurations[names].append(row)
+    return [_line(dict(zip(GROUP + CASE, names)), configurations[names], _reference(configurations, names))
+            for together in budgets.values() for names in sorted(together, key=_largest_first)]
+
+
+def _largest_first(names: tuple) -> tuple:
+    """Ratios, then tokens."""
+    amounts = [_core.parse_budget(names[len(GROUP) + CASE.index(name)]) for name in ("budget", "decode_budget")]
+    return tuple((kind == "tokens", -amount) for kind, amount in amounts)
 
 
 def changed(name: str, settings: Row) -> str:

@@ -1,7 +1,7 @@
 """The loop: for every model, task, case and protocol what is not answered yet is asked, saved, and then scored."""
 import re
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Callable, Iterator, Sequence
 
 import pykvc
@@ -37,8 +37,8 @@ def run_all(plans: Sequence[Plan], model: str | None, size: Callable[[int], None
     ValueError for every mistake in a plan, before anything is evaluated."""
     with _ready(plans, model) as (subject, identity, answers, scores, works):
         size(sum(weight(group, subject) for work in works for group in work.todo))
-        for work in works:
-            _answer(subject, work, identity, answers, scores, watch)
+        for sweep in sweeps(works):
+            _answer(subject, [Record(work, identity, answers, scores) for work in sweep], watch)
         return [problem for work in works for problem in _problems(work, answers, scores)]
 
 
@@ -76,44 +76,79 @@ def _check(subject: Subject, work: Work) -> None:
             llm.prefill("a", kv_query=max((prompt.query for _, prompt in work.asked), key=lambda query: len(llm.tokenize(query))))
 
 
-def _answer(subject: Subject, work: Work, identity: Row, answers: Rows, scores: Rows, watch: Watch) -> None:
-    plan, what = work.plan, _name(work)
-    for item, _ in work.asked:  # a run was killed between the two
-        row = answers.rows.get(key(key_row(plan, work.task, item, work.protocol, work.case)))
-        if is_done(row) and scores.rows.get(key(row), {}).get("prompt") != row.get("prompt"):
-            _score(item, row, scores)
+@dataclass
+class Record:
+    """What is there of a work's answers, and where more of them go."""
+    work: Work
+    identity: Row
+    answers: Rows
+    scores: Rows
 
-    def left(of: Asked) -> Asked:  # another plan may have asked them since
-        return [(item, prompt) for item, prompt in of if not is_answer(answers.rows.get(key(key_row(plan, work.task, item, work.protocol, work.case))), prompt)]
+    def __post_init__(self) -> None:
+        self.digests = {item.id: prompt.digest for item, prompt in self.work.asked}
 
-    digests = {item.id: prompt.digest for item, prompt in work.asked}
+    def key_row(self, item: Item) -> Row:
+        return key_row(self.work.plan, self.work.task, item, self.work.protocol, self.work.case)
 
-    def save(item: Item, figures: Row) -> None:
-        row = {**key_row(plan, work.task, item, work.protocol, work.case), **identity, "settings": work.settings, "prompt": digests[item.id]}
+    def left(self, of: Asked) -> Asked:
+        """Another plan may have asked them since."""
+        return [(item, prompt) for item, prompt in of if not is_answer(self.answers.rows.get(key(self.key_row(item))), prompt)]
+
+    def score_rest(self) -> None:
+        """A run was killed between an answer and its score."""
+        for item, _ in self.work.asked:
+            row = self.answers.rows.get(key(self.key_row(item)))
+            if is_done(row) and self.scores.rows.get(key(row), {}).get("prompt") != row.get("prompt"):
+                _score(item, row, self.scores)
+
+    def save(self, item: Item, figures: Row) -> None:
+        plan = self.work.plan
+        row = {**self.key_row(item), **self.identity, "settings": self.work.settings, "prompt": self.digests[item.id]}
         if "error" not in figures:
             row |= {"engine": engine(), "processor": processor(), "n_threads": plan.n_threads, "n_gpu_layers": plan.n_gpu_layers}
-            row |= {"n_ctx": work.n_ctx, "gold": item.gold, "tags": item.tags}
-        answers.append(row := {**row, **figures})
+            row |= {"n_ctx": self.work.n_ctx, "gold": item.gold, "tags": item.tags}
+        self.answers.append(row := {**row, **figures})
         if "error" not in figures:
-            _score(item, row, scores)
-
-    watch(0, what)
-    asked = left([one for group in work.todo for one in group])
-    if plan.n_parallel > 1 and len(asked) > 1 and not hasattr(task(work.task), "ask") and side_by_side(work.case):
-        _together(subject, work, asked, save, watch)
-        if not (asked := left(asked)):
-            return
-    _one_by_one(subject, work, groups(asked, work.protocol, work.case), save, watch)
+            _score(item, row, self.scores)
 
 
-def _together(subject: Subject, work: Work, asked: Asked, save: Callable[[Item, Row], None], watch: Watch) -> None:
-    """What crashes is asked again, alone, to find out which row it is."""
-    n_parallel, prompts = min(work.plan.n_parallel, len(asked)), {item.id: prompt for item, prompt in asked}
+def sweeps(works: Sequence[Work]) -> list[list[Work]]:
+    """Works that differ in their budgets alone, so that one context holds them, one evaluated prompt begins them, and a sequence that is
+    done makes room for the next budget's question."""
+    found: dict[tuple, list[Work]] = {}
+    for work in works:
+        budgets = (bool(work.case.budget), bool(work.case.decode_budget))
+        found.setdefault((id(work.plan), work.task, repr(work.settings), work.n_ctx, work.protocol, budgets, replace(work.case, budget="", decode_budget="")), []).append(work)
+    return list(found.values())
+
+
+def _answer(subject: Subject, records: list[Record], watch: Watch) -> None:
+    """Of a sweep."""
+    work = records[0].work
+    for record in records:
+        record.score_rest()
+    asked = [(record, record.left([one for group in record.work.todo for one in group])) for record in records]
+    if work.plan.n_parallel > 1 and sum(len(of) for _, of in asked) > 1 and not hasattr(task(work.task), "ask") and side_by_side(work.case):
+        watch(0, _name(work, records))
+        _together(subject, asked, watch)
+    for record in records:
+        left = record.left([one for group in record.work.todo for one in group])
+        if left:
+            watch(0, _name(record.work))
+            _one_by_one(subject, record.work, groups(left, record.work.protocol, record.work.case), record.save, watch)
+
+
+def _together(subject: Subject, asked: list[tuple[Record, Asked]], watch: Watch) -> None:
+    """Contexts are evaluated once, so their questions stand together. What crashes is asked again, alone, to find out which row it is."""
+    heads = dict.fromkeys(prompt.head for _, of in asked for _, prompt in of)
+    ordered = [(record, item, prompt) for head in heads for record, of in asked for item, prompt in of if prompt.head == head]
+    work, n_parallel = ordered[0][0].work, min(ordered[0][0].work.plan.n_parallel, len(ordered))
     try:
         with _open(subject, work, n_parallel) as llm:
-            for item, figures in ask_batch(llm, asked, work.protocol, work.case, n_parallel):
-                save(item, {**figures, "n_parallel": n_parallel})
-                watch(weight([(item, prompts[item.id])], subject), _name(work))
+            for i, figures in ask_batch(llm, [(item, prompt, record.work.case) for record, item, prompt in ordered], work.protocol, n_parallel):
+                record, item, prompt = ordered[i]
+                record.save(item, {**figures, "n_parallel": n_parallel})
+                watch(weight([(item, prompt)], subject), _name(work, [record for record, of in asked if of]))
     except Exception as error:
         print(f"{_name(work)}: {type(error).__name__}: {error}; one by one from here", flush=True)
 
@@ -150,8 +185,11 @@ def _score(item: Item, row: Row, scores: Rows) -> None:
 
 # -- what went wrong ----------------------------------------------------------------------------------------------------
 
-def _name(work: Work) -> str:
-    return ", ".join(filter(None, [work.task, changed(work.task, work.settings), work.protocol])) + f": {work.case.label()}"
+def _name(work: Work, sweep: Sequence[Record] = ()) -> str:
+    """sweep: the budgets of all of them."""
+    budgets = [record.work.case.budget or record.work.case.decode_budget for record in sweep]
+    label = replace(work.case, budget="/".join(budgets), decode_budget="").label() if len(budgets) > 1 else work.case.label()
+    return ", ".join(filter(None, [work.task, changed(work.task, work.settings), work.protocol])) + f": {label}"
 
 
 def _problems(work: Work, answers: Rows, scores: Rows) -> list[str]:

@@ -1,7 +1,7 @@
 """Many answers at once: each prompt is evaluated in a sequence of its own, and all sequences decode together.
 
 A sequence that is done makes room for the next prompt at once (continuous batching). A prefix that prompts share is
-evaluated and compressed once, and copied into their sequences.
+evaluated once, compressed once for each budget, and copied into their sequences.
 """
 from collections import deque
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ class Prefix:
 @dataclass(frozen=True)
 class Start:
     """An evaluated prefix, as the state of a sequence."""
-    prefix: Prefix
+    compressed: bool
     state: bytes
     kept: list[int]         # [n_layer]
     n_evictions: int
@@ -82,17 +82,16 @@ def answers(session: Session, requests: list[Request], budgets: list[tuple[str, 
     ctx, turn = session.ctx, session.turn
     session.clear()
     waiting, running = deque(enumerate(requests)), []
-    free, start = list(range(ctx.n_seq_max))[::-1], None
+    free, starts = list(range(ctx.n_seq_max))[::-1], Starts(session)
     try:
         while waiting or running:
             while waiting and free:
-                prefix = prefixes[waiting[0][0]]
-                if prefix is None or start is None or start.prefix is not prefix:
-                    if prefix and session.probe.kind != "none" and running:
-                        break  # a probe is evaluated in sequence 0, and the session's own
-                    start = prefix and _shared(session, prefix, free[-1])
+                prefix, budget = prefixes[waiting[0][0]], budgets[waiting[0][0]]
+                if prefix and session.probe.kind != "none" and running and not starts.has(prefix, budget):
+                    break  # a probe is evaluated in sequence 0, and the session's own
+                start = prefix and starts.get(prefix, budget, free[-1])
                 index, request = waiting.popleft()
-                running.append(_begin(session, index, request, budgets[index], free.pop(), start))
+                running.append(_begin(session, index, request, budget, free.pop(), start))
             for done in [r for r in running if r.reason]:
                 running.remove(done)
                 answer = done.generation(session)
@@ -108,25 +107,61 @@ def answers(session: Session, requests: list[Request], budgets: list[tuple[str, 
             session.clear()
 
 
-def _shared(session: Session, prefix: Prefix, seq: int) -> Start:
-    """Evaluates the prefix, in a free sequence, and compresses it if that is wanted."""
-    ctx, compress = session.ctx, prefix.compress and session.evicts and session.has_budget
-    if session.probe.kind != "none":
-        session.query, seq = prefix.query, 0
+class Starts:
+    """Of the prefix that neighbours share: evaluated in a free sequence, compressed for each of their budgets."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.prefix: Prefix | None = None
+        self.whole: Start | None = None                             # before the eviction; none of a policy that probes
+        self.known: dict[tuple[str, str] | None, Start] = {}        # by budget
+
+    def has(self, prefix: Prefix, budget: tuple[str, str] | None) -> bool:
+        return prefix is self.prefix and (budget if prefix.compress else None) in self.known
+
+    def get(self, prefix: Prefix, budget: tuple[str, str] | None, seq: int) -> Start:
+        if prefix is not self.prefix:
+            self.prefix, self.whole, self.known = prefix, None, {}
+        budget = budget if prefix.compress else None
+        if budget not in self.known:
+            self.known[budget] = (self._probed if self.session.probe.kind != "none" else self._evicted)(prefix, budget, seq)
+        return self.known[budget]
+
+    def _compress(self, prefix: Prefix, budget: tuple[str, str] | None) -> bool:
+        return prefix.compress and self.session.evicts and bool(self.session.has_budget or budget and budget[0])
+
+    def _evicted(self, prefix: Prefix, budget: tuple[str, str] | None, seq: int) -> Start:
+        ctx = self.session.ctx
+        if self.whole is None:
+            _evaluate(self.session, seq, prefix.ids, prefix.spans, 0)
+            self.whole = self._take(prefix, seq)
+        if not self._compress(prefix, budget):
+            return self.whole
+        ctx.load_seq(self.whole.state, seq)
+        if budget:
+            ctx.set_budget(*budget, seq)
+        ctx.evict(seq)
+        return self._take(prefix, seq, self.whole.n_evictions)
+
+    def _probed(self, prefix: Prefix, budget: tuple[str, str] | None, seq: int) -> Start:
+        """In sequence 0, where a probe is evaluated."""
+        session = self.session
+        session.query = prefix.query
+        if budget:
+            session.ctx.set_budget(*budget, 0)
         session.feed(prefix.ids, prefix.spans)
-        if compress:
+        if self._compress(prefix, budget):
             session.compress()
-    else:
-        _evaluate(session, seq, prefix.ids, prefix.spans, 0)
-        if compress:
-            ctx.evict(seq)
-    stats = ctx.seq_stats(seq)
-    start = Start(prefix, ctx.save_seq(seq), stats["kept"], stats["n_evictions"])
-    if session.probe.kind != "none":
+        start = self._take(prefix, 0)
         session.clear()
-    else:
+        return start
+
+    def _take(self, prefix: Prefix, seq: int, n_evictions: int = 0) -> Start:
+        ctx = self.session.ctx
+        stats = ctx.seq_stats(seq)
+        start = Start(prefix.compress, ctx.save_seq(seq), stats["kept"], n_evictions + stats["n_evictions"])
         ctx.clear(seq)
-    return start
+        return start
 
 
 def _evaluate(session: Session, seq: int, ids: list[int], spans: list[Span], first: int) -> None:
@@ -152,7 +187,7 @@ def _begin(session: Session, index: int, request: Request, budget: tuple[str, st
     else:
         run.take(request.sampler.sample(ctx), session)
     begin = perf_counter()
-    compress = request.compress if request.compress is not None else start is None or not start.prefix.compress
+    compress = request.compress if request.compress is not None else start is None or not start.compressed
     if compress and session.evicts and (session.has_budget or budget and budget[0]):
         ctx.evict(seq)
     run.work.evict_ms = 1e3*(perf_counter() - begin)

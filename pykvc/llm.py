@@ -191,11 +191,11 @@ class LLM:
         """Answers many prompts, n_seq_max of them at a time: their Generations in order, or with stream=True
         (index, Generation) as they are done. prompts: strings or token ids. The conversation before is over.
 
-        prefix, or shots (each of them a span): what all prompts begin with, evaluated and compressed once; or a list of one for each
-        prompt, evaluated once where neighbours have the same. spans (for a list of prefixes a list of them), span_unit, segment and
+        prefix, or shots (each of them a span): what all prompts begin with, evaluated once, and compressed once for each budget; or a list of
+        one for each prompt, evaluated once where neighbours have the same. spans (for a list of prefixes a list of them), span_unit, segment and
         kv_query: of the prefix; without one, of the prompts: a list of spans for each (None: as generate() without), or `segment` for all.
         compress_prefix=False: prefixes stay whole, and each prompt is compressed together with its own (question-in).
-        kv_budget, kv_decode_budget: of every prompt, or a list of one for each; None: the LLM's own, as for a prefix that is compressed.
+        kv_budget, kv_decode_budget: of every prompt and its prefix, or a list of one for each; None: the LLM's own.
         compress None: every prompt where there is no compressed prefix, else only the prefix (question-out).
         A Generation's kv has prefix_kept [n_layer] and prefix_evictions, too.
         temperature and so on: as generate(). ValueError for every mistake, before anything is evaluated."""

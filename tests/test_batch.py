@@ -204,6 +204,25 @@ def test_a_prefix_that_is_compressed_with_each_prompt(policy):
             assert b.kv["prefix_kept"] == [n]*len(a.kv["kept"]) and b.tokens == a.tokens
 
 
+@pytest.mark.parametrize("policy", ["snapkv:window=16", "shotkv:window=8,recent=8", "h2o", "kvzip:recent=8"])
+def test_a_prefix_is_evaluated_once_for_several_budgets(policy):
+    """Each question as in an LLM of that budget."""
+    prefixes, budgets = [prompt(0, 90)]*4 + [prompt(3, 60)]*2, [60, None, 40, 60, 40, 60]
+    questions = [" Who came?", " Where was it?", " Why?", " When?", " Who?", " How?"]
+    spans = [[(0, len(prefix)//2), (len(prefix)//2, len(prefix))] for prefix in prefixes]
+    how = dict(n_ctx=512, n_threads=2, kv_policy=policy)
+    with pykvc.LLM(n_seq_max=3, kv_budget=50, **how) as llm:
+        batch = llm.generate_batch(questions, prefix=prefixes, spans=spans, span_unit="chars", kv_budget=budgets, max_tokens=6)
+    for prefix, own, question, budget, b in zip(prefixes, spans, questions, budgets, batch):
+        with pykvc.LLM(kv_budget=budget or 50, **how) as alone:
+            alone.prefill(prefix, spans=own, span_unit="chars")
+            alone.compress()
+            kept = alone.stats()["kept"]
+            a = alone.generate(question, reset=False, spans=(), max_tokens=6)
+        assert b.kv["prefix_kept"] == list(kept) and b.kv["prefix_evictions"] == 1 and b.kv["evictions"] == 0
+        assert b.tokens == a.tokens and b.kv["bytes_used"] == a.kv["bytes_used"]
+
+
 def test_probes_take_turns():
     prefixes = [prompt(0, 90), prompt(0, 90), prompt(3, 60)]
     how = dict(n_ctx=512, n_threads=2, kv_policy="kvzip", kv_budget=64)

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import pykvc
+from pykvc import batch
 from evals import ask as asking
 from evals import attention, latency, panels, report, run, study
 from evals.cases import Case, cases
@@ -140,18 +141,32 @@ def test_a_study_runs_reports_and_goes_on(tmp_path, folder, monkeypatch):  # noq
 def test_side_by_side_is_one_by_one(tmp_path, folder):  # noqa: F811
     """The same tokens, kept counts, bytes and evictions; and the answers, which are short."""
     several = [Case(), Case(pykvc._core.parse_spec("snapkv:window=8"), "0.5"), Case(pykvc._core.parse_spec("shotkv:window=8,recent=8"), "0.5"),
-               Case(pykvc._core.parse_spec("h2o"), "0.5")]
+               Case(pykvc._core.parse_spec("h2o"), "0.5"), Case(pykvc._core.parse_spec("snapkv:window=8"), "0.3"), Case(pykvc._core.parse_spec("snapkv:window=8"), "64")]
     found = []
     for n_parallel in (1, 3):
         plan = Plan(["mmlu"], several, ["question-in", "question-out"], tmp_path/str(n_parallel), folder, 4, n_threads=2, n_parallel=n_parallel,
                     settings={"mmlu": {"shots": 2}})
         assert run.run(plan, None) == []
-        found.append({(row["item"], row["policy"], row["protocol"]): row for row in answers(tmp_path/str(n_parallel))})
+        found.append({(row["item"], row["policy"], row["budget"], row["protocol"]): row for row in answers(tmp_path/str(n_parallel))})
     one, three = found
-    assert one.keys() == three.keys() and len(one) == 4*4*2
+    assert one.keys() == three.keys() and len(one) == 4*6*2
     for name, row in one.items():
         for what in ("n_context", "n_prompt", "kept", "evictions", "cells_allocated", "answer", "bytes_used", "bytes_full"):
             assert row[what] == three[name][what], (name, what)
+
+
+def test_budgets_of_a_policy_share_a_context(tmp_path, folder, monkeypatch):  # noqa: F811
+    """Each of the two subjects' examples is evaluated once for all three budgets, by one model."""
+    evaluated, opened = [], []
+    evaluate, init = batch._evaluate, pykvc.LLM.__init__
+    monkeypatch.setattr(batch, "_evaluate", lambda session, seq, ids, spans, first: evaluated.append(first) or evaluate(session, seq, ids, spans, first))
+    monkeypatch.setattr(pykvc.LLM, "__init__", lambda self, *args, **how: opened.append(how.get("n_seq_max", 1)) or init(self, *args, **how))
+    plan = Plan(["mmlu"], cases(["tova"], ["0.3", "0.5", "64"], ["none"], ["none"], ["f16"], ["f16"]), ["question-out"], tmp_path, folder, 4, n_threads=2,
+                n_parallel=2, settings={"mmlu": {"shots": 2}})
+    assert run.run(plan, None) == []
+    contexts = {row["item"].split("/")[0] for row in answers(tmp_path)}
+    assert evaluated.count(0) == len(contexts) == 2 and len(evaluated) == 2 + 4*3 and opened.count(2) == 1
+    assert [line["budget"] for line in report.table(report.scored(tmp_path))] == ["0.5", "0.3", "64"]  # from the largest on
 
 
 def test_a_crash_side_by_side_is_found_one_by_one(tmp_path, folder, monkeypatch):  # noqa: F811
