@@ -3,11 +3,14 @@
 question-in:  the context and the question are evaluated, then evicted.
 question-out: the context is evaluated and evicted; then each question is asked from that very state.
 
-Either way a context is evaluated once for all its questions, and the text of a prompt is tokenized in these two parts.
+Either way a context is evaluated once for all its questions and all budgets of a policy, and the text of a prompt is tokenized in these two parts.
 """
 import itertools
 import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Iterator
 
 import pykvc
@@ -18,36 +21,66 @@ from .items import Item
 from .prompts import Prompt
 
 Asked = list[tuple[Item, Prompt]]
+Jobs = list[tuple[Item, Prompt, Case]]
 
 
-def groups(asked: Asked, protocol: str, case: Case) -> list[Asked]:
-    """Those that can share an evaluated context, in the order of the first of them."""
+def shared(item: Item, prompt: Prompt, protocol: str, case: Case) -> str:
+    """Questions that have this in common can share an evaluated context."""
     if case.asks or (protocol == "question-in" and case.cells):  # with few cells, the context is evicted before the question is there
-        return [[one] for one in asked]
-    together: dict[str, Asked] = {}
-    for item, prompt in asked:
-        together.setdefault(prompt.head or item.id, []).append((item, prompt))
-    return list(together.values())
+        return item.id
+    return prompt.head or item.id
 
 
-def ask(llm: pykvc.LLM, group: Asked, protocol: str, case: Case, n_threads: int | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
-    """(item, figures and answer), one after the other. prefill_ms and evict_ms of a shared context count in its first row."""
+def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
+    """(item, figures and answer), one after the other, of one context; cases differ in their budgets alone, and follow one another.
+    prefill_ms of the context counts in the first row, evict_ms in the first of each case."""
+    question_in = protocol == "question-in"
+    for case, item, prompt, context in contexts(llm, asked, protocol):
+        before = llm.stats()["n_evictions"]
+        answer = llm.generate(prompt.tail, spans=(), reset=False, compress=question_in and case.compresses, kv_budget=case.budget or None,
+                              kv_decode_budget=case.decode_budget or None, **_length(item))
+        n_prompt = context.n_tokens + len(llm.tokenize(prompt.tail, add_special=False))
+        yield item, _figures(answer, 0 if question_in else context.n_tokens, n_prompt, answer.kv["kept"] if question_in else context.kept,
+                             context.n_evictions + llm.stats()["n_evictions"] - before, llm.stats()["cells_allocated"])
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stands before a question."""
+    n_tokens: int
+    kept: list[int]             # [n_layer]
+    n_evictions: int
+    prefill_ms: float
+    evict_ms: float
+
+
+def contexts(llm: pykvc.LLM, asked: Jobs, protocol: str) -> Iterator[tuple[Case, Item, Prompt, Context]]:
+    """For each question leaves `llm` at the end of its context: evaluated once, evicted (question-out) once for each case."""
     llm.reset()
-    question_in, start, prompt = protocol == "question-in", llm.stats()["n_evictions"], group[0][1]
-    n_context = llm.prefill(prompt.head, **_spans(prompt), **_query(prompt, case))
-    if case.compresses and not question_in:
-        llm.compress()
-    stats = llm.stats()
-    kept, n_evictions = [int(n) for n in stats["kept"]], stats["n_evictions"] - start
-    with Mark(llm, case, again=len(group) > 1) as mark:
-        for i, (item, prompt) in enumerate(group):
-            if i:
-                mark.return_to()
-            before = llm.stats()["n_evictions"]
-            answer = llm.generate(prompt.tail, spans=(), reset=False, compress=question_in and case.compresses, **_length(item))
-            n_prompt = n_context + len(llm.tokenize(prompt.tail, add_special=False))
-            yield item, _figures(answer, 0 if question_in else n_context, n_prompt, answer.kv["kept"] if question_in else kept,
-                                 n_evictions + llm.stats()["n_evictions"] - before, llm.stats()["cells_allocated"])
+    prompt, begin, start = asked[0][1], perf_counter(), llm.stats()["n_evictions"]
+    n_tokens = llm.prefill(prompt.head, **_spans(prompt), **_query(prompt, asked[0][2]))
+    prefill_ms, n_before = ms(begin), llm.stats()["n_evictions"] - start
+    with Mark(llm, asked[0][2], again=len(asked) > 1) as whole:
+        for k, (case, of_case) in enumerate(itertools.groupby(asked, key=lambda one: one[2])):
+            part = list(of_case)
+            if k:
+                whole.return_to()
+            begin, before = perf_counter(), llm.stats()["n_evictions"]
+            if case.compresses and protocol == "question-out":
+                llm.compress(kv_budget=case.budget or None)
+            stats = llm.stats()
+            context = Context(n_tokens, [int(n) for n in stats["kept"]], n_before + stats["n_evictions"] - before, prefill_ms*(k == 0), ms(begin))
+            with nullcontext(whole) if protocol == "question-in" else Mark(llm, case, again=len(part) > 1) as mark:
+                for i, (item, prompt, _) in enumerate(part):
+                    if i:
+                        mark.return_to()
+                        context = replace(context, prefill_ms=0.0, evict_ms=0.0)
+                    yield case, item, prompt, context
+
+
+def ms(begin: float) -> float:
+    """Since perf_counter() was `begin`."""
+    return round(1e3*(perf_counter() - begin), 1)
 
 
 def side_by_side(case: Case) -> bool:
@@ -56,7 +89,7 @@ def side_by_side(case: Case) -> bool:
     return not (case.cells or policy["layers_differ"] or policy["heads_differ"] or policy["needs"]["probe"] != "none")
 
 
-def ask_batch(llm: pykvc.LLM, asked: list[tuple[Item, Prompt, Case]], protocol: str, n_parallel: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def ask_batch(llm: pykvc.LLM, asked: Jobs, protocol: str, n_parallel: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(index, figures and answer) as ask() of several groups, n_parallel questions at once, in the order in which they are done. Cases differ
     in their budgets alone. Neighbours' contexts are evaluated once, and their time is in no row."""
     question_in, i = protocol == "question-in", 0

@@ -5,10 +5,11 @@ from typing import Sequence
 import pykvc
 from pykvc.prose import prose
 
-from .ask import side_by_side
+from .ask import shared, side_by_side
+from .prompts import count
 from .store import Row, key, read
 from .tasks import task
-from .work import Plan, all_works, open_model, tokens_of
+from .work import Plan, all_works, open_model, sweeps
 
 N_PREFILL, N_DECODE = 512, 24
 
@@ -21,12 +22,14 @@ def sentence(plans: Sequence[Plan], model: str | None) -> str:
     works = all_works(plans, subject, {key(row): row for row in rows})
     n_rows = n_prefill = 0
     n_decode = {True: 0.0, False: 0.0}  # several questions at once, one after the other
-    for work in works:
-        for group in work.todo:
-            n_rows += len(group)
-            n_prefill += tokens_of(group, subject)
-            at_once = plans[0].n_parallel > 1 and not hasattr(task(work.task), "ask") and side_by_side(work.case)
-            n_decode[at_once] += sum(min(item.max_tokens, lengths.get(work.task, item.max_tokens)) for item, _ in group)
+    for sweep in sweeps(works):
+        case, protocol, asks = sweep[0].case, sweep[0].protocol, hasattr(task(sweep[0].task), "ask")
+        todo = [one for work in sweep for one in work.todo]
+        n_rows += len(todo)
+        n_prefill += sum(count(subject.vocabulary, head) for head in {shared(*one, protocol, case): one[1].head for one in todo}.values())
+        n_prefill += sum(count(subject.vocabulary, prompt.tail) + item.max_tokens*asks for item, prompt in todo)  # teacher-forced
+        n_decode[plans[0].n_parallel > 1 and side_by_side(case)] += sum(min(item.max_tokens, lengths.get(sweep[0].task, item.max_tokens))
+                                                                        for item, _ in todo if not asks)
     if not n_rows:
         return f"{subject.name}: nothing is left to do of {sum(len(work.asked) for work in works)} rows"
     per_prefill, per_decode = _rates(plans[0], model, 1)

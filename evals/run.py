@@ -1,4 +1,5 @@
 """The loop: for every model, task, case and protocol what is not answered yet is asked, saved, and then scored."""
+import itertools
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -7,13 +8,14 @@ from typing import Callable, Iterator, Sequence
 import pykvc
 from pykvc import _core
 
-from .ask import Asked, ask, ask_batch, groups, side_by_side
+from .ask import Asked, ask, ask_batch, shared, side_by_side
 from .cases import exceeds
 from .items import Item
+from .prompts import Prompt
 from .report import changed
 from .store import KEY, Row, Rows, key
 from .tasks import task
-from .work import Plan, Subject, Work, all_works, commit, engine, is_answer, is_done, key_row, open_model, processor, weight
+from .work import Plan, Subject, Work, all_works, commit, engine, is_answer, is_done, key_row, open_model, processor, sweeps, weight
 
 Watch = Callable[[int, str], None]  # tokens done, what is under way
 
@@ -36,7 +38,7 @@ def run_all(plans: Sequence[Plan], model: str | None, size: Callable[[int], None
     size: is told how many tokens there are to evaluate; watch: how many were, and what is under way.
     ValueError for every mistake in a plan, before anything is evaluated."""
     with _ready(plans, model) as (subject, identity, answers, scores, works):
-        size(sum(weight(group, subject) for work in works for group in work.todo))
+        size(sum(weight(work.todo, subject) for work in works))
         for sweep in sweeps(works):
             _answer(subject, [Record(work, identity, answers, scores) for work in sweep], watch)
         return [problem for work in works for problem in _problems(work, answers, scores)]
@@ -112,62 +114,62 @@ class Record:
             _score(item, row, self.scores)
 
 
-def sweeps(works: Sequence[Work]) -> list[list[Work]]:
-    """Works that differ in their budgets alone, so that one context holds them, one evaluated prompt begins them, and a sequence that is
-    done makes room for the next budget's question."""
-    found: dict[tuple, list[Work]] = {}
-    for work in works:
-        budgets = (bool(work.case.budget), bool(work.case.decode_budget))
-        found.setdefault((id(work.plan), work.task, repr(work.settings), work.n_ctx, work.protocol, budgets, replace(work.case, budget="", decode_budget="")), []).append(work)
-    return list(found.values())
-
-
 def _answer(subject: Subject, records: list[Record], watch: Watch) -> None:
     """Of a sweep."""
     work = records[0].work
     for record in records:
         record.score_rest()
-    asked = [(record, record.left([one for group in record.work.todo for one in group])) for record in records]
-    if work.plan.n_parallel > 1 and sum(len(of) for _, of in asked) > 1 and not hasattr(task(work.task), "ask") and side_by_side(work.case):
-        watch(0, _name(work, records))
-        _together(subject, asked, watch)
+    if not (todo := _left(records)):
+        return
+    what = _name(work, records)
+    watch(0, what)
+    if work.plan.n_parallel > 1 and len(todo) > 1 and not hasattr(task(work.task), "ask") and side_by_side(work.case):
+        _together(subject, todo, what, watch)
+    _one_by_one(subject, _left(records), what, watch)
+
+
+def _left(records: list[Record]) -> list[tuple[Record, Item, Prompt]]:
+    """Whose contexts can be shared stand together, and of these the ones of a case."""
+    found: dict[str, list[tuple[Record, Item, Prompt]]] = {}
     for record in records:
-        left = record.left([one for group in record.work.todo for one in group])
-        if left:
-            watch(0, _name(record.work))
-            _one_by_one(subject, record.work, groups(left, record.work.protocol, record.work.case), record.save, watch)
+        for item, prompt in record.left(record.work.asked):
+            found.setdefault(shared(item, prompt, record.work.protocol, record.work.case), []).append((record, item, prompt))
+    return [one for together in found.values() for one in together]
 
 
-def _together(subject: Subject, asked: list[tuple[Record, Asked]], watch: Watch) -> None:
-    """Contexts are evaluated once, so their questions stand together. What crashes is asked again, alone, to find out which row it is."""
-    heads = dict.fromkeys(prompt.head for _, of in asked for _, prompt in of)
-    ordered = [(record, item, prompt) for head in heads for record, of in asked for item, prompt in of if prompt.head == head]
-    work, n_parallel = ordered[0][0].work, min(ordered[0][0].work.plan.n_parallel, len(ordered))
+def _together(subject: Subject, todo: list[tuple[Record, Item, Prompt]], what: str, watch: Watch) -> None:
+    """What crashes is asked again, alone, to find out which row it is."""
+    work, n_parallel = todo[0][0].work, min(todo[0][0].work.plan.n_parallel, len(todo))
     try:
         with _open(subject, work, n_parallel) as llm:
-            for i, figures in ask_batch(llm, [(item, prompt, record.work.case) for record, item, prompt in ordered], work.protocol, n_parallel):
-                record, item, prompt = ordered[i]
+            for i, figures in ask_batch(llm, [(item, prompt, record.work.case) for record, item, prompt in todo], work.protocol, n_parallel):
+                record, item, prompt = todo[i]
                 record.save(item, {**figures, "n_parallel": n_parallel})
-                watch(weight([(item, prompt)], subject), _name(work, [record for record, of in asked if of]))
+                watch(weight([(item, prompt)], subject), what)
     except Exception as error:
-        print(f"{_name(work)}: {type(error).__name__}: {error}; one by one from here", flush=True)
+        print(f"{what}: {type(error).__name__}: {error}; one by one from here", flush=True)
 
 
-def _one_by_one(subject: Subject, work: Work, todo: list[Asked], save: Callable[[Item, Row], None], watch: Watch) -> None:
-    llm, asks = None, getattr(task(work.task), "ask", ask)
+def _one_by_one(subject: Subject, todo: list[tuple[Record, Item, Prompt]], what: str, watch: Watch) -> None:
+    llm = None
     try:
-        for group in todo:
-            left = list(group)
+        for _, together in itertools.groupby(todo, key=lambda one: shared(*one[1:], one[0].work.protocol, one[0].work.case)):
+            left = list(together)
             while left:
+                work = left[0][0].work
                 try:
                     llm = llm or _open(subject, work)
-                    for item, figures in asks(llm, left[:], work.protocol, work.case, work.plan.n_threads):
-                        save(item, figures)
-                        watch(weight([left.pop(0)], subject), _name(work))
+                    jobs = [(item, prompt, record.work.case) for record, item, prompt in left]
+                    for item, figures in getattr(task(work.task), "ask", ask)(llm, jobs, work.protocol, work.plan.n_threads):
+                        record, _, prompt = left[0]
+                        record.save(item, figures)
+                        left.pop(0)
+                        watch(weight([(item, prompt)], subject), what)
                 except Exception as error:  # of one row; the others go on, with a model that knows nothing of it
                     if not left:
                         raise
-                    save(left.pop(0)[0], {"error": f"{type(error).__name__}: {error}"})
+                    record, item, _ = left.pop(0)
+                    record.save(item, {"error": f"{type(error).__name__}: {error}"})
                     llm = llm and llm.close()
     finally:
         if llm is not None:

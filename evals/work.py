@@ -3,13 +3,13 @@ import functools
 import hashlib
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Sequence
 
 from pykvc import __version__, _core, models
 
-from .ask import Asked, groups
+from .ask import Asked
 from .cases import Case
 from .items import Item, Options
 from .prompts import Prompt, count, render
@@ -49,7 +49,7 @@ class Work:
     protocol: str
     n_ctx: int
     asked: Asked
-    todo: list[Asked]             # groups that are not answered yet
+    todo: Asked                   # what is not answered yet
 
 
 @dataclass
@@ -112,6 +112,18 @@ def all_works(plans: Sequence[Plan], subject: Subject, rows: dict[tuple, Row]) -
     return list(works.values())
 
 
+def sweeps(works: Sequence[Work]) -> list[list[Work]]:
+    """Works that differ in their budgets alone, so that one model holds them, one evaluated context begins them, and a sequence that is
+    done makes room for the next budget's question. With kv_cells the budget counts while a context is evaluated."""
+    found: dict[tuple, list[Work]] = {}
+    for work in works:
+        case, budgets = work.case, (bool(work.case.budget), bool(work.case.decode_budget))
+        if not case.cells:
+            case = replace(case, budget="", decode_budget=case.decode_budget if hasattr(task(work.task), "ask") else "")
+        found.setdefault((id(work.plan), work.task, work.protocol, budgets, case), []).append(work)
+    return list(found.values())
+
+
 def _works(plan: Plan, subject: Subject, name: str, rows: dict[tuple, Row]) -> list[Work]:
     module, vocabulary = task(name), subject.vocabulary
     settings = {**module.SETTINGS, **(plan.settings or {}).get(name, {})}
@@ -126,7 +138,7 @@ def _works(plan: Plan, subject: Subject, name: str, rows: dict[tuple, Row]) -> l
     for case in plan.cases:
         for protocol in plan.protocols:
             left = [(item, prompt) for item, prompt in asked if not is_answer(rows.get(key(key_row(plan, name, item, protocol, case))), prompt)]
-            works.append(Work(plan, name, settings, case, protocol, n_ctx, asked, groups(left, protocol, case)))
+            works.append(Work(plan, name, settings, case, protocol, n_ctx, asked, left))
     return works
 
 
@@ -151,11 +163,6 @@ def key_row(plan: Plan, name: str, item: Item, protocol: str, case: Case) -> Row
     return {"task": name, "item": item.id, "protocol": protocol, "policy": case.policy, "budget": case.budget, "decode_budget": case.decode_budget,
             "cells": case.cells, "type_k": case.type_k, "type_v": case.type_v, "n_ubatch": plan.n_ubatch, "chat": plan.chat and item.chat,
             "seed": plan.seed}
-
-
-def tokens_of(group: Asked, subject: Subject) -> int:
-    """To evaluate before the answers."""
-    return count(subject.vocabulary, group[0][1].head) + sum(count(subject.vocabulary, prompt.tail) for _, prompt in group)
 
 
 def weight(asked: Asked, subject: Subject) -> int:

@@ -58,6 +58,7 @@ class Request:
     sampler: "_core.Sampler"
     echo: str                     # text to begin with
     query: list[int] = field(default_factory=list)  # for a policy that asks; empty: as before
+    budget: tuple[str, str] | None = None           # kv_budget, kv_decode_budget; None: as before
 
 
 def answer(session: Session, request: Request) -> Iterator[str]:
@@ -66,6 +67,8 @@ def answer(session: Session, request: Request) -> Iterator[str]:
     if request.reset:
         session.clear()
     session.query = request.query or session.query
+    if request.budget:
+        session.set_budget(*request.budget)
     if request.ids or session.pending is not None:
         session.feed(request.ids, request.spans)
 

@@ -105,9 +105,12 @@ class LLM:
         self._session.turn += 1
         return self._session.evaluate(ids)
 
-    def compress(self, kv_query: str | None = None) -> bool:
-        """Evicts down to kv_budget, now. False: nothing was over it. ValueError if no kv_budget was given. kv_query: as generate()."""
+    def compress(self, kv_query: str | None = None, *, kv_budget: int | float | str | None = None) -> bool:
+        """Evicts down to kv_budget, now. False: nothing was over it. ValueError if no kv_budget was given. kv_query, kv_budget: as generate()."""
+        (budget,) = options.budgets(kv_budget, None, 1, self._session)
         self._session.query = self._query(kv_query) or self._session.query
+        if budget:
+            self._session.set_budget(*budget)
         return self._session.compress()
 
     def reset(self) -> None:
@@ -137,7 +140,8 @@ class LLM:
                  tokens: Sequence[int] | None = None, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40,
                  top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, seed: int | None = None,
                  stop: str | Sequence[str] | None = None, spans: Sequence[units.Span] | None = None, span_unit: str = "tokens",
-                 segment: str | None = None, kv_query: str | None = None, stream: bool = False, reset: bool = True,
+                 segment: str | None = None, kv_query: str | None = None, kv_budget: int | float | str | None = None,
+                 kv_decode_budget: int | float | str | None = None, stream: bool = False, reset: bool = True,
                  compress: bool | None = None, echo: bool = False) -> Generation | Stream:
         """Evaluates a prompt and goes on from it: a Generation, or with stream=True a Stream of its text.
 
@@ -148,7 +152,7 @@ class LLM:
         spans: (begin, end) of the prompt, in `span_unit` "tokens" or "chars"; or segment= "sentence", a separator,
         "sep:...", "re:...". Policies that do not work on spans pass them over; those that do take sentences if there
         are none. kv_query: the text that a policy which asks (finch) evaluates after each chunk and takes out again; without
-        one, `question`. It stays until the next reset. reset=False appends to the cache. compress: evict down to kv_budget when the prompt was evaluated
+        one, `question`. kv_budget, kv_decode_budget: instead of the LLM's own. All three stay until the next reset or load(). reset=False appends to the cache. compress: evict down to kv_budget when the prompt was evaluated
         and its first token sampled; None: unless that, or compress(), happened since the last reset.
 
         ValueError for every mistake, before anything is evaluated. Ctrl-C leaves the LLM usable."""
@@ -167,11 +171,12 @@ class LLM:
             session.model, session.needs_spans, prompt, tokens, spans, span_unit, segment, first=n_before == 0)
         max_tokens = options.whole("max_tokens", max_tokens, -1)
         session.check_room(len(ids), n_before, spare=1 if max_tokens else 0)
-        if compress:
+        (budget,) = options.budgets(kv_budget, kv_decode_budget, 1, session)
+        if compress and not (budget and budget[0]):
             session.check_compress()
         echoed = "" if not echo else prompt if prompt is not None else self.detokenize(ids)
         request = Request(ids, found, reset, compress, max_tokens, check_stop(stop),
-                          options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed, query)
+                          options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed, query, budget)
         session.turn += 1
         pieces = Stream(answer(session, request))
         if stream:

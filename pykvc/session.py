@@ -41,6 +41,7 @@ class Session:
         self.pending: int | None = None       # sampled, to be evaluated first
         self.spans: list[Span] = []           # by position
         self.query: list[int] = []            # what a policy that asks is given
+        self.own_budget = ("", "")            # kv_budget, kv_decode_budget instead of the context's
         self.n_probed = 0                     # tokens that have repeated themselves
         self.compressed = False               # since the last clear()
         self.kept: list[int] = []             # [n_layer] cells when decoding began
@@ -159,7 +160,12 @@ class Session:
 
     @property
     def has_budget(self) -> bool:
-        return bool(self.setup["kv_budget"] or self.setup["kv_cells"])
+        return bool(self.setup["kv_budget"] or self.setup["kv_cells"] or self.own_budget[0])
+
+    def set_budget(self, budget: str, decode_budget: str) -> None:
+        """Checked ones, until the next clear()."""
+        self.ctx.set_budget(budget, decode_budget)
+        self.own_budget = budget, decode_budget
 
     def compress(self) -> bool:
         self.check_compress()

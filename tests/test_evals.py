@@ -1,4 +1,5 @@
 """The evals: asking, saving, resuming, scoring, reporting. Items of a few hundred tokens on SmolLM2."""
+import itertools
 import json
 import lzma
 import os
@@ -104,12 +105,12 @@ def test_the_number_is_found_whatever_is_around_it(data):
     Case("streaming_llm", "64", decode_budget="4"), Case(SNAPKV, "64", cells="256"), Case("keydiff", "", cells="256")], ids=lambda case: case.label())
 def test_a_later_question_is_answered_as_if_asked_alone(subject, data, case):
     items = niah.load(Options(words, data, settings={**niah.SETTINGS, "length": 120}))[:2]
-    asked = [(replace(item, max_tokens=6), render(item, subject.vocabulary, True)) for item in items]
-    together = asking.groups(asked, "question-out", case)
+    asked = [(replace(item, max_tokens=6), render(item, subject.vocabulary, True), case) for item in items]
+    together = [list(of) for _, of in itertools.groupby(asked, key=lambda one: asking.shared(*one[:2], "question-out", case))]
     assert len(together) == (2 if case.name == "finch" else 1)
     with pykvc.LLM(subject.path, n_ctx=512, n_ubatch=128, n_threads=2, **case.settings()) as llm:
-        shared = [row for group in together for _, row in asking.ask(llm, group, "question-out", case)]
-        alone = [row for _, row in asking.ask(llm, asked[1:], "question-out", case)][0]
+        shared = [row for group in together for _, row in asking.ask(llm, group, "question-out")]
+        alone = [row for _, row in asking.ask(llm, asked[1:], "question-out")][0]
     assert all(row["evictions"] > 0 for row in shared) == (case.name != "full")
     same = ("answer", "n_context", "n_prompt", "kept", "evictions", "bytes_used", "bytes_full", "stop_reason")
     assert {name: shared[1][name] for name in same} == {name: alone[name] for name in same}
@@ -117,11 +118,32 @@ def test_a_later_question_is_answered_as_if_asked_alone(subject, data, case):
         assert sum(alone["kept"])/len(alone["kept"]) == int(case.budget)
 
 
+@pytest.mark.parametrize("protocol", ["question-out", "question-in"])
+@pytest.mark.parametrize("policy", [policy["name"] for policy in pykvc.policies() if policy["name"] != "full"])
+def test_a_later_budget_is_as_if_it_were_the_only_one(subject, data, policy, protocol):
+    """One evaluated context for all of them, whatever the policy."""
+    small = {"finch": ":recent=8", "kvzip": ":recent=8", "expected_attention": ":recent=8"}.get(policy, "")
+    small = small or ":window=8" * ("window=" in pykvc._core.parse_spec(policy))
+    several = cases([policy + small], ["0.6", "100", "0.4"], ["none"], ["none"], ["f16"], ["f16"])
+    item = niah.load(Options(words, data, settings={**niah.SETTINGS, "length": 120}))[0]
+    asked = [(replace(item, max_tokens=6), render(item, subject.vocabulary, True), case) for case in several]
+    how = dict(n_ctx=512, n_ubatch=128 if policy != "kvzip" else 256, n_threads=2)
+    with pykvc.LLM(subject.path, **how, **several[0].settings()) as llm:
+        together = [row for _, row in asking.ask(llm, asked, protocol)]
+    same = ("answer", "n_context", "n_prompt", "kept", "evictions", "bytes_used", "bytes_full", "stop_reason")
+    for one, row in zip(asked, together):
+        with pykvc.LLM(subject.path, **how, **one[2].settings()) as llm:
+            [(_, alone)] = asking.ask(llm, [one], protocol)
+        assert {name: row[name] for name in same} == {name: alone[name] for name in same}
+    assert len({tuple(row["kept"]) for row in together}) == 3 and all(row["evictions"] for row in together)
+    assert together[0]["prefill_ms"] > together[1]["prefill_ms"]
+
+
 def test_question_in_evicts_behind_the_question(subject, data):
     item = needle_items(data, length=250)[0]
     prompt, case = render(item, subject.vocabulary, True), Case(SNAPKV, "64")
     with pykvc.LLM(subject.path, n_ctx=1024, n_threads=2, **case.settings()) as llm:
-        [(_, row)] = asking.ask(llm, [(item, prompt)], "question-in", case)
+        [(_, row)] = asking.ask(llm, [(item, prompt, case)], "question-in")
         assert row["kept"] == [64]*len(row["kept"]) and row["evictions"] == 1 and row["n_context"] == 0
         assert row["n_prompt"] == len(llm.tokenize(prompt.head)) + len(llm.tokenize(prompt.tail, add_special=False)) and row["bytes_used"] < row["bytes_full"] <= row["bytes_allocated"]
 
@@ -226,7 +248,7 @@ def test_a_killed_run_goes_on(tmp_path, data):
 
 
 def test_a_policy_that_evicts_nothing_is_a_failure(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(pykvc.LLM, "compress", lambda self: False)
+    monkeypatch.setattr(pykvc.LLM, "compress", lambda self, **_: False)
     [problem] = run.run(plan(tmp_path, data, Case(SNAPKV, "0.25")), None)
     assert "nothing was evicted" in problem
     monkeypatch.undo()

@@ -160,6 +160,30 @@ def test_compress_is_once_per_prompt(half):
     assert half.stats()["cells"] == half.n_tokens
 
 
+def test_a_budget_of_one_prompt(half, full, tmp_path):
+    """Until the next reset or load."""
+    n = len(half.tokenize(PROMPT))
+    assert set(half.generate(PROMPT, kv_budget=40, max_tokens=2).kv["kept"]) == {40}
+    assert set(half.generate(" And 4?", reset=False, compress=True, max_tokens=1).kv["kept"]) == {40}
+    assert set(half.generate(PROMPT, max_tokens=2).kv["kept"]) == {n//2}
+    half.reset()
+    half.prefill(PROMPT)
+    half.save(tmp_path/"whole")
+    for budget, kept in (("30%", round(0.3*n)), (50, 50), (None, n//2)):
+        half.load(tmp_path/"whole")
+        assert half.compress(kv_budget=budget) and set(half.stats()["kept"]) == {kept}
+    with pykvc.LLM(half.path, n_ctx=1024, kv_policy="streaming_llm", kv_decode_budget=8) as llm:
+        with pytest.raises(ValueError, match="kv_budget"):
+            llm.compress()
+        assert set(llm.generate(PROMPT, kv_budget=40, max_tokens=2).kv["kept"]) == {40}
+    for llm, budget, says in ((half, 3, "at least"), (half, "x", "kv_budget"), (full, 40, "the policy is full")):
+        before = llm.n_tokens, list(llm.stats()["kept"])
+        for call in (lambda: llm.generate(PROMPT, kv_budget=budget), lambda: llm.compress(kv_budget=budget)):
+            with pytest.raises(ValueError, match=says):
+                call()
+        assert (llm.n_tokens, list(llm.stats()["kept"])) == before
+
+
 def test_kept_and_scores(half):
     answer = half.generate(PROMPT, max_tokens=1)
     kept, scores = half.kept(), half.scores()

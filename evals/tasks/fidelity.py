@@ -19,7 +19,7 @@ import numpy as np
 import pykvc
 from pykvc.spans import sentence_spans
 
-from ..ask import Mark
+from ..ask import Jobs, contexts, ms
 from ..cases import Case
 from ..items import Item, Options
 from ..prompts import Prompt
@@ -73,38 +73,21 @@ def _chunks(text: str, name: str, options: Options) -> Iterator[Item]:
 
 # -- in place of answers ------------------------------------------------------------------------------------------------
 
-def ask(llm: pykvc.LLM, group: list, protocol: str, case: Case, n_threads: int | None) -> Iterator[tuple[Item, dict[str, Any]]]:
+def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None) -> Iterator[tuple[Item, dict[str, Any]]]:
     """For each token the KL divergence and whether the first choice is the same, as JSON. As evals/ask.py evaluates and evicts."""
-    references = {item.id: _reference(llm, item, prompt, case, n_threads) for item, prompt in group}  # not while ours is timed
-    question_in, begin = protocol == "question-in", perf_counter()
-    n_context, timings, evicted = _context(llm, group[0][1], case), {"prefill_ms": _ms(begin), "evict_ms": 0.0}, {}
-    if not question_in:
-        evicted, timings["evict_ms"] = _evict(llm, case)
-    with Mark(llm, case, again=len(group) > 1) as mark:
-        for i, (item, prompt) in enumerate(group):
-            if i:
-                mark.return_to()
-            begin = perf_counter()
-            n_prompt = n_context + llm.prefill(prompt.tail, spans=())
-            first, timings["prefill_ms"] = llm.logits(), round(_ms(begin) + timings["prefill_ms"]*(i == 0), 1)
-            if question_in:
-                evicted, timings["evict_ms"] = _evict(llm, case)
-            yield item, {"n_context": 0 if question_in else n_context, "n_prompt": n_prompt, **evicted, **timings, **_compare(llm, references[item.id], first)}
-            timings["evict_ms"] = 0.0
-
-
-def _context(llm: pykvc.LLM, prompt: Prompt, case: Case) -> int:
-    llm.reset()
-    return llm.prefill(prompt.head, spans=prompt.spans, span_unit="chars", **(dict(kv_query=prompt.query) if case.asks else {}))
-
-
-def _evict(llm: pykvc.LLM, case: Case) -> tuple[dict[str, Any], float]:
-    """(cells a layer keeps and evictions, ms)"""
-    before, begin = llm.stats()["n_evictions"], perf_counter()
-    if case.compresses:
-        llm.compress()
-    stats = llm.stats()
-    return {"kept": [int(n) for n in stats["kept"]], "evictions": stats["n_evictions"] - before}, _ms(begin)
+    references = {item.id: _reference(llm, item, prompt, case, n_threads) for item, prompt, case in asked}  # not while ours is timed
+    for case, item, prompt, context in contexts(llm, asked, protocol):
+        begin = perf_counter()
+        n_prompt, first = context.n_tokens + llm.prefill(prompt.tail, spans=()), llm.logits()
+        prefill_ms, evict_ms, kept, n_evictions = context.prefill_ms + ms(begin), context.evict_ms, context.kept, context.n_evictions
+        if protocol == "question-in":
+            begin, before = perf_counter(), llm.stats()["n_evictions"]
+            if case.compresses:
+                llm.compress(kv_budget=case.budget or None)
+            stats = llm.stats()
+            evict_ms, kept, n_evictions = ms(begin), [int(n) for n in stats["kept"]], n_evictions + stats["n_evictions"] - before
+        yield item, {"n_context": context.n_tokens*(protocol == "question-out"), "n_prompt": n_prompt, "kept": kept, "evictions": n_evictions,
+                     "prefill_ms": round(prefill_ms, 1), "evict_ms": evict_ms, **_compare(llm, references[item.id], first)}
 
 
 def _compare(llm: pykvc.LLM, reference: tuple[list[int], np.ndarray], first: np.ndarray) -> dict[str, Any]:
@@ -113,12 +96,8 @@ def _compare(llm: pykvc.LLM, reference: tuple[list[int], np.ndarray], first: np.
     kl, same = np.maximum(0, (np.exp(p)*(p - q)).sum(axis=1)), p.argmax(axis=1) == q.argmax(axis=1)
     stats = llm.stats()
     return {"n_predicted": len(p), **{name: stats[name] for name in ("cells_allocated", "bytes_used", "bytes_full", "bytes_allocated")},
-            "decode_ms": _ms(begin), "stop_reason": "length",
+            "decode_ms": ms(begin), "stop_reason": "length",
             "answer": json.dumps({"kl": [round(float(x), 6) for x in kl], "same": [int(x) for x in same]})}
-
-
-def _ms(begin: float) -> float:
-    return round(1e3*(perf_counter() - begin), 1)
 
 
 class References:
