@@ -58,7 +58,7 @@ def contexts(llm: pykvc.LLM, asked: Jobs, protocol: str) -> Iterator[tuple[Case,
     """For each question leaves `llm` at the end of its context: evaluated once, evicted (question-out) once for each case."""
     llm.reset()
     prompt, begin, start = asked[0][1], perf_counter(), llm.stats()["n_evictions"]
-    n_tokens = llm.prefill(prompt.head, **_spans(prompt), **_query(prompt, asked[0][2]))
+    n_tokens = llm.prefill(prompt.head, **_spans(prompt), **_query(prompt, asked[0][2])) if prompt.head else 0
     prefill_ms, n_before = ms(begin), llm.stats()["n_evictions"] - start
     with Mark(llm, asked[0][2], again=len(asked) > 1) as whole:
         for k, (case, of_case) in enumerate(itertools.groupby(asked, key=lambda one: one[2])):
@@ -98,16 +98,16 @@ def ask_batch(llm: pykvc.LLM, asked: Jobs, protocol: str, n_parallel: int) -> It
         part = list(itertools.takewhile(lambda one: _length(one[0]) == how, asked[i:]))
         prompts, several = [prompt for _, prompt, _ in part], [case for _, _, case in part]
         n_tails = [len(llm.tokenize(prompt.tail, add_special=False)) for prompt in prompts]
-        n_heads = {head: len(llm.tokenize(head)) for head in {prompt.head for prompt in prompts}}
-        answers = llm.generate_batch([prompt.tail for prompt in prompts], prefix=[prompt.head for prompt in prompts], span_unit="chars",
+        n_heads = {head: len(llm.tokenize(head)) if head else 0 for head in {prompt.head for prompt in prompts}}
+        answers = llm.generate_batch([prompt.tail for prompt in prompts], prefix=[prompt.head or None for prompt in prompts], span_unit="chars",
                                      spans=[prompt.spans for prompt in prompts], kv_budget=[case.budget or None for case in several],
                                      kv_decode_budget=[case.decode_budget or None for case in several], compress_prefix=not question_in,
                                      compress=question_in and several[0].compresses, stream=True, **how)
         for j, answer in answers:
             n_context = n_heads[prompts[j].head]
-            kept = answer.kv["kept"] if question_in else answer.kv["prefix_kept"]
+            kept = answer.kv["kept" if question_in or not n_context else "prefix_kept"]
             figures = _figures(answer, 0 if question_in else n_context, n_context + n_tails[j], kept,
-                               answer.kv["prefix_evictions"] + answer.kv["evictions"], llm.stats()["cells_allocated"])
+                               answer.kv.get("prefix_evictions", 0) + answer.kv["evictions"], llm.stats()["cells_allocated"])
             yield i + j, {**figures, "bytes_allocated": figures["bytes_allocated"]//n_parallel}
         i += len(part)
 

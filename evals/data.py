@@ -61,8 +61,8 @@ def _checked(found: Iterator[Row], where: str, fields: Sequence[str]) -> list[Ro
     return result
 
 
-def take(flag: str, found: list[Row], n: int) -> list[Row]:
+def take(flag: str, found: list[Row], n: int, least: int = 1) -> list[Row]:
     """The first n. ValueError if there are fewer."""
-    if not 1 <= n <= len(found):
-        raise ValueError(f"{flag} is 1 to {len(found)} here, not {n}")
+    if not least <= n <= len(found):
+        raise ValueError(f"{flag} is {least} to {len(found)} here, not {n}")
     return found[:n]

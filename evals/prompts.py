@@ -11,7 +11,7 @@ from .items import Item
 
 @dataclass(frozen=True)
 class Prompt:
-    head: str            # with the template's beginning and the context; "" without a context
+    head: str            # the template's beginning and the context; "" if there is neither
     tail: str            # the question, and the template's end
     spans: list[Span]    # of head, in characters
     query: str           # for a policy that asks
@@ -34,7 +34,7 @@ def render(item: Item, model: "_core.Model", chat: bool) -> Prompt:
     begin = text.find(content)
     if begin < 0:  # a template that rewrites contents
         raise ValueError(f"the chat template changes the text of {item.id}: --plain asks without it")
-    cut = begin + len(whole) if whole else 0
+    cut = begin + len(whole)
     return Prompt(text[:cut], text[cut:] + item.cue, [(a + begin, b + begin) for a, b in item.spans] if whole else [], query)
 
 

@@ -12,6 +12,7 @@ from evals.cli import app
 from evals.items import Options
 from evals.tasks import TASKS, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu, safety, settings_of
 from evals.work import Plan
+from pykvc import _core
 from pykvc.prose import prose
 
 
@@ -118,7 +119,7 @@ def test_gsm8k_shots(folder):
     assert len(few[0].shots) == 2 and len(many[0].shots) == 3 and few[0].id != many[0].id
     assert "<<" not in many[0].whole and many[0].shots[0].endswith("5. The answer is 5.\n\n")
     assert few[0].id.endswith("/2-cot") and many[0].id.endswith("/3-train")
-    with pytest.raises(ValueError, match="--shots is 1 to 8"):
+    with pytest.raises(ValueError, match="--shots is 0 to 8"):
         load("gsm8k", folder, shots=9)
     with pytest.raises(ValueError, match="--exemplars"):
         load("gsm8k", folder, exemplars="best")
@@ -264,6 +265,18 @@ def test_hugging_face_rows(monkeypatch):
 
 
 # -- on a model ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("chat, n_parallel", [(True, 1), (True, 3), (False, 1), (False, 3)])
+def test_no_shots_on_a_model(tmp_path, folder, chat, n_parallel):
+    """There is next to nothing to evict before the question; behind it there is."""
+    several, settings = [Case(), Case(_core.parse_spec("snapkv:window=4"), "0.5")], {name: {"shots": 0} for name in ("gsm8k", "commonsense_qa")}
+    plan = Plan(list(settings), several, ["question-out", "question-in"], tmp_path, folder, 2, n_threads=2, n_parallel=n_parallel, chat=chat, settings=settings)
+    assert all("nothing was evicted" in problem and "question-out" in problem for problem in run.run(plan, None))
+    rows = report.scored(tmp_path)
+    assert len(rows) == 2*2*2*2 and all(row["evictions"] == (row["policy"] != "full" and row["protocol"] == "question-in") for row in rows)
+    assert all(row["score"] is not None and row["n_prompt"] > row["n_context"] for row in rows)
+    assert {row["n_context"] > 0 for row in rows if row["protocol"] == "question-out"} == {chat}
+
 
 def test_shots_and_fidelity_on_a_model(tmp_path, folder):
     cases = [Case(), Case("shotkv:window=8,sinks=1", "0.5")]

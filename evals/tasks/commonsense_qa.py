@@ -20,7 +20,7 @@ def load(options: Options) -> list[Item]:
         raise ValueError(f"--exemplars is train (answers alone) or cot (with reasons), not {options['exemplars']!r}")
     shown = rows(options.data_dir, "commonsense_qa/cot_exemplars", None, (*FIELDS, "rationale")) if reasons else \
         rows(options.data_dir, "commonsense_qa/train", (HUB, None, "train"), FIELDS)
-    shots = [f"{_block(row)} {_answer(row)}\n\n" for row in take("--shots", shown, options["shots"])]
+    shots = [f"{_block(row)} {_answer(row)}\n\n" for row in take("--shots", shown, options["shots"], least=0)]
     asked = rows(options.data_dir, "commonsense_qa/validation", (HUB, None, "validation"), FIELDS)
     return [Item(id=f"{row.get('id', i)}/{options['shots']}-{options['exemplars']}", shots=shots, question=_block(row), cue=choices.CUE,
                  query=row["question"].strip(), gold=row["answerKey"], stop=["\n\n"], max_tokens=128 if reasons else 16) for i, row in enumerate(asked[:options.n])]

@@ -18,14 +18,14 @@ NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
 
 
 def load(options: Options) -> list[Item]:
-    kind, shown = exemplars(options)
+    kind, shown = exemplars(options, least=0)
     shots = [f"Q: {row['question'].strip()}\nA: {worked(row['answer'])}\n\n" for row in shown]
     return [Item(id=f"{row.get('id', i)}/{kind}", shots=shots, question=f"Q: {row['question'].strip()}\nA:", cue="A:", query=row["question"].strip(),
                  gold=number(row["answer"].split("####")[-1]), stop=["Q:"], max_tokens=320)
             for i, row in enumerate(rows(options.data_dir, "gsm8k/test", ("openai/gsm8k", "main", "test"), FIELDS)[:options.n])]
 
 
-def exemplars(options: Options) -> tuple[str, list[dict]]:
+def exemplars(options: Options, least: int = 1) -> tuple[str, list[dict]]:
     """("8-cot", the examples)"""
     kind, n = options["exemplars"], options["shots"]
     if kind == "auto":
@@ -33,7 +33,7 @@ def exemplars(options: Options) -> tuple[str, list[dict]]:
     if kind not in ("cot", "train"):
         raise ValueError(f"--exemplars is cot (the eight of the paper on chain of thought), train or auto, not {kind!r}")
     hub, name = (None, "gsm8k/cot_exemplars") if kind == "cot" else (("openai/gsm8k", "main", "train"), "gsm8k/train")
-    chosen = take("--shots", rows(options.data_dir, name, hub, FIELDS), n)
+    chosen = take("--shots", rows(options.data_dir, name, hub, FIELDS), n, least)
     if options["order"]:
         random.Random(options["order"]).shuffle(chosen)
     return f"{n}-{kind}" + f"-order{options['order']}"*bool(options["order"]), chosen

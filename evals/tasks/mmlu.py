@@ -24,7 +24,7 @@ def load(options: Options) -> list[Item]:
         by_subject[row["subject"]].append(row)
     items = []
     for subject, of_subject in by_subject.items():
-        shots = take("--shots", shown[subject], options["shots"])
+        shots = take("--shots", shown[subject], options["shots"], least=0)
         items.append([Item(
             id=f"{row.get('id', f'{subject}/{i}')}/{options['shots']}", shots=shots, question=_block(row), cue=choices.CUE, query=row["question"].strip(),
             lead=f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n",
