@@ -79,7 +79,7 @@ def test_the_first_study_covers_what_was_asked():
         assert set(plan.protocols) == {"question-in", "question-out"}
     only = study.Only(["gsm8k"], ["shotkv"], ["0.5"], ["question-out"])
     small, without = study.plans(study.read("1"), Path("out"), n=2, only=only)
-    assert without.settings == {"gsm8k": {"shots": 0}} and [case.name for case in without.cases] == ["full"]
+    assert without.tasks == ["gsm8k"] and without.settings["gsm8k"] == {"shots": 0} and [case.name for case in without.cases] == ["full"]
     assert [case.label() for case in small.cases] == ["full", f"{pykvc._core.parse_spec('shotkv')}, budget 0.5"] and small.n == 2
     assert (small.tasks, small.protocols) == (["gsm8k"], ["question-out"])
 
