@@ -206,6 +206,7 @@ def show_pool(
     out: Annotated[Path, _flag("--out", "-o", help="Folder of the answers.")] = Path("evals-out"),
     by: Annotated[list[str], _flag("--by", help=f"A line for each value of these: {', '.join(pool.COLUMNS)}.")] = ["task", "set", "settings", "protocol"],
     across: Annotated[str, _flag("--across", help="One of --by: a column for each of its values.")] = "",
+    value: Annotated[str, _flag("--value", help="score, or kl (of fidelity, in nats).")] = "score",
     against: Annotated[str, _flag("--against", help="The policy to compare with; all but full at the same budget.")] = "full",
     tasks: Annotated[Optional[list[str]], _flag("--task", help="Only these.")] = None,
     policy: Annotated[Optional[list[str]], _flag("--policy", "--kv-policy", help="Only these, by name.")] = None,
@@ -219,7 +220,7 @@ def show_pool(
     rows = [row for row in rows if (not names or row["policy"].partition(":")[0] in (*names, against)) and (not asked or row["protocol"] in asked)
             and (not budgets or row["budget"] in ("", *budgets))]
     columns = values(by)
-    print(pool.markdown(pool.pool(rows, columns, against), columns, against, across))
+    print(pool.markdown(pool.pool(rows, columns, against, value), columns, against, across, value))
 
 
 @app.command("archive")

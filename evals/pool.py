@@ -9,19 +9,26 @@ from typing import Sequence
 from . import stats
 from .report import GROUP
 from .store import Row
+from .tasks import TASKS
 
 COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells")
+VALUES = ("score", "kl")                                        # shares are shown in percent, nats as they are
 SAME = (*GROUP, "item")                                         # of an answer and the one it is compared with,
 SAME_BUDGET = ("budget", "decode_budget", "cells")              # and these, unless that is full's
 
 
-def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full") -> list[Row]:
+def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: str = "score") -> list[Row]:
     """A line for each value of the columns `by`, in the order of the answers: score and reference are means over items of an item's mean.
-    Policies are named without parameters. ValueError: an unknown column, no answer of `against`, or several of them to compare with."""
+    Policies are named without parameters. value: "score", or a further figure of a task, "kl" of fidelity, for those that have it.
+    ValueError: an unknown column or value, no answer of `against`, or several of them to compare with."""
     for name in by:
         if name not in COLUMNS:
             raise ValueError(f"--by takes {', '.join(COLUMNS)}, not {name!r}")
+    if value not in VALUES:
+        raise ValueError(f"--value is {' or '.join(VALUES)}, not {value!r}")
     rows = [{**row, "policy": row["policy"].partition(":")[0]} for row in rows if row["score"] is not None]
+    if value != "score":
+        rows = [{**row, "score": TASKS[row["task"]].extra(row["answer"])[value]} for row in rows if hasattr(TASKS[row["task"]], "extra")]
     reference = _reference([row for row in rows if row["policy"] == against], against)
     groups: dict[tuple, dict[tuple, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -59,34 +66,32 @@ def _line(names: Row, items: list[list[tuple[float, float]]]) -> Row:
             "difference": difference, "difference_low": low, "difference_high": high}
 
 
-def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str = "") -> str:
+def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str = "", value: str = "score") -> str:
     """A line for each group; with `across`, one of `by`, a column for each of its values: score and, in brackets, the difference's interval."""
     if across and across not in by:
         raise ValueError(f"--across is one of --by, {', '.join(by)}, not {across!r}")
     if not across:
-        header = [*by, "items", "answers", "score", against, "difference", "95 %"]
-        return _table(header, len(by), [[*_names(line, by), str(line["n_items"]), str(line["n_answers"]), _percent(line["score"]), _percent(line["reference"]),
-                                         _percent(line["difference"], "+"), _interval(line)] for line in lines])
+        header = [*by, "items", "answers", value, against, "difference", "95 %"]
+        return _table(header, len(by), [[*_names(line, by), str(line["n_items"]), str(line["n_answers"]), _figure(line["score"], value),
+                                         _figure(line["reference"], value), _figure(line["difference"], value, "+"), _interval(line, value)] for line in lines])
     rest, columns = [name for name in by if name != across], list(dict.fromkeys(str(line[across]) for line in lines))
     cells: dict[tuple, dict[str, str]] = defaultdict(dict)
-    full: dict[tuple, float] = {}
     for line in lines:
-        names = tuple(_names(line, rest))
-        cells[names][str(line[across])] = f"{_percent(line['score'])} ({_interval(line)})"
-        full[names] = line["reference"]
-    return _table([*rest, against, *columns], len(rest), [[*names, _percent(full[names]), *(of.get(column, "") for column in columns)] for names, of in cells.items()])
+        cells[tuple(_names(line, rest))][str(line[across])] = f"{_figure(line['score'], value)} ({_interval(line, value)})"
+    reference = {tuple(_names(line, rest)): _figure(line["reference"], value) for line in lines}
+    return _table([*rest, against, *columns], len(rest), [[*names, reference[names], *(of.get(column, "") for column in columns)] for names, of in cells.items()])
 
 
 def _names(line: Row, by: Sequence[str]) -> list[str]:
     return [f"`{line[name]}`" if name == "policy" else str(line[name]) for name in by]
 
 
-def _percent(value: float, sign: str = "") -> str:
-    return f"{100*value:{sign}.1f}"
+def _figure(number: float, value: str, sign: str = "") -> str:
+    return f"{100*number:{sign}.1f}" if value == "score" else f"{number:{sign}.3f}"
 
 
-def _interval(line: Row) -> str:
-    return f"{_percent(line['difference_low'], '+')} to {_percent(line['difference_high'], '+')}"
+def _interval(line: Row, value: str) -> str:
+    return f"{_figure(line['difference_low'], value, '+')} to {_figure(line['difference_high'], value, '+')}"
 
 
 def _table(header: list[str], n_left: int, lines: list[list[str]]) -> str:

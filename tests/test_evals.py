@@ -409,6 +409,11 @@ def test_pooled_answers_are_counted_by_item():
     assert "| `snapkv` | 100.0 | 50.0 (-" in pool.markdown(by_policy, ["policy", "budget"], "full", across="budget")
     (against,) = pool.pool(rows, ["policy"], against="snapkv")
     assert (against["policy"], against["n_answers"], against["difference"]) == ("h2o", 4, 1)  # at the same budget; full is not compared
+    figures = [{**row(i, policy, 0.5, budget), "task": "fidelity", "answer": json.dumps({"kl": [kl, 3*kl], "same": [0, 1]})}
+               for i in range(3) for policy, budget, kl in (("full", "", 0.0), ("h2o", "100", 0.1*(i + 1)))]
+    (nats,) = pool.pool([*rows, *figures], ["policy"], value="kl")  # of fidelity alone
+    assert (nats["n_items"], nats["score"], nats["reference"]) == pytest.approx((3, 0.4, 0))
+    assert "| `h2o` | 3 | 3 | 0.400 | 0.000 | +0.400 | -0.0" in pool.markdown([nats], ["policy"], "full", value="kl")
     with pytest.raises(ValueError, match="no answer of keydiff"):
         pool.pool(rows, ["task"], against="keydiff")
     with pytest.raises(ValueError, match="snapkv with several parameters"):
@@ -416,7 +421,7 @@ def test_pooled_answers_are_counted_by_item():
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--by", "colour"], "--by takes model, task"), (["--across", "policy"], "--across is one of --by"), (["--against", "snap"], "unknown"),
+    (["--by", "colour"], "--by takes model, task"), (["--value", "f1"], "--value is score or kl"), (["--across", "policy"], "--across is one of --by"), (["--against", "snap"], "unknown"),
     (["--budget", "x"], "--budget"), (["--protocol", "both"], "question-in or question-out"), (["--task", "chess"], "chess"),
     (["--against", "h2o"], "no answer of h2o")])
 def test_a_mistake_of_pool_is_one_sentence(tmp_path, args, says):
