@@ -78,8 +78,10 @@ def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str 
     cells: dict[tuple, dict[str, str]] = defaultdict(dict)
     for line in lines:
         cells[tuple(_names(line, rest))][str(line[across])] = f"{_figure(line['score'], value)} ({_interval(line, value)})"
-    reference = {tuple(_names(line, rest)): _figure(line["reference"], value) for line in lines}
-    return _table([*rest, against, *columns], len(rest), [[*names, reference[names], *(of.get(column, "") for column in columns)] for names, of in cells.items()])
+    references: dict[tuple, dict[str, None]] = defaultdict(dict)  # several where a column has other items, or --against is evicted, too
+    for line in lines:
+        references[tuple(_names(line, rest))][_figure(line["reference"], value)] = None
+    return _table([*rest, against, *columns], len(rest), [[*names, " / ".join(references[names]), *(of.get(column, "") for column in columns)] for names, of in cells.items()])
 
 
 def _names(line: Row, by: Sequence[str]) -> list[str]:
