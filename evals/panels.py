@@ -1,7 +1,7 @@
 """Pictures of a study: lines over any column of the table, side by side, with intervals; or points and the front of the best.
 
     x, y      columns of the table: ratio, n_kept, budget, shots, bytes_used; score, relative, difference, kl
-    panel     columns whose values have a panel each
+    panel     columns whose values have a panel each; "method" is the policy without its parameters
     line      columns whose values have a line each; default: the policy
     file      columns whose values have a picture each, besides the model; default: the protocol
     marker    a column whose values have a marker each (points instead of lines)
@@ -51,7 +51,7 @@ def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequen
     panels: dict[str, list[Row]] = defaultdict(list)
     full = []
     for line in lines:
-        if line["policy"] == "full" and {"policy", "budget"} & set(_names(block, "panel", [])):
+        if line["policy"] == "full" and {"policy", "method", "budget"} & set(_names(block, "panel", [])):
             full.append(line)  # stands in every panel
         else:
             panels[_title(line, _names(block, "panel", []))].append(line)
@@ -78,6 +78,7 @@ def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequen
 
 
 def _title(line: Row, names: list[str]) -> str:
+    line = {**line, "method": line["policy"].partition(":")[0]}
     return " ".join(label({**line, "budget": "", "type_k": "f16", "type_v": "f16"}) if name == "policy" else str(line[name]) for name in names if line[name])
 
 
@@ -92,12 +93,15 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], colours: d
         elif at_x is not None and line.get(y) is not None:
             curves[_title({**line, "decode_budget": ""} if x == "budget" and line["decode_budget"] == line["budget"] else line, by) or "all"].append(line)
     markers: dict[str, str] = {}
-    for name, points in curves.items():
+    across = [_number(p, x) for points in curves.values() for p in points]
+    for i, (name, points) in enumerate(curves.items()):
+        beside = (i - (len(curves) - 1)/2)*0.008*(max(across) - min(across))  # intervals at one x stand side by side
         colour = colours.setdefault(name, "grey" if name == "full" else f"C{len(colours) % 10}")
         points = sorted(points, key=lambda line: _number(line, x))
         style = dict(color=colour, label=name, linestyle="--" if name == "full" else "-" if list(colours).index(name) < 10 else ":", markersize=5)
         if "marker" not in block:
-            at.errorbar([_number(p, x) for p in points], [p[y] for p in points], yerr=_errors(points, y), marker="o", capsize=2, alpha=0.85, **style)
+            at.errorbar([_number(p, x) + beside for p in points], [p[y] for p in points], yerr=_errors(points, y), marker="o", capsize=2, elinewidth=0.8, alpha=0.85,
+                        **style)
             continue
         for value in dict.fromkeys(str(p[block["marker"]]) for p in points):
             mark = markers.setdefault(value, MARKERS[len(markers) % len(MARKERS)])
