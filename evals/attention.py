@@ -72,6 +72,8 @@ def run(todo: Sequence[Probe], model: str | None, out: Path, n_threads: int | No
     identity = {"model": subject.name, "model_sha256": subject.sha256, "commit": commit()}
     with Rows(out/f"{subject.name}.attention.jsonl") as rows:
         rows.check(identity, any_commit)
+        if any(key(probe.key_row()) not in rows.rows for probe in todo):
+            subject.hold(n_gpu_layers)
         for probe in todo:
             watch(0, f"attention: {probe.task}")
             if key(probe.key_row()) not in rows.rows:

@@ -52,6 +52,8 @@ def _ready(plans: Sequence[Plan], model: str | None) -> Iterator[tuple[Subject, 
         answers.check(identity, plans[0].any_commit)
         with Rows(plans[0].out/f"{subject.name}.scores.jsonl") as scores:
             works = all_works(plans, subject, answers.rows)
+            if any(work.todo for work in works):
+                subject.hold(plans[0].n_gpu_layers)
             for work in {_checked_alike(work): work for work in works if work.todo}.values():
                 _check(subject, work)
             yield subject, identity, answers, scores, works

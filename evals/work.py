@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Sequence
 
-from pykvc import __version__, _core, models
+from pykvc import __version__, _core, models, weights
 
 from .ask import Asked
 from .cases import Case
@@ -58,6 +58,11 @@ class Subject:
     path: Path
     sha256: str
     vocabulary: "_core.Model"
+    weights: "_core.Model | None" = None
+
+    def hold(self, n_gpu_layers: int) -> None:
+        """Loads the weights once for all contexts that are still to come."""
+        self.weights = weights.load(self.path, n_gpu_layers)
 
     @property
     def name(self) -> str:

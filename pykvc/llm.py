@@ -14,7 +14,7 @@ import os
 import sys
 from typing import Any, Iterator, Sequence
 
-from . import _core, models, options, prompts as prompts_of, spans as units, state
+from . import _core, models, options, prompts as prompts_of, spans as units, state, weights
 from .batch import Prefix, answers
 from .generation import Generation, Request, Stream, answer
 from .policy import F32, I32, Policy
@@ -56,7 +56,7 @@ class LLM:
 
         _core.set_log(_log if verbose else None)
         self.path = models.resolve(model)
-        loaded = _core.Model(str(self.path), n_gpu_layers=n_gpu_layers)
+        loaded = weights.load(self.path, n_gpu_layers)
         ctx = _core.Context(loaded, n_ctx=n_ctx or min(loaded.n_ctx_train, 8192), **context)
         setup = {"arch": loaded.arch, "model": loaded.desc, "weights": state.fingerprint(self.path), "n_params": loaded.n_params, "n_vocab": loaded.n_vocab,
                  "kv_policy": ctx.policy, "kv_budget": budget, "kv_decode_budget": decode_budget, "kv_cells": cells, "n_ctx": ctx.n_ctx,

@@ -1,5 +1,6 @@
 """LLM on SmolLM2-135M: the protocols, streams, saved states, and every mistake. Short prompts: this runs on 2 cores."""
 import gc
+import os
 import weakref
 
 import numpy as np
@@ -459,6 +460,25 @@ def test_close_frees_at_once(model_path):
         assert session() is None
     finally:
         gc.enable()
+
+
+def test_the_same_file_is_loaded_once(model_path, tmp_path):
+    """One copy of the weights for two LLMs, until both are closed; another file, or one that changed, has its own."""
+    path = tmp_path/"model.gguf"
+    path.write_bytes(model_path.read_bytes())
+    one, two, other = (pykvc.LLM(p, n_ctx=128, kv_policy=policy, kv_budget=budget) for p, policy, budget in (
+        (path, "full", None), (path, "tova", 32), (model_path, "full", None)))
+    model = weakref.ref(one._session.model)
+    assert two._session.model is model() and other._session.model is not model()
+    tokens = one.generate(PROMPT[:60], max_tokens=4).tokens
+    one.close()
+    assert two.generate(PROMPT[:60], max_tokens=4, compress=False).tokens == tokens
+    os.utime(path, (1, 1))
+    with pykvc.LLM(path, n_ctx=128) as later:
+        assert later._session.model is not model()
+    two.close()
+    assert model() is None
+    other.close()
 
 
 def test_closed(model_path):
