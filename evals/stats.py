@@ -19,10 +19,11 @@ def wilson(n_right: float, n: int) -> tuple[float, float]:
 
 
 def mean_interval(scores: Sequence[float]) -> tuple[float, float]:
-    """wilson() where every score is 0 or 1, else Student's."""
+    """Of scores, all in [0, 1]: wilson() where every one is 0 or 1, else Student's, as far as a mean can lie there."""
     if binary(scores):
         return wilson(sum(scores), len(scores))
-    return _student(scores)
+    low, high = _student(scores)
+    return max(0.0, low), min(1.0, high)
 
 
 def _student(values: Sequence[float]) -> tuple[float, float]:

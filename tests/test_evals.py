@@ -369,6 +369,12 @@ def test_student_quantile(n, t):  # any table of t
     assert stats.student_quantile(n) == pytest.approx(t, rel=3e-3)
 
 
+def test_the_interval_of_a_mean_stays_where_scores_are():
+    assert stats.mean_interval([0.9, 0.4]) == (0, 1) and stats.mean_interval([0.5]) == (0, 1)
+    low, high = stats.mean_interval([0.5, 0.6, 0.7])
+    assert (low, high) == pytest.approx((0.6 - 4.3027*0.1/3**0.5, 0.6 + 4.3027*0.1/3**0.5), abs=1e-4)
+
+
 def test_paired_difference_is_that_of_the_pairs():
     ours, full = scores_of(36, 12, 2, 0)
     difference, low, high = stats.paired_difference(ours, full)
