@@ -83,6 +83,9 @@ def _title(line: Row, names: list[str]) -> str:
 
 
 def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], colours: dict[str, Any]) -> None:
+    import matplotlib
+    tab20 = matplotlib.colormaps["tab20"].colors
+    palette = [tab20[i] for shade in (0, 1) for i in range(shade, 20, 2) if i // 2 != 7]  # without the grey of full
     by = _names(block, "line", ["policy"])
     curves: dict[str, list[Row]] = defaultdict(list)
     for line in lines:
@@ -96,9 +99,9 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], colours: d
     across = [_number(p, x) for points in curves.values() for p in points]
     for i, (name, points) in enumerate(curves.items()):
         beside = (i - (len(curves) - 1)/2)*0.008*(max(across) - min(across))  # intervals at one x stand side by side
-        colour = colours.setdefault(name, "grey" if name == "full" else f"C{len(colours) % 10}")
+        colour = colours.setdefault(name, "grey" if name == "full" else palette[(len(colours) - ("full" in colours)) % len(palette)])
         points = sorted(points, key=lambda line: _number(line, x))
-        style = dict(color=colour, label=name, linestyle="--" if name == "full" else "-" if list(colours).index(name) < 10 else ":", markersize=5)
+        style = dict(color=colour, label=name, linestyle="--" if name == "full" else "-", markersize=5)
         if "marker" not in block:
             at.errorbar([_number(p, x) + beside for p in points], [p[y] for p in points], yerr=_errors(points, y), marker="o", capsize=2, elinewidth=0.8, alpha=0.85,
                         **style)
