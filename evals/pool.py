@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import Sequence
 
 from . import stats
-from .report import GROUP
+from .report import GROUP, largest_first
 from .store import Row
 from .tasks import TASKS
 
@@ -18,7 +18,7 @@ SAME_BUDGET = ("budget", "decode_budget", "cells")              # and these, unl
 
 
 def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: str = "score") -> list[Row]:
-    """A line for each value of the columns `by`, in the order of the answers: score and reference are means over items of an item's mean.
+    """A line for each value of the columns `by`, in the order of the answers, budgets from the largest on: score and reference are means over items of an item's mean.
     Policies are named without parameters. value: "score", or a further figure of a task, "kl" of fidelity, for those that have it.
     ValueError: an unknown column or value, no answer of `against`, or several of them to compare with."""
     for name in by:
@@ -31,7 +31,7 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
         rows = [{**row, "score": TASKS[row["task"]].extra(row["answer"])[value]} for row in rows if hasattr(TASKS[row["task"]], "extra")]
     reference = _reference([row for row in rows if row["policy"] == against], against)
     groups: dict[tuple, dict[tuple, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
+    for row in sorted(rows, key=largest_first):  # so are lines and columns
         other = reference.get(_same(row, against))
         if row["policy"] not in (against, "full") and other is not None:
             groups[tuple(row[name] for name in by)][_item(row)].append((row["score"], other))

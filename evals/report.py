@@ -53,12 +53,12 @@ def table(rows: Sequence[Row]) -> list[Row]:
             budgets[tuple(row[name] for name in (*GROUP, "policy", "cells"))].append(names)
         configurations[names].append(row)
     return [_line(dict(zip(GROUP + CASE, names)), configurations[names], _reference(configurations, names))
-            for together in budgets.values() for names in sorted(together, key=_largest_first)]
+            for together in budgets.values() for names in sorted(together, key=lambda names: largest_first(dict(zip(GROUP + CASE, names))))]
 
 
-def _largest_first(names: tuple) -> tuple:
-    """Ratios, then tokens."""
-    amounts = [_core.parse_budget(names[len(GROUP) + CASE.index(name)]) for name in ("budget", "decode_budget")]
+def largest_first(row: Row) -> tuple:
+    """Orders by budgets: ratios, then tokens."""
+    amounts = [_core.parse_budget(row[name]) for name in ("budget", "decode_budget")]
     return tuple((kind == "tokens", -amount) for kind, amount in amounts)
 
 
