@@ -421,7 +421,7 @@ def test_pooled_answers_are_counted_by_item():
     assert (nats["n_items"], nats["score"], nats["reference"]) == pytest.approx((3, 0.4, 0))
     assert "| `h2o` | 3 | 3 | 0.400 | 0.000 | +0.400 | -0.0" in pool.markdown([nats], ["policy"], "full", value="kl")
     two = pool.pool([*rows, *(row(i, "h2o", 1, "200") for i in range(4))], ["policy", "budget"], against="snapkv")
-    assert "| `h2o` | 0.0 / 50.0 | 100.0 (" in pool.markdown(two, ["policy", "budget"], "snapkv", across="budget")
+    assert "| `h2o` | 50.0 / 0.0 | 100.0 (" in pool.markdown(two, ["policy", "budget"], "snapkv", across="budget")
     with pytest.raises(ValueError, match="no answer of keydiff"):
         pool.pool(rows, ["task"], against="keydiff")
     with pytest.raises(ValueError, match="snapkv with several parameters"):
