@@ -55,6 +55,8 @@ def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequen
             full.append(line)  # stands in every panel
         else:
             panels[_title(line, _names(block, "panel", []))].append(line)
+    if any(_number(line, x) is not None for of_panel in panels.values() for line in of_panel):  # no panels of full alone beside them
+        panels = {name: of_panel for name, of_panel in panels.items() if any(_number(line, x) is not None for line in of_panel)}
     if not panels:
         return False
     n_across = min(len(panels), 3)
