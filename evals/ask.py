@@ -65,17 +65,23 @@ def contexts(llm: pykvc.LLM, asked: Jobs, protocol: str) -> Iterator[tuple[Case,
             part = list(of_case)
             if k:
                 whole.return_to()
-            begin, before = perf_counter(), llm.stats()["n_evictions"]
-            if case.compresses and protocol == "question-out":
-                llm.compress(kv_budget=case.budget or None)
-            stats = llm.stats()
-            context = Context(n_tokens, [int(n) for n in stats["kept"]], n_before + stats["n_evictions"] - before, prefill_ms*(k == 0), ms(begin))
+            kept, n_evictions, evict_ms = evict(llm, case if protocol == "question-out" else None)
+            context = Context(n_tokens, kept, n_before + n_evictions, prefill_ms*(k == 0), evict_ms)
             with nullcontext(whole) if protocol == "question-in" else Mark(llm, case, again=len(part) > 1) as mark:
                 for i, (item, prompt, _) in enumerate(part):
                     if i:
                         mark.return_to()
                         context = replace(context, prefill_ms=0.0, evict_ms=0.0)
                     yield case, item, prompt, context
+
+
+def evict(llm: pykvc.LLM, case: Case | None) -> tuple[list[int], int, float]:
+    """(cells a layer has now, evictions, ms); None: evicts nothing."""
+    begin, before = perf_counter(), llm.stats()["n_evictions"]
+    if case and case.compresses:
+        llm.compress(kv_budget=case.budget or None)
+    stats = llm.stats()
+    return [int(n) for n in stats["kept"]], stats["n_evictions"] - before, ms(begin)
 
 
 def ms(begin: float) -> float:

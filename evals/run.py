@@ -88,15 +88,12 @@ class Record:
     answers: Rows
     scores: Rows
 
-    def __post_init__(self) -> None:
-        self.digests = {item.id: prompt.digest for item, prompt in self.work.asked}
-
     def key_row(self, item: Item) -> Row:
         return key_row(self.work.plan, self.work.task, item, self.work.protocol, self.work.case)
 
-    def left(self, of: Asked) -> Asked:
-        """Another plan may have asked them since."""
-        return [(item, prompt) for item, prompt in of if not is_answer(self.answers.rows.get(key(self.key_row(item))), prompt)]
+    def left(self) -> Asked:
+        """Another plan may have asked some since."""
+        return [(item, prompt) for item, prompt in self.work.asked if not is_answer(self.answers.rows.get(key(self.key_row(item))), prompt)]
 
     def score_rest(self) -> None:
         """A run was killed between an answer and its score."""
@@ -105,9 +102,9 @@ class Record:
             if is_done(row) and self.scores.rows.get(key(row), {}).get("prompt") != row.get("prompt"):
                 _score(item, row, self.scores)
 
-    def save(self, item: Item, figures: Row) -> None:
+    def save(self, item: Item, prompt: Prompt, figures: Row) -> None:
         plan = self.work.plan
-        row = {**self.key_row(item), **self.identity, "settings": self.work.settings, "prompt": self.digests[item.id]}
+        row = {**self.key_row(item), **self.identity, "settings": self.work.settings, "prompt": prompt.digest}
         if "error" not in figures:
             row |= {"engine": engine(), "processor": processor(), "n_threads": plan.n_threads, "n_gpu_layers": plan.n_gpu_layers}
             row |= {"n_ctx": self.work.n_ctx, "gold": item.gold, "tags": item.tags}
@@ -134,7 +131,7 @@ def _left(records: list[Record]) -> list[tuple[Record, Item, Prompt]]:
     """Whose contexts can be shared stand together, and of these the ones of a case."""
     found: dict[str, list[tuple[Record, Item, Prompt]]] = {}
     for record in records:
-        for item, prompt in record.left(record.work.asked):
+        for item, prompt in record.left():
             found.setdefault(shared(item, prompt, record.work.protocol, record.work.case), []).append((record, item, prompt))
     return [one for together in found.values() for one in together]
 
@@ -146,7 +143,7 @@ def _together(subject: Subject, todo: list[tuple[Record, Item, Prompt]], what: s
         with _open(subject, work, n_parallel) as llm:
             for i, figures in ask_batch(llm, [(item, prompt, record.work.case) for record, item, prompt in todo], work.protocol, n_parallel):
                 record, item, prompt = todo[i]
-                record.save(item, {**figures, "n_parallel": n_parallel})
+                record.save(item, prompt, {**figures, "n_parallel": n_parallel})
                 watch(weight([(item, prompt)], subject), what)
     except Exception as error:
         print(f"{what}: {type(error).__name__}: {error}; one by one from here", flush=True)
@@ -164,14 +161,14 @@ def _one_by_one(subject: Subject, todo: list[tuple[Record, Item, Prompt]], what:
                     jobs = [(item, prompt, record.work.case) for record, item, prompt in left]
                     for item, figures in getattr(task(work.task), "ask", ask)(llm, jobs, work.protocol, work.plan.n_threads):
                         record, _, prompt = left[0]
-                        record.save(item, figures)
+                        record.save(item, prompt, figures)
                         left.pop(0)
                         watch(weight([(item, prompt)], subject), what)
                 except Exception as error:  # of one row; the others go on, with a model that knows nothing of it
                     if not left:
                         raise
-                    record, item, _ = left.pop(0)
-                    record.save(item, {"error": f"{type(error).__name__}: {error}"})
+                    record, item, prompt = left.pop(0)
+                    record.save(item, prompt, {"error": f"{type(error).__name__}: {error}"})
                     llm = llm and llm.close()
     finally:
         if llm is not None:

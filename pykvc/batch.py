@@ -127,15 +127,12 @@ class Starts:
             self.known[budget] = (self._probed if self.session.probe.kind != "none" else self._evicted)(prefix, budget, seq)
         return self.known[budget]
 
-    def _compress(self, prefix: Prefix, budget: tuple[str, str] | None) -> bool:
-        return prefix.compress and self.session.evicts and bool(self.session.has_budget or budget and budget[0])
-
     def _evicted(self, prefix: Prefix, budget: tuple[str, str] | None, seq: int) -> Start:
         ctx = self.session.ctx
         if self.whole is None:
             _evaluate(self.session, seq, prefix.ids, prefix.spans, 0)
             self.whole = self._take(prefix, seq)
-        if not self._compress(prefix, budget):
+        if not (prefix.compress and _can_evict(self.session, budget)):
             return self.whole
         ctx.load_seq(self.whole.state, seq)
         if budget:
@@ -148,9 +145,9 @@ class Starts:
         session = self.session
         session.query = prefix.query
         if budget:
-            session.ctx.set_budget(*budget, 0)
+            session.set_budget(*budget)
         session.feed(prefix.ids, prefix.spans)
-        if self._compress(prefix, budget):
+        if prefix.compress and _can_evict(session, budget):
             session.compress()
         start = self._take(prefix, 0)
         session.clear()
@@ -162,6 +159,11 @@ class Starts:
         start = Start(prefix.compress, ctx.save_seq(seq), stats["kept"], n_evictions + stats["n_evictions"])
         ctx.clear(seq)
         return start
+
+
+def _can_evict(session: Session, budget: tuple[str, str] | None) -> bool:
+    """Is there a policy, and a prompt budget: the request's or the context's?"""
+    return session.evicts and bool(session.has_budget or budget and budget[0])
 
 
 def _evaluate(session: Session, seq: int, ids: list[int], spans: list[Span], first: int) -> None:
@@ -188,7 +190,7 @@ def _begin(session: Session, index: int, request: Request, budget: tuple[str, st
         run.take(request.sampler.sample(ctx), session)
     begin = perf_counter()
     compress = request.compress if request.compress is not None else start is None or not start.compressed
-    if compress and session.evicts and (session.has_budget or budget and budget[0]):
+    if compress and _can_evict(session, budget):
         ctx.evict(seq)
     run.work.evict_ms = 1e3*(perf_counter() - begin)
     if session.evicts:

@@ -19,7 +19,7 @@ import numpy as np
 import pykvc
 from pykvc.spans import sentence_spans
 
-from ..ask import Jobs, contexts, ms
+from ..ask import Jobs, contexts, evict, ms
 from ..cases import Case
 from ..items import Item, Options
 from ..prompts import Prompt
@@ -79,15 +79,12 @@ def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None) -> It
     for case, item, prompt, context in contexts(llm, asked, protocol):
         begin = perf_counter()
         n_prompt, first = context.n_tokens + llm.prefill(prompt.tail, spans=()), llm.logits()
-        prefill_ms, evict_ms, kept, n_evictions = context.prefill_ms + ms(begin), context.evict_ms, context.kept, context.n_evictions
+        prefill_ms, kept, n_evictions, evict_ms = context.prefill_ms + ms(begin), context.kept, 0, context.evict_ms
         if protocol == "question-in":
-            begin, before = perf_counter(), llm.stats()["n_evictions"]
-            if case.compresses:
-                llm.compress(kv_budget=case.budget or None)
-            stats = llm.stats()
-            evict_ms, kept, n_evictions = ms(begin), [int(n) for n in stats["kept"]], n_evictions + stats["n_evictions"] - before
-        yield item, {"n_context": context.n_tokens*(protocol == "question-out"), "n_prompt": n_prompt, "kept": kept, "evictions": n_evictions,
-                     "prefill_ms": round(prefill_ms, 1), "evict_ms": evict_ms, **_compare(llm, references[item.id], first)}
+            kept, n_evictions, evict_ms = evict(llm, case)
+        yield item, {"n_context": context.n_tokens*(protocol == "question-out"), "n_prompt": n_prompt, "kept": kept,
+                     "evictions": context.n_evictions + n_evictions, "prefill_ms": round(prefill_ms, 1), "evict_ms": evict_ms,
+                     **_compare(llm, references[item.id], first)}
 
 
 def _compare(llm: pykvc.LLM, reference: tuple[list[int], np.ndarray], first: np.ndarray) -> dict[str, Any]:
