@@ -215,6 +215,7 @@ void bind_llama(py::module_ & m) {
         .def("evict", &Context::evict, "seq"_a = 0, "mask_only"_a = false, "Prompt eviction now; mask_only (tests): the keep sets as a mask, nothing is freed.")
         .def("ask", &Context::ask, "tokens"_a, "seq"_a = 0, "begin"_a = 0, "end"_a = -1)
         .def("has_room", [](const Context & c, int32_t n, int32_t seq) { c.check_seq(seq); return c.evictor().has_room(seq, n); }, "n"_a, "seq"_a = 0)
+        .def("n_until_eviction", [](const Context & c, int32_t seq) { c.check_seq(seq); return c.evictor().n_until_eviction(seq); }, "seq"_a = 0)
         .def("make_room", &Context::make_room, "n"_a, "seq"_a = 0)
         .def("kept", &Context::kept, "seq"_a = 0)
         .def("scores", &Context::scores, "seq"_a = 0)

@@ -46,12 +46,13 @@ int32_t engine::target(uint32_t s, cause why, int32_t n_new, const std::vector<i
     return std::min((int32_t) std::lround((double) sum/n_layer()) + n_decode, n_most);
 }
 
-// Would n_new more tokens take a sequence that generates over its limit and one interval, and is there anything to evict?
-bool engine::over_budget(uint32_t s, int32_t n_new) const {
+bool engine::has_limit(uint32_t s) const {
+    return streams[s].decode_budget.kind != budget::none && streams[s].gen >= 0;
+}
+
+// By how many slots is the mean layer of a sequence that generates over its limit?
+int64_t engine::n_over(uint32_t s) const {
     const auto & q = streams[s];
-    if (q.decode_budget.kind == budget::none || q.gen < 0) {
-        return false;
-    }
     const int32_t n_decode = q.decode_budget.of(std::max(1, (int32_t) q.tokens.size() - q.gen));
     int64_t n = 0;
     for (int32_t l = 0; l < n_layer(); ++l) {
@@ -59,7 +60,21 @@ bool engine::over_budget(uint32_t s, int32_t n_new) const {
     }
     const int64_t n_mean  = (n + n_layer() - 1)/n_layer();
     const int64_t n_limit = q.cfg->decode == decode_mode::whole ? std::max(q.n_prompt + n_decode, q.cfg->pol->min_budget()) : q.n_prompt + n_decode;
-    return n_mean > n_limit && n_mean + n_new > n_limit + q.cfg->interval;
+    return n_mean - n_limit;
+}
+
+// Would n_new more tokens take it over its limit and one interval, and is there anything to evict?
+bool engine::over_budget(uint32_t s, int32_t n_new) const {
+    return has_limit(s) && n_over(s) > 0 && n_over(s) + n_new > streams[s].cfg->interval;
+}
+
+int32_t engine::n_until_eviction(llama_seq_id seq_id) const {
+    const uint32_t s = stream_of(seq_id);
+    int64_t n = has_limit(s) ? streams[s].cfg->interval - n_over(s) : std::numeric_limits<int32_t>::max();
+    for (int32_t l = 0; is_bounded() && l < n_layer(); ++l) {
+        n = std::min<int64_t>(n, n_rows_max(l) - n_slots(s, l));
+    }
+    return (int32_t) std::max<int64_t>(n, 1);
 }
 
 // Tokens of each sequence of an ubatch.

@@ -165,6 +165,7 @@ public:
     void ask(llama_context * lctx, llama_seq_id seq_id, int32_t n_probe, llama_pos begin, llama_pos end);
     void make_room(llama_context * lctx, llama_seq_id seq_id, int32_t n_new);
     bool has_room(llama_seq_id seq_id, int32_t n_new) const;
+    int32_t n_until_eviction(llama_seq_id seq_id) const; // as many tokens of an answer can be evaluated at once as if one by one
     std::vector<layer_signals>      signals(llama_context * lctx, llama_seq_id seq_id);
     std::vector<std::vector<float>> scores (llama_context * lctx, llama_seq_id seq_id);
     std::vector<int32_t>            kept(llama_seq_id seq_id, int32_t ikv) const; // I32 [n_head_kv, n] positions, -1: empty
@@ -230,6 +231,8 @@ private:
     llama_pos first_query(uint32_t s) const;
     bool     has_queries(uint32_t s) const;
     bool     is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) const;
+    bool     has_limit(uint32_t s) const;
+    int64_t  n_over(uint32_t s) const;
     bool     over_budget(uint32_t s, int32_t n_new) const;
     int32_t  n_of_each(const llama_ubatch & ubatch) const;
     void     add_room(const llama_ubatch & ubatch);

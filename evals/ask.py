@@ -79,7 +79,7 @@ def evict(llm: pykvc.LLM, case: Case | None) -> tuple[list[int], int, float]:
     """(cells a layer has now, evictions, ms); None: evicts nothing."""
     begin, before = perf_counter(), llm.stats()["n_evictions"]
     if case and case.compresses:
-        llm.compress(kv_budget=case.budget or None)
+        llm.compress(kv_budget=case.budget or None, kv_decode_budget=case.decode_budget or None)
     stats = llm.stats()
     return [int(n) for n in stats["kept"]], stats["n_evictions"] - before, ms(begin)
 

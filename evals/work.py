@@ -124,7 +124,7 @@ def sweeps(works: Sequence[Work]) -> list[list[Work]]:
     for work in works:
         case, budgets = work.case, (bool(work.case.budget), bool(work.case.decode_budget))
         if not case.cells:
-            case = replace(case, budget="", decode_budget=case.decode_budget if hasattr(task(work.task), "ask") else "")
+            case = replace(case, budget="", decode_budget="" if case.budget else case.decode_budget)
         found.setdefault((id(work.plan), work.task, work.protocol, budgets, case), []).append(work)
     return list(found.values())
 

@@ -134,6 +134,7 @@ class Context:
     def ask(self, tokens: I32, seq: int = 0, begin: int = 0, end: int = -1) -> None:
         """Evaluates a probe after the sequence, lets the policy see what it attends to of positions [begin, end), and takes it out."""
     def has_room(self, n: int, seq: int = 0) -> bool: ...
+    def n_until_eviction(self, seq: int = 0) -> int: """tokens of an answer that can be evaluated at once as if one by one, 1 or more"""
     def make_room(self, n: int, seq: int = 0) -> None: """With kv_cells: evicts if n more tokens do not fit."""
     def kept(self, seq: int = 0) -> list[I32]: """a layer [n_head_kv, n_kept], original positions ascending, -1 first where a head holds fewer"""
     def scores(self, seq: int = 0) -> list[F32]: """a layer [n_head_kv, n_kv], what the policy would rank by now; -inf where a head holds nothing"""

@@ -98,16 +98,22 @@ class LLM:
         self._session.feed(ids, found)
         return len(ids)
 
-    def evaluate(self, tokens: Sequence[int]) -> F32:
-        """Appends tokens as prefill() does and returns the logits after each of them: [len(tokens), n_vocab]."""
+    def evaluate(self, tokens: Sequence[int], *, generated: bool = False) -> F32:
+        """Appends tokens as prefill() does and returns the logits after each of them: [len(tokens), n_vocab]. generated=True: they are
+        an answer's, as if generate() had sampled them, so that kv_decode_budget evicts them (teacher forcing)."""
         ids = prompts_of.check_ids(self._session.model, tokens)
+        if generated and not self.n_tokens:
+            raise ValueError("there is no prompt that these tokens could answer: prefill() one first")
         self._session.check_room(len(ids), self.n_tokens, spare=0)
         self._session.turn += 1
-        return self._session.evaluate(ids)
+        return self._session.evaluate(ids, generated)
 
-    def compress(self, kv_query: str | None = None, *, kv_budget: int | float | str | None = None) -> bool:
-        """Evicts down to kv_budget, now. False: nothing was over it. ValueError if no kv_budget was given. kv_query, kv_budget: as generate()."""
-        (budget,) = options.budgets(kv_budget, None, 1, self._session)
+    def compress(self, kv_query: str | None = None, *, kv_budget: int | float | str | None = None,
+                 kv_decode_budget: int | float | str | None = None) -> bool:
+        """Evicts down to kv_budget, now. False: nothing was over it. ValueError if no kv_budget was given. kv_query and budgets: as generate()."""
+        (budget,) = options.budgets(kv_budget, kv_decode_budget, 1, self._session)
+        if not (budget and budget[0]):
+            self._session.check_compress()
         self._session.query = self._query(kv_query) or self._session.query
         if budget:
             self._session.set_budget(*budget)

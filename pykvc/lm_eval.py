@@ -40,7 +40,6 @@ class PykvcLM(TemplateLM):
         # what was evicted since, or added to sums, is only undone by a file; else the tail is cut
         self.needs_file = self.session.evicts and (
             generated or bool(self.session.setup["kv_cells"]) or options.needs(how.get("kv_policy", "full"))["sums"])
-        self.n_step = 1 if generated else min(self.session.ctx.n_batch, self.session.ctx.n_ubatch)  # tokens scored at once
 
     # -- text -----------------------------------------------------------------------------------------------------------
 
@@ -147,11 +146,10 @@ class PykvcLM(TemplateLM):
         self.session.end_prompt(compress=False)
 
     def _score(self, first: F32, continuation: list[int]) -> Scored:
-        rows = [_picked(first[None], continuation[:1])]
-        for i in range(0, len(continuation) - 1, self.n_step):
-            ids = continuation[i:min(i + self.n_step, len(continuation) - 1)]
-            self.session.decode(ids, logits="all")
-            rows.append(_picked(self.session.ctx.logits(), continuation[i + 1:i + 1 + len(ids)]))
+        rows, done = [_picked(first[None], continuation[:1])], 1
+        for logits in self.session.each_logits(continuation[:-1], generated=True):
+            rows.append(_picked(logits, continuation[done:done + len(logits)]))
+            done += len(logits)
         return sum(row[0] for row in rows), all(row[1] for row in rows)
 
     def _report(self, n: int, n_before: int) -> None:

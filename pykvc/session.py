@@ -5,7 +5,7 @@
 import os
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Iterator
 
 import numpy as np
 
@@ -99,9 +99,18 @@ class Session:
 
     def step(self, token: int) -> None:
         """Evaluates a token of the answer."""
+        self._make_room_for_answer()
+        self.decode([token])
+
+    def _make_room_for_answer(self) -> int:
+        """How many tokens of it can be evaluated at once as if one by one."""
+        if not self.evicts:
+            return self.ctx.n_ubatch
+        n_probe = 0
         if self.setup["kv_cells"] and self.probe.asks:
             self._ask_for_room(1, N_ANSWER)
-        self.decode([token])
+            n_probe = self.probe.n_tokens
+        return max(1, self.ctx.n_until_eviction() - n_probe)
 
     def _ask_for_room(self, n_new: int, n_free: int) -> None:
         """Where n_new tokens and a probe do not fit: what is to be evicted is asked for first, then room is made for n_free and a probe."""
@@ -122,17 +131,25 @@ class Session:
             if self.n_tokens > n_before:
                 self.pending = None
 
-    def evaluate(self, ids: list[int]) -> F32:
-        """feed(), and the logits after each token: [len(ids), n_vocab]."""
-        rows, n_call = [np.empty((0, self.model.n_vocab), np.float32)], min(self.ctx.n_batch, self.ctx.n_ubatch)
+    def evaluate(self, ids: list[int], generated: bool = False) -> F32:
+        """feed(), or with generated=True step() for each, and the logits after each token: [len(ids), n_vocab]."""
+        rows = [np.empty((0, self.model.n_vocab), np.float32)]
         if self.pending is not None:
             self.decode([self.pending])
-        if self.evicts and ids:
+        if generated:
+            self.end_prompt(compress=False)
+        elif self.evicts and ids:
             self.ctx.begin_prompt()
-        for i in range(0, len(ids), n_call):
-            self.decode(ids[i:i + n_call], logits="all")
-            rows.append(np.array(self.ctx.logits()))
-        return np.concatenate(rows)
+        return np.concatenate([*rows, *map(np.array, self.each_logits(ids, generated))])
+
+    def each_logits(self, ids: list[int], generated: bool) -> Iterator[F32]:
+        """[n, n_vocab] of as many tokens at once as can be; of an answer, between two evictions. Views, valid until the next."""
+        n_most, done = min(self.ctx.n_batch, self.ctx.n_ubatch), 0
+        while done < len(ids):
+            n = min(n_most, self._make_room_for_answer()) if generated else n_most
+            self.decode(ids[done:done + n], logits="all")
+            done += n
+            yield self.ctx.logits()
 
     def _cut(self, n_tokens: int, fresh: bool) -> None:
         del self.tokens[n_tokens:]

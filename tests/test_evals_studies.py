@@ -213,6 +213,21 @@ def test_fidelity_of_a_shared_context_is_that_of_each_alone(folder, protocol):  
     assert len(group) > 1 and all(row["evictions"] == 1 for row in together)
 
 
+def test_fidelity_of_an_answer_whose_tokens_are_evicted(tmp_path, folder):  # noqa: F811
+    """Each with its own budgets, of one evaluated context; without a decode budget the answer stays whole."""
+    both = cases(["streaming_llm:interval=4"], ["0.5", "0.3"], ["same", "none"], ["none"], ["f16"], ["f16"])
+    settings = {"fidelity": {"length": 100, "tokens": 40}}
+    for k, several in enumerate((both, *([case] for case in both))):
+        assert run.run(Plan(["fidelity"], several, ["question-out"], tmp_path/str(k > 0), folder, 2, n_threads=2, settings=settings), None) == []
+    together, alone = ({(row["item"], row["budget"], row["decode_budget"]): row for row in answers(tmp_path/name)} for name in ("False", "True"))
+    assert together.keys() == alone.keys() and len(alone) == 8
+    for name, row in together.items():
+        for what in ("kept", "evictions", "bytes_used", "answer"):
+            assert row[what] == alone[name][what], (name, what)
+        frozen = together[name[0], name[1], ""]
+        assert row is frozen or (row["evictions"] > frozen["evictions"] == 1 and row["bytes_used"] < frozen["bytes_used"])
+
+
 def test_the_order_of_examples(folder):  # noqa: F811
     def shots(**more):
         from evals.items import Options

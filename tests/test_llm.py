@@ -173,9 +173,14 @@ def test_a_budget_of_one_prompt(half, full, tmp_path):
     for budget, kept in (("30%", round(0.3*n)), (50, 50), (None, n//2)):
         half.load(tmp_path/"whole")
         assert half.compress(kv_budget=budget) and set(half.stats()["kept"]) == {kept}
-    with pykvc.LLM(half.path, n_ctx=1024, kv_policy="streaming_llm", kv_decode_budget=8) as llm:
-        with pytest.raises(ValueError, match="kv_budget"):
-            llm.compress()
+    with pykvc.LLM(half.path, n_ctx=1024, kv_policy="streaming_llm:interval=4", kv_decode_budget=8) as llm:
+        for budget in ({}, dict(kv_decode_budget=4)):
+            with pytest.raises(ValueError, match="kv_budget"):
+                llm.compress(**budget)
+        llm.prefill(PROMPT)
+        assert llm.compress(kv_budget=40, kv_decode_budget=20)
+        llm.evaluate([5]*40, generated=True)
+        assert 40 + 20 <= llm.stats()["kept"][0] <= 40 + 20 + 4
         assert set(llm.generate(PROMPT, kv_budget=40, max_tokens=2).kv["kept"]) == {40}
     for llm, budget, says in ((half, 3, "at least"), (half, "x", "kv_budget"), (full, 40, "the policy is full")):
         before = llm.n_tokens, list(llm.stats()["kept"])
@@ -183,6 +188,41 @@ def test_a_budget_of_one_prompt(half, full, tmp_path):
             with pytest.raises(ValueError, match=says):
                 call()
         assert (llm.n_tokens, list(llm.stats()["kept"])) == before
+
+
+FORCED = [(policy["name"], {}) for policy in _core.policies() if policy["decode"] != "none"]
+
+
+@pytest.mark.parametrize("name, more", [*FORCED, ("finch", dict(kv_cells=256, n_ubatch=32)),
+                                        ("snapkv:window=16", dict(kv_cells=256, n_ubatch=32)), ("full", {})])
+def test_an_answer_that_is_given_is_evicted_as_one_that_is_generated(model_path, name, more):
+    decodes = (name, {}) in FORCED
+    how = {} if name == "full" else dict(kv_policy=name, kv_budget=0.5, kv_decode_budget=0.25 if decodes else None, **more)
+    query = dict(kv_query=QUESTION) if name == "finch" else {}
+    with pykvc.LLM(model_path, n_ctx=1024, n_threads=2, **how) as llm:
+        answer = llm.generate(PROMPT, max_tokens=120 + 80*bool(more), **query)
+        sampled = llm.stats()
+        llm.reset()
+        calls, decode = [], llm._session.decode
+        llm.prefill(PROMPT, **query)
+        first = llm.logits()
+        if how:
+            llm.compress()
+        llm._session.decode = lambda ids, **rest: calls.append(len(ids)) or decode(ids, **rest)
+        logits = llm.evaluate(answer.tokens[:-1], generated=True)
+        forced = llm.stats()
+    assert len(calls) < len(answer.tokens)/3
+    assert [forced[what] for what in ("kept", "bytes_used")] == [sampled[what] for what in ("kept", "bytes_used")]
+    assert forced["n_evictions"] - sampled["n_evictions"] == sampled["n_evictions"] >= (3 if decodes else bool(how))
+    assert logits.shape == (len(answer.tokens) - 1, *first.shape)
+    same = np.vstack([first[None], logits]).argmax(axis=1) == answer.tokens
+    assert same.mean() > 0.9  # rounding turns what is nearly as likely
+
+
+def test_an_answer_needs_a_prompt(full):
+    full.reset()
+    with pytest.raises(ValueError, match="prefill"):
+        full.evaluate([1, 2], generated=True)
 
 
 def test_kept_and_scores(half):

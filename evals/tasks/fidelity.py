@@ -1,11 +1,11 @@
 """How far the next token's distribution moves: KL divergence from the whole cache, and how often both have the same first choice.
 
 Teacher-forced: a context is evaluated and evicted, a question follows, and then --tokens tokens of an answer, whatever the model would
-have said. Before each of them its distribution is compared with that of a cache that keeps everything. --of prose: any text, in
-niah/haystack/*.txt of the data folder; --length tokens of it are the context, a sentence or two the question, what follows the answer.
---of TASK: the contexts and questions of that task, with its settings but for --length, and as the answer what the whole cache answers. --reference same: the whole cache of
-the same types; f16: of that, so that the loss by quantized types counts, too. The score is the share of equal first choices; KL is in
-nats, a mean over tokens.
+have said; a --decode-budget evicts them as if it had. Before each of them its distribution is compared with that of a cache that keeps
+everything. --of prose: any text, in niah/haystack/*.txt of the data folder; --length tokens of it are the context, a sentence or two the
+question, what follows the answer. --of TASK: the contexts and questions of that task, with its settings but for --length, and as the
+answer what the whole cache answers. --reference same: the whole cache of the same types; f16: of that, so that the loss by quantized
+types counts, too. The score is the share of equal first choices; KL is in nats, a mean over tokens.
 """
 import json
 import tempfile
@@ -82,14 +82,16 @@ def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None) -> It
         prefill_ms, kept, n_evictions, evict_ms = context.prefill_ms + ms(begin), context.kept, 0, context.evict_ms
         if protocol == "question-in":
             kept, n_evictions, evict_ms = evict(llm, case)
+        before = llm.stats()["n_evictions"]
+        figures = _compare(llm, references[item.id], first)
         yield item, {"n_context": context.n_tokens*(protocol == "question-out"), "n_prompt": n_prompt, "kept": kept,
-                     "evictions": context.n_evictions + n_evictions, "prefill_ms": round(prefill_ms, 1), "evict_ms": evict_ms,
-                     **_compare(llm, references[item.id], first)}
+                     "evictions": context.n_evictions + n_evictions + llm.stats()["n_evictions"] - before,
+                     "prefill_ms": round(prefill_ms, 1), "evict_ms": evict_ms, **figures}
 
 
 def _compare(llm: pykvc.LLM, reference: tuple[list[int], np.ndarray], first: np.ndarray) -> dict[str, Any]:
     (ids, p), begin = reference, perf_counter()
-    q = _log_softmax(np.vstack([first[None], llm.evaluate(ids[:-1])]))
+    q = _log_softmax(np.vstack([first[None], llm.evaluate(ids[:-1], generated=True)]))
     kl, same = np.maximum(0, (np.exp(p)*(p - q)).sum(axis=1)), p.argmax(axis=1) == q.argmax(axis=1)
     stats = llm.stats()
     return {"n_predicted": len(p), **{name: stats[name] for name in ("cells_allocated", "bytes_used", "bytes_full", "bytes_allocated")},
