@@ -124,6 +124,7 @@ def run_study(
     policy: Annotated[Optional[list[str]], _flag("--policy", "--kv-policy", help="Only these, by name; full is always run.")] = None,
     budget: Annotated[Optional[list[str]], _flag("--budget", "--kv-budget", help="Only these.")] = None,
     protocol: Annotated[Optional[list[str]], _flag("--protocol", help="Only these.")] = None,
+    settings: Annotated[Optional[list[str]], _flag("--set", help="A setting of its tasks, whatever the file says: questions=5.")] = None,
     threads: Annotated[Optional[int], _flag("--threads", "-t", help="CPU threads; default: all.")] = None,
     n_gpu_layers: Annotated[int, _flag("--n-gpu-layers", "-ngl", help="Layers on the GPU.")] = 0,
     n_parallel: Annotated[int, _flag("--n-parallel", "-np", "--parallel", help="Questions asked at once, where the policy permits it.")] = 16,
@@ -139,7 +140,7 @@ def run_study(
         raise ValueError(f"{found.name} compares models: give at least {found.n_models} with --model")
     folder = out or Path("evals-out")/found.name
     only = study.Only(values(tasks), [_core.parse_spec(spec).partition(":")[0] for spec in values(policy)],
-                      [options.budget("--budget", value) for value in values(budget)], protocols(values(protocol)))
+                      [options.budget("--budget", value) for value in values(budget)], protocols(values(protocol)), settings or ())
     plans = study.plans(found, folder, where, _positive("--n", n), only, chat=not plain, unsafe_code=unsafe_code,
                         n_threads=threads, n_gpu_layers=n_gpu_layers, n_parallel=_positive("--n-parallel", n_parallel), any_commit=any_commit)
     names = [models.resolve(one) for one in models_given]

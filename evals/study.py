@@ -125,6 +125,7 @@ class Only:
     policies: Sequence[str] = ()    # names; full is always among them
     budgets: Sequence[str] = ()     # canonical
     protocols: Sequence[str] = ()
+    settings: Sequence[str] = ()    # "questions=5": of its tasks, in place of the file's
 
 
 def plans(study: Study, out: Path, data_dir: Path | None = None, n: int | None = None, only: Only = Only(), chat: bool = True,
@@ -133,8 +134,27 @@ def plans(study: Study, out: Path, data_dir: Path | None = None, n: int | None =
     ValueError for every mistake that can be seen without the data."""
     for name in only.tasks:
         task(name)
-    return [plan for block in study.blocks["run"] for one in sweep(block, [*SETTINGS, "cache_type"])
+    return [plan for block in _with_settings(study, only.settings) for one in sweep(block, [*SETTINGS, "cache_type"])
             for plan in _plan(study, one, out, data_dir, n, only, chat, unsafe_code, more)]
+
+
+def _with_settings(study: Study, given: Sequence[str]) -> list[Block]:
+    """The runs, with these settings where their tasks have them."""
+    settings: Block = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name not in SETTINGS:
+            raise ValueError(f"--set is NAME=VALUE, such as questions=5, not {text!r}: valid names are {', '.join(SETTINGS)}")
+        settings[name] = int(value) if value.isdecimal() else value
+    found, used = [], set()
+    for block in study.blocks["run"]:
+        tasks = [TASKS[name] for name in (*texts(block.get("task", [])), *texts(block.get("of", []))) if name in TASKS]
+        here = {name: value for name, value in settings.items() if any(name in module.SETTINGS for module in tasks)}
+        used |= set(here)
+        found.append({**block, **here})
+    if unused := sorted(set(settings) - used):
+        raise ValueError(f"no task of {study.name} has a setting {unused[0]!r}")
+    return found
 
 
 def _plan(study: Study, block: Block, out: Path, data_dir: Path | None, n: int | None, only: Only, chat: bool, unsafe_code: bool,

@@ -84,6 +84,17 @@ def test_the_first_study_covers_what_was_asked():
     assert (small.tasks, small.protocols) == (["gsm8k"], ["question-out"])
 
 
+def test_settings_in_place_of_the_file_s():
+    found = study.plans(study.read("4"), Path("out"), only=study.Only(settings=["questions=5"]))
+    assert {plan.settings[name]["questions"] for plan in found for name in plan.tasks} == {5}
+    assert len(found) == len(study.plans(study.read("4"), Path("out")))
+    (plan,) = study.plans(study.read("2"), Path("out"), only=study.Only(["fidelity"], settings=["shots=3"]))
+    assert plan.settings["fidelity"]["shots"] == 3  # a list gives way, too
+    for wrong, says in (("questions", "NAME=VALUE"), ("question=5", "questions"), ("depths=0", "no task of 4-long-generation"), ("questions=x", "--questions")):
+        with pytest.raises(ValueError, match=says):
+            study.plans(study.read("4"), Path("out"), only=study.Only(settings=[wrong]))
+
+
 def test_the_smoke_study_has_every_task_with_every_policy():
     pairs = {(name, case.name) for plan in study.plans(study.read("smoke"), Path("out")) for name in plan.tasks for case in plan.cases}
     assert pairs == {(name, policy["name"]) for name in TASKS for policy in pykvc.policies()}
