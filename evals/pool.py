@@ -4,16 +4,17 @@ A table has a few items in each cell, and its cells share them. So an item is th
 are one mean, and the interval is over items, not answers.
 """
 from collections import defaultdict
-from typing import Sequence
+from typing import Iterator, Sequence
 
 from . import stats
 from .report import GROUP, largest_first
 from .store import Row
 from .tasks import TASKS
 
-COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells")
+QUARTER = "quarter"                                             # of the tokens of fidelity: does it lose more, the longer an answer is?
+COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells", QUARTER)
 VALUES = ("score", "kl")                                        # shares are shown in percent, nats as they are
-SAME = (*GROUP, "item")                                         # of an answer and the one it is compared with,
+SAME = (*GROUP, "item", QUARTER)                                        # of an answer and the one it is compared with,
 SAME_BUDGET = ("budget", "decode_budget", "cells")              # and these, unless that is full's
 
 
@@ -26,9 +27,12 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
             raise ValueError(f"--by takes {', '.join(COLUMNS)}, not {name!r}")
     if value not in VALUES:
         raise ValueError(f"--value is {' or '.join(VALUES)}, not {value!r}")
-    rows = [{**row, "policy": row["policy"].partition(":")[0]} for row in rows if row["score"] is not None]
+    if QUARTER in by and value == "score":
+        raise ValueError("--by quarter is for --value kl: a score is of a whole answer")
+    rows = [{**row, "policy": row["policy"].partition(":")[0], QUARTER: ""} for row in rows if row["score"] is not None]
     if value != "score":
-        rows = [{**row, "score": TASKS[row["task"]].extra(row["answer"])[value]} for row in rows if hasattr(TASKS[row["task"]], "extra")]
+        rows = [{**row, QUARTER: quarter, "score": figures[value]} for row in rows if hasattr(TASKS[row["task"]], "extra")
+                for quarter, figures in _figures_of(row, QUARTER in by)]
     reference = _reference([row for row in rows if row["policy"] == against], against)
     groups: dict[tuple, dict[tuple, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for row in sorted(rows, key=largest_first):  # so are lines and columns
@@ -36,6 +40,15 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
         if row["policy"] not in (against, "full") and other is not None:
             groups[tuple(row[name] for name in by)][_item(row)].append((row["score"], other))
     return [_line(dict(zip(by, values)), list(items.values())) for values, items in groups.items()]
+
+
+def _figures_of(row: Row, by_quarter: bool) -> Iterator[tuple[str, dict[str, float]]]:
+    module = TASKS[row["task"]]
+    if not by_quarter:
+        yield "", module.extra(row["answer"])
+        return
+    for k, part in enumerate(module.parts(row["answer"], 4), 1):
+        yield str(k), module.extra(part)
 
 
 def _same(row: Row, against: str) -> tuple:

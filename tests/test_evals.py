@@ -422,6 +422,11 @@ def test_pooled_answers_are_counted_by_item():
     (nats,) = pool.pool([*rows, *figures], ["policy"], value="kl")  # of fidelity alone
     assert (nats["n_items"], nats["score"], nats["reference"]) == pytest.approx((3, 0.4, 0))
     assert "| `h2o` | 3 | 3 | 0.400 | 0.000 | +0.400 | -0.0" in pool.markdown([nats], ["policy"], "full", value="kl")
+    lines = pool.pool([{**one, "answer": json.dumps({"kl": [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8], "same": [1]*8})} if one["policy"] == "h2o" else
+                       {**one, "answer": json.dumps({"kl": [0.0]*8, "same": [1]*8})} for one in figures], ["policy", "quarter"], value="kl")
+    assert [(line["quarter"], round(line["difference"], 6)) for line in lines] == [("1", 0.05), ("2", 0.25), ("3", 0.45), ("4", 0.7)]
+    with pytest.raises(ValueError, match="--value kl"):
+        pool.pool(figures, ["quarter"])
     two = pool.pool([*rows, *(row(i, "h2o", 1, "200") for i in range(4))], ["policy", "budget"], against="snapkv")
     assert "| `h2o` | 50.0 / 0.0 | 100.0 (" in pool.markdown(two, ["policy", "budget"], "snapkv", across="budget")
     with pytest.raises(ValueError, match="no answer of keydiff"):

@@ -150,6 +150,13 @@ def extra(answer: str) -> dict[str, float]:
     return {"kl": float(np.mean(json.loads(answer)["kl"]))}
 
 
+def parts(answer: str, n: int) -> list[str]:
+    """An answer's tokens in n parts of about one length, in order, without empty ones."""
+    figures = json.loads(answer)
+    cuts = [round(i*len(figures["kl"])/n) for i in range(n + 1)]
+    return [json.dumps({name: of[a:b] for name, of in figures.items()}) for a, b in zip(cuts, cuts[1:]) if b > a]
+
+
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     """[..., n_vocab], in double precision as far as the sum goes."""
     x = logits - logits.max(axis=-1, keepdims=True)
