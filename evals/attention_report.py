@@ -7,6 +7,8 @@ from typing import Any, Sequence
 
 import numpy as np
 
+from pykvc.table import grid
+
 from . import stats
 from .pictures import file_of, use_matplotlib
 from .report import changed
@@ -48,29 +50,19 @@ def lines(found: Sequence[Row]) -> list[Row]:
 
 def markdown(table: Sequence[Row]) -> str:
     shown = [part for part in PARTS if any(part in line for line in table)]
-    head = ["model", "task", "n", "tokens", "first 4", *shown, "entropy", "tokens for 90 %"]
-    text = ["## Mass by part, in % of the attention of the question's last queries; after the slash without the first 4 tokens", "", *_header(head)]
+    mass = [["model", "task", "n", "tokens", "first 4", *shown, "entropy", "tokens for 90 %"]]
     for line in table:
-        text.append(_row([line["model"], line["task"], str(line["n"]), f"{line['tokens']:.0f}", _percent(line, "sinks"),
-                          *(f"{_percent(line, part)} / {_percent(line, part + '_bare')}" if part in line else "" for part in shown),
-                          f"{line['entropy']:.2f} / {line['entropy_bare']:.2f}", f"{_percent(line, 'tokens_90')} / {_percent(line, 'tokens_90_bare')}"]))
+        mass.append([line["model"], line["task"], str(line["n"]), f"{line['tokens']:.0f}", _percent(line, "sinks"),
+                     *(f"{_percent(line, part)} / {_percent(line, part + '_bare')}" if part in line else "" for part in shown),
+                     f"{line['entropy']:.2f} / {line['entropy_bare']:.2f}", f"{_percent(line, 'tokens_90')} / {_percent(line, 'tokens_90_bare')}"])
+    text = ["## Mass by part, in % of the attention of the question's last queries; after the slash without the first 4 tokens", "", grid(mass, 2)]
     policies = list(dict.fromkeys(name.removeprefix("kept ").rsplit(" ", 1)[0] for line in table for name in line
                                   if name.startswith("kept ") and not name.endswith(("_low", "_high"))))
     if policies:
-        text += ["", "## Kept share by part, in % of tokens, mean over layers and heads", "", *_header(["model", "task", "policy", *shown])]
-        for line in table:
-            for policy in policies:
-                if any(f"kept {policy} {part}" in line for part in shown):
-                    text.append(_row([line["model"], line["task"], f"`{policy}`", *(_percent(line, f"kept {policy} {part}") for part in shown)]))
+        kept = [[line["model"], line["task"], f"`{policy}`", *(_percent(line, f"kept {policy} {part}") for part in shown)]
+                for line in table for policy in policies if any(f"kept {policy} {part}" in line for part in shown)]
+        text += ["", "## Kept share by part, in % of tokens, mean over layers and heads", "", grid([["model", "task", "policy", *shown], *kept], 3)]
     return "\n".join(text) + "\n"
-
-
-def _header(names: Sequence[str]) -> list[str]:
-    return [_row(names), _row(["---"]*2 + ["---:"]*(len(names) - 2))]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _percent(line: Row, name: str) -> str:

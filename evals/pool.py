@@ -6,6 +6,8 @@ are one mean, and the interval is over items, not answers.
 from collections import defaultdict
 from typing import Iterator, Sequence
 
+from pykvc.table import grid
+
 from . import stats
 from .report import GROUP, largest_first
 from .store import Row
@@ -85,8 +87,8 @@ def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str 
         raise ValueError(f"--across is one of --by, {', '.join(by)}, not {across!r}")
     if not across:
         header = [*by, "items", "answers", value, against, "difference", "95 %"]
-        return _table(header, len(by), [[*_names(line, by), str(line["n_items"]), str(line["n_answers"]), _figure(line["score"], value),
-                                         _figure(line["reference"], value), _figure(line["difference"], value, "+"), _interval(line, value)] for line in lines])
+        return grid([header, *([*_names(line, by), str(line["n_items"]), str(line["n_answers"]), _figure(line["score"], value),
+                                _figure(line["reference"], value), _figure(line["difference"], value, "+"), _interval(line, value)] for line in lines)], len(by))
     rest, columns = [name for name in by if name != across], list(dict.fromkeys(str(line[across]) for line in lines))
     cells: dict[tuple, dict[str, str]] = defaultdict(dict)
     for line in lines:
@@ -94,7 +96,8 @@ def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str 
     references: dict[tuple, dict[str, None]] = defaultdict(dict)  # several where a column has other items, or --against is evicted, too
     for line in lines:
         references[tuple(_names(line, rest))][_figure(line["reference"], value)] = None
-    return _table([*rest, against, *columns], len(rest), [[*names, " / ".join(references[names]), *(of.get(column, "") for column in columns)] for names, of in cells.items()])
+    return grid([[*rest, against, *columns],
+                 *([*names, " / ".join(references[names]), *(of.get(column, "") for column in columns)] for names, of in cells.items())], len(rest))
 
 
 def _names(line: Row, by: Sequence[str]) -> list[str]:
@@ -107,7 +110,3 @@ def _figure(number: float, value: str, sign: str = "") -> str:
 
 def _interval(line: Row, value: str) -> str:
     return f"{_figure(line['difference_low'], value, '+')} to {_figure(line['difference_high'], value, '+')}"
-
-
-def _table(header: list[str], n_left: int, lines: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"]*n_left + ["---:"]*(len(header) - n_left), *lines])

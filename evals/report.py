@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from pykvc import _core
-from pykvc.table import mebibytes
+from pykvc.table import grid, mebibytes
 
 from . import stats
 from .items import Item
@@ -148,7 +148,7 @@ def markdown(lines: Sequence[Row]) -> str:
 def _table(lines: Sequence[Row]) -> str:
     cells = {name: [show(line) for line in lines] for name, show in COLUMNS}
     shown = [name for name in cells if name not in OPTIONAL or any(cells[name])]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [shown, ["---"]*2 + ["---:"]*(len(shown) - 2), *zip(*(cells[name] for name in shown))])
+    return grid([shown, *zip(*(cells[name] for name in shown))], 2)
 
 
 def _percent(line: Row, name: str, sign: str = "") -> str:

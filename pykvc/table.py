@@ -1,5 +1,5 @@
 """The policy table and figures as people read them."""
-from typing import Any, Sequence
+from typing import Any, Iterable, Sequence
 
 DECODE = {"none": "kept", "whole": "evicted with the prompt", "generated": "evicted, prompt frozen"}
 
@@ -12,14 +12,20 @@ def arxiv(paper: str) -> str:
     return f"[{paper}](https://arxiv.org/abs/{paper})" if paper else ""
 
 
+def grid(lines: Iterable[Sequence[str]], n_left: int) -> str:
+    """A Markdown table: the first line is the header, columns from n_left on stand to the right."""
+    header, *rest = lines
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"]*n_left + ["---:"]*(len(header) - n_left), *rest))
+
+
 def markdown(policies: Sequence[dict[str, Any]]) -> str:
     """The table of the README."""
-    lines = ["| policy | what it keeps | generated tokens | parameters | paper |", "| --- | --- | --- | --- | --- |"]
+    lines = [["policy", "what it keeps", "generated tokens", "parameters", "paper"]]
     for p in policies:
         parameters = ", ".join(f"{x['name']} {x['value']}" for x in p["params"])
         cells = (f"`{p['name']}`", p["title"], DECODE[p["decode"]], parameters, arxiv(p["paper"]))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines)
+        lines.append([cell.replace("|", "\\|") for cell in cells])
+    return grid(lines, len(lines[0]))
 
 
 def show(policies: Sequence[dict[str, Any]], parameters: bool) -> None:
