@@ -31,7 +31,7 @@ def shared(item: Item, prompt: Prompt, protocol: str, case: Case) -> str:
     return prompt.head or item.id
 
 
-def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
+def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None = None, out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
     """(item, figures and answer), one after the other, of one context; cases differ in their budgets alone, and follow one another.
     prefill_ms of the context counts in the first row, evict_ms in the first of each case."""
     question_in = protocol == "question-in"

@@ -159,7 +159,7 @@ def _one_by_one(subject: Subject, todo: list[tuple[Record, Item, Prompt]], what:
                 try:
                     llm = llm or _open(subject, work)
                     jobs = [(item, prompt, record.work.case) for record, item, prompt in left]
-                    for item, figures in getattr(task(work.task), "ask", ask)(llm, jobs, work.protocol, work.plan.n_threads):
+                    for item, figures in getattr(task(work.task), "ask", ask)(llm, jobs, work.protocol, work.plan.n_threads, work.plan.out):
                         record, _, prompt = left[0]
                         record.save(item, prompt, figures)
                         left.pop(0)

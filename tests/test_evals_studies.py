@@ -14,7 +14,7 @@ from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Options
 from evals.prompts import count, render
-from evals.tasks import TASKS, gsm8k
+from evals.tasks import TASKS, fidelity, gsm8k
 from evals.work import Plan, open_model
 from test_evals_tasks import folder  # noqa: F401  (a fixture)
 
@@ -208,6 +208,26 @@ def test_fidelity_of_a_task_against_f16(tmp_path, folder):  # noqa: F811
     for wrong, says in (({"of": "mlu"}, "mmlu"), ({"of": "fidelity"}, "mmlu"), ({"reference": "q8"}, "f16")):
         with pytest.raises(ValueError, match=says):
             run.run(Plan(["fidelity"], several, ["question-out"], tmp_path/"x", folder, 3, settings={"fidelity": wrong}), None)
+
+
+def test_fidelity_goes_on_with_the_same_answers(tmp_path, folder, monkeypatch):  # noqa: F811
+    """Another process does not ask the whole cache again, unless the prompt is another."""
+    def go_on(policy, shots):
+        monkeypatch.setattr(fidelity, "REFERENCES", fidelity.References())
+        plan = Plan(["fidelity"], cases([policy], ["0.5"], ["none"], ["none"], ["f16"], ["f16"]), ["question-out"], tmp_path, folder, 2, n_threads=2,
+                    settings={"fidelity": {"of": "gsm8k", "tokens": 8, "shots": shots}})
+        assert run.run(plan, None) == []
+    go_on("full", 1)
+    [path] = tmp_path.glob("*.references.jsonl")
+    first = path.read_text().splitlines()
+    assert len(first) == 2 and all(0 < len(json.loads(line)["tokens"]) <= 8 for line in first)
+    generate = pykvc.LLM.generate
+    monkeypatch.setattr(pykvc.LLM, "generate", lambda *_, **__: 1/0)
+    go_on("streaming_llm", 1)
+    assert {row["n_predicted"] for row in answers(tmp_path)} == {len(json.loads(line)["tokens"]) for line in first}
+    monkeypatch.setattr(pykvc.LLM, "generate", generate)
+    go_on("streaming_llm", 2)
+    assert path.read_text().splitlines()[:2] == first and len(path.read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize("protocol", ["question-out", "question-in"])

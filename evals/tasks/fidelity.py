@@ -9,6 +9,7 @@ types counts, too. The score is the share of equal first choices; KL is in nats,
 """
 import json
 import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +24,8 @@ from ..ask import Jobs, contexts, evict, ms
 from ..cases import Case
 from ..items import Item, Options
 from ..prompts import Prompt
+from ..store import KEY, Rows
+from ..store import key as key_of
 from .niah import haystacks
 
 SETTINGS = {"length": 2000, "tokens": 64, "of": "prose", "reference": "same"}
@@ -73,9 +76,10 @@ def _chunks(text: str, name: str, options: Options) -> Iterator[Item]:
 
 # -- in place of answers ------------------------------------------------------------------------------------------------
 
-def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None) -> Iterator[tuple[Item, dict[str, Any]]]:
-    """For each token the KL divergence and whether the first choice is the same, as JSON. As evals/ask.py evaluates and evicts."""
-    references = {item.id: _reference(llm, item, prompt, case, n_threads) for item, prompt, case in asked}  # not while ours is timed
+def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None, out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
+    """For each token the KL divergence and whether the first choice is the same, as JSON. As evals/ask.py evaluates and evicts.
+    out: what the whole cache answers is kept there, so that a run that goes on, perhaps elsewhere, has the same answers."""
+    references = {item.id: _reference(llm, item, prompt, case, n_threads, out) for item, prompt, case in asked}  # not while ours is timed
     for case, item, prompt, context in contexts(llm, asked, protocol):
         begin = perf_counter()
         n_prompt, first = context.n_tokens + llm.prefill(prompt.tail, spans=()), llm.logits()
@@ -120,24 +124,36 @@ class References:
 REFERENCES = References()
 
 
-def _reference(llm: pykvc.LLM, item: Item, prompt: Prompt, case: Case, n_threads: int | None) -> tuple[list[int], np.ndarray]:
+def _reference(llm: pykvc.LLM, item: Item, prompt: Prompt, case: Case, n_threads: int | None, out: Path | None) -> tuple[list[int], np.ndarray]:
     """(tokens of the answer, log probabilities before each of them [n, n_vocab])"""
     types = ("f16", "f16") if item.id.endswith("/f16") else (case.type_k, case.type_v)
-    key, n = (str(llm.path), item.id, types), item.max_tokens - SPARE
+    key = str(llm.path), item.id, prompt.digest, types
     if (known := REFERENCES.get(key)) is None:
         with pykvc.LLM(llm.path, n_ctx=llm.n_ctx, n_threads=n_threads, type_k=types[0], type_v=types[1]) as full:
             if prompt.head:
                 full.prefill(prompt.head)
             full.prefill(prompt.tail)
-            n_prompt, first = full.n_tokens, full.logits()
-            if item.gold:
-                ids = full.tokenize(item.gold, add_special=False)[:n]
-            else:
-                ids = full.generate(reset=False, max_tokens=n).tokens
-                full.truncate(n_prompt)
+            first, ids = full.logits(), _answer(full, item, prompt, types, out)
             known = ids, _log_softmax(np.vstack([first[None], full.evaluate(ids[:-1])]))
         REFERENCES.put(key, *known)
     return known
+
+
+def _answer(full: pykvc.LLM, item: Item, prompt: Prompt, types: tuple[str, str], out: Path | None) -> list[int]:
+    """From the end of its prompt, and back there."""
+    n, n_prompt = item.max_tokens - SPARE, full.n_tokens
+    if item.gold:
+        return full.tokenize(item.gold, add_special=False)[:n]
+    with Rows(out/f"{full.path.stem}.references.jsonl") if out else nullcontext() as kept:
+        row = {**dict.fromkeys(KEY, ""), "item": item.id, "type_k": types[0], "type_v": types[1], "prompt": prompt.digest}
+        known = kept.rows.get(key_of(row)) if kept else None
+        if known and known["prompt"] == prompt.digest:
+            return known["tokens"]
+        ids = full.generate(reset=False, max_tokens=n).tokens
+        full.truncate(n_prompt)
+        if kept:
+            kept.append({**row, "tokens": ids})
+        return ids
 
 
 def score(item: Item, answer: str) -> float:
