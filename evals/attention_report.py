@@ -29,7 +29,7 @@ def _groups(found: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def lines(found: Sequence[Row]) -> list[Row]:
-    """A line for each model and task: means over items, and the interval of each (normal)."""
+    """A line for each model and task: means over items, and the interval of each."""
     table = []
     for (model, name), of_task in _groups(found).items():
         line: Row = {"model": model, "task": name, "n": len(of_task), "tokens": float(np.mean([row["n_tokens"] for row in of_task]))}

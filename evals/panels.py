@@ -73,7 +73,7 @@ def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequen
         at.axis("off")
     shown = {text: handle for at in axes.flat for handle, text in zip(*at.get_legend_handles_labels())}
     figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize=8)
-    figure.suptitle(heading)
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=11)  # the legend stands to the right
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
@@ -92,7 +92,7 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], colours: d
     curves: dict[str, list[Row]] = defaultdict(list)
     for line in lines:
         at_x = _number(line, x)
-        if at_x is None and line["policy"] == "full" and y not in ("relative", "difference") and not block.get("front"):
+        if at_x is None and line["policy"] == "full" and y not in ("relative", "difference", "kl") and not block.get("front"):
             at.axhspan(line.get(f"{y}_low", line[y]), line.get(f"{y}_high", line[y]), color="grey", alpha=0.12)
             at.axhline(line[y], color="grey", linestyle="--", label="full")
         elif at_x is not None and line.get(y) is not None:
@@ -111,7 +111,7 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], colours: d
         for value in dict.fromkeys(str(p[block["marker"]]) for p in points):
             mark = markers.setdefault(value, MARKERS[len(markers) % len(MARKERS)])
             of_value = [p for p in points if str(p[block["marker"]]) == value]
-            at.errorbar([_number(p, x) for p in of_value], [p[y] for p in of_value], yerr=_errors(of_value, y), marker=mark, capsize=0, elinewidth=0.5,
+            at.errorbar([_number(p, x) for p in of_value], [p[y] for p in of_value], yerr=_errors(of_value, y) if y != "kl" else None, marker=mark, capsize=0, elinewidth=0.5,
                         alpha=0.8, **{**style, "linestyle": "none", "label": name if value == str(points[0][block["marker"]]) else None})
     for value, mark in markers.items():
         at.plot([], [], color="black", linestyle="none", marker=mark, label=value)

@@ -94,7 +94,9 @@ def _line(names: Row, rows: list[Row], reference: dict[str, float]) -> Row:
              "ratio": sum(kept)/sum(n_before) if sum(n_before) else None, "evictions": _mean(row["evictions"] for row in done)}
     if hasattr(task(names["task"]), "extra"):
         more = [task(names["task"]).extra(row["answer"]) for row in done]
-        line |= {name: _mean(of_row[name] for of_row in more) for name in more[0]}
+        for name in more[0]:
+            values = [of_row[name] for of_row in more]
+            line |= {name: _mean(values)} | dict(zip((f"{name}_low", f"{name}_high"), stats.figure_interval(values) or ()))
     return line | {name: _mean(row[name] for row in done)
                    for name in ("n_predicted", "bytes_used", "bytes_full", "bytes_allocated", "prefill_ms", "evict_ms", "decode_ms")}
 
@@ -123,12 +125,13 @@ COLUMNS = (
     ("score", lambda x: _percent(x, "score")), ("95 %", lambda x: _interval(x, "score")),
     ("vs full", lambda x: _percent(x, "difference", "+")), ("95 % of it", lambda x: _interval(x, "difference", "+")),
     ("relative", lambda x: _percent(x, "relative", "+")), ("KL", lambda x: f"{x['kl']:.4f}" if "kl" in x else ""),
+    ("95 % of KL", lambda x: f"{x['kl_low']:.4f} to {x['kl_high']:.4f}" if "kl_low" in x else ""),
     ("tokens", lambda x: _whole(x, "n_before")), ("kept", lambda x: _whole(x, "n_kept")), ("ratio", lambda x: _percent(x, "ratio")),
     ("evictions", lambda x: _whole(x, "evictions")),
     ("KV used", lambda x: mebibytes(x["bytes_used"]) if "bytes_used" in x else ""),
     ("of", lambda x: mebibytes(x["bytes_full"]) if "bytes_full" in x else ""),
     ("allocated", lambda x: mebibytes(x["bytes_allocated"]) if "bytes_allocated" in x else ""))
-OPTIONAL = ("decode", "cells", "K/V", "failed", "KL")  # where a line of the table has something to say
+OPTIONAL = ("decode", "cells", "K/V", "failed", "KL", "95 % of KL")  # where a line of the table has something to say
 
 
 def title(line: Row) -> list[str]:

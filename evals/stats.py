@@ -26,6 +26,12 @@ def mean_interval(scores: Sequence[float]) -> tuple[float, float]:
     return max(0.0, low), min(1.0, high)
 
 
+def figure_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Student's, of figures that are 0 or more; None of a single one."""
+    low, high = _student(values)
+    return (max(0.0, low), high) if len(values) > 1 else None
+
+
 def _student(values: Sequence[float]) -> tuple[float, float]:
     n, mean = len(values), float(np.mean(values))
     half = student_quantile(n - 1)*float(np.std(values, ddof=1))/math.sqrt(n) if n > 1 else math.inf

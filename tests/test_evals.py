@@ -406,6 +406,15 @@ def test_the_table_compares_the_same_items(tmp_path):
     assert len(report.comma_separated([full, snapkv, h2o]).splitlines()) == 4
 
 
+def test_the_table_has_the_interval_of_a_divergence():
+    """Student's, over items; a single one has none."""
+    def of(policy, values):
+        return [{**row(i, policy, 0.5, "200"), "task": "fidelity", "answer": json.dumps({"kl": [kl], "same": [1]})} for i, kl in enumerate(values)]
+    several, one, near_zero = report.table([*of("snapkv", (0.1, 0.2, 0.3)), *of("h2o", [0.1]), *of("tova", (0.0, 0.0, 0.3))])
+    assert [several[name] for name in ("kl", "kl_low", "kl_high")] == pytest.approx([0.2, 0, 0.2 + 4.303*0.1/3**0.5], abs=1e-3) and near_zero["kl_low"] == 0
+    assert "kl_low" not in one and "| 0.2000 | 0.0000 to 0.4484 |" in report.markdown([several, one])
+
+
 def test_pooled_answers_are_counted_by_item():
     rows = [row(i, "full", 1) for i in range(4)] + [row(i, policy, score, budget) for i in range(4)
             for policy, budget, score in [("snapkv:window=8", "200", i < 2), ("snapkv:window=8", "100", 0), ("h2o", "100", 1), ("tova", "100", None)]]
