@@ -136,13 +136,17 @@ uint32_t engine::n_rows(int32_t ikv, uint32_t n_kv) const {
     return std::min(n_kv - cell_begin(ikv), (uint32_t) n_rows_max(ikv));
 }
 
-bool engine::has_room(uint32_t s, int32_t n_new) const {
+// Rows that are free in every layer.
+int64_t engine::n_room(uint32_t s) const {
+    int64_t n = std::numeric_limits<int32_t>::max();
     for (int32_t l = 0; l < n_layer(); ++l) {
-        if (n_slots(s, l) + n_new > n_rows_max(l)) {
-            return false;
-        }
+        n = std::min<int64_t>(n, n_rows_max(l) - n_slots(s, l));
     }
-    return true;
+    return n;
+}
+
+bool engine::has_room(uint32_t s, int32_t n_new) const {
+    return n_new <= n_room(s);
 }
 
 bool engine::has_room(llama_seq_id seq_id, int32_t n_new) const {

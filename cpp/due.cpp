@@ -65,15 +65,14 @@ int64_t engine::n_over(uint32_t s) const {
 
 // Would n_new more tokens take it over its limit and one interval, and is there anything to evict?
 bool engine::over_budget(uint32_t s, int32_t n_new) const {
-    return has_limit(s) && n_over(s) > 0 && n_over(s) + n_new > streams[s].cfg->interval;
+    const int64_t n = has_limit(s) ? n_over(s) : 0;
+    return n > 0 && n + n_new > streams[s].cfg->interval;
 }
 
 int32_t engine::n_until_eviction(llama_seq_id seq_id) const {
     const uint32_t s = stream_of(seq_id);
-    int64_t n = has_limit(s) ? streams[s].cfg->interval - n_over(s) : std::numeric_limits<int32_t>::max();
-    for (int32_t l = 0; is_bounded() && l < n_layer(); ++l) {
-        n = std::min<int64_t>(n, n_rows_max(l) - n_slots(s, l));
-    }
+    const int64_t n_most = std::numeric_limits<int32_t>::max();
+    const int64_t n = std::min(has_limit(s) ? streams[s].cfg->interval - n_over(s) : n_most, is_bounded() ? n_room(s) : n_most);
     return (int32_t) std::max<int64_t>(n, 1);
 }
 

@@ -211,6 +211,7 @@ private:
                                                const llama_context_params & params, const llama_cparams & cparams);
     static void forget_rows();
     int32_t n_rows_max(int32_t ikv) const;
+    int64_t n_room(uint32_t s) const;
     bool    has_room(uint32_t s, int32_t n_new) const;
     int32_t n_to_free(uint32_t s, int32_t n_new) const;
 

@@ -89,7 +89,7 @@ class Session:
         self.work.n_prompt += len(ids)
 
     def _decode_prompt(self, ids: list[int]) -> None:
-        if not (self.setup["kv_cells"] and self.probe.asks):
+        if not self._asks_for_room:
             self.decode(ids)
             return
         for i in range(0, len(ids), self.probe.step):
@@ -99,18 +99,23 @@ class Session:
 
     def step(self, token: int) -> None:
         """Evaluates a token of the answer."""
-        self._make_room_for_answer()
+        if self._asks_for_room:
+            self._ask_for_room(1, N_ANSWER)
         self.decode([token])
 
-    def _make_room_for_answer(self) -> int:
-        """How many tokens of it can be evaluated at once as if one by one."""
+    def _steps(self) -> int:
+        """step(), but for the token: how many of an answer can be evaluated at once as if one by one."""
         if not self.evicts:
             return self.ctx.n_ubatch
         n_probe = 0
-        if self.setup["kv_cells"] and self.probe.asks:
+        if self._asks_for_room:
             self._ask_for_room(1, N_ANSWER)
             n_probe = self.probe.n_tokens
         return max(1, self.ctx.n_until_eviction() - n_probe)
+
+    @property
+    def _asks_for_room(self) -> bool:
+        return bool(self.setup["kv_cells"] and self.probe.asks)
 
     def _ask_for_room(self, n_new: int, n_free: int) -> None:
         """Where n_new tokens and a probe do not fit: what is to be evicted is asked for first, then room is made for n_free and a probe."""
@@ -133,20 +138,19 @@ class Session:
 
     def evaluate(self, ids: list[int], generated: bool = False) -> F32:
         """feed(), or with generated=True step() for each, and the logits after each token: [len(ids), n_vocab]."""
-        rows = [np.empty((0, self.model.n_vocab), np.float32)]
         if self.pending is not None:
             self.decode([self.pending])
         if generated:
             self.end_prompt(compress=False)
         elif self.evicts and ids:
             self.ctx.begin_prompt()
-        return np.concatenate([*rows, *map(np.array, self.each_logits(ids, generated))])
+        return np.concatenate([np.empty((0, self.model.n_vocab), np.float32), *map(np.array, self.each_logits(ids, generated))])
 
     def each_logits(self, ids: list[int], generated: bool) -> Iterator[F32]:
         """[n, n_vocab] of as many tokens at once as can be; of an answer, between two evictions. Views, valid until the next."""
         n_most, done = min(self.ctx.n_batch, self.ctx.n_ubatch), 0
         while done < len(ids):
-            n = min(n_most, self._make_room_for_answer()) if generated else n_most
+            n = min(n_most, self._steps()) if generated else n_most
             self.decode(ids[done:done + n], logits="all")
             done += n
             yield self.ctx.logits()
