@@ -15,6 +15,7 @@ from typing import Any, Sequence
 from pykvc import _core
 
 from .pictures import file_of, label, use_matplotlib
+from .report import as_asked
 from .store import Row
 
 MARKERS = "os^Dv*PX"
@@ -96,7 +97,7 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], colours: d
             at.axhspan(line.get(f"{y}_low", line[y]), line.get(f"{y}_high", line[y]), color="grey", alpha=0.12)
             at.axhline(line[y], color="grey", linestyle="--", label="full")
         elif at_x is not None and line.get(y) is not None:
-            curves[_title({**line, "decode_budget": "same"} if x == "budget" and line["decode_budget"] == line["budget"] else line, by) or "all"].append(line)
+            curves[_title(as_asked(line) if x == "budget" else line, by) or "all"].append(line)
     markers: dict[str, str] = {}
     across = [_number(p, x) for points in curves.values() for p in points]
     for i, (name, points) in enumerate(curves.items()):

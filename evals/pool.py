@@ -9,7 +9,7 @@ from typing import Iterator, Sequence
 from pykvc.table import grid
 
 from . import stats
-from .report import GROUP, largest_first
+from .report import GROUP, as_asked, largest_first
 from .store import Row
 from .tasks import TASKS
 
@@ -22,7 +22,7 @@ SAME_BUDGET = ("budget", "decode_budget", "cells")              # and these, unl
 
 def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: str = "score") -> list[Row]:
     """A line for each value of the columns `by`, in the order of the answers, budgets from the largest on: score and reference are means over items of an item's mean.
-    Policies are named without parameters. value: "score", or a further figure of a task, "kl" of fidelity, for those that have it.
+    Policies are named without parameters, a decode_budget that is the budget is "same". value: "score", or a further figure of a task, "kl" of fidelity, for those that have it.
     ValueError: an unknown column or value, no answer of `against`, or several of them to compare with."""
     for name in by:
         if name not in COLUMNS:
@@ -40,7 +40,7 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
     for row in sorted(rows, key=largest_first):  # so are lines and columns
         other = reference.get(_same(row, against))
         if row["policy"] not in (against, "full") and other is not None:
-            groups[tuple(row[name] for name in by)][_item(row)].append((row["score"], other))
+            groups[tuple(as_asked(row)[name] for name in by)][_item(row)].append((row["score"], other))
     return [_line(dict(zip(by, values)), list(items.values())) for values, items in groups.items()]
 
 

@@ -62,6 +62,11 @@ def largest_first(row: Row) -> tuple:
     return tuple((kind == "tokens", -amount) for kind, amount in amounts)
 
 
+def as_asked(row: Row) -> Row:
+    """With the decode_budget that --decode-budget named: "same" is the budget."""
+    return {**row, "decode_budget": "same"} if row["decode_budget"] and row["decode_budget"] == row["budget"] else row
+
+
 def changed(name: str, settings: Row) -> str:
     """What is not the task's default, of what changes its items: "shots 4, order 1". --sets stands in the table as such."""
     usual = task(name).SETTINGS

@@ -438,6 +438,8 @@ def test_pooled_answers_are_counted_by_item():
         pool.pool(figures, ["quarter"])
     two = pool.pool([*rows, *(row(i, "h2o", 1, "200") for i in range(4))], ["policy", "budget"], against="snapkv")
     assert "| `h2o` | 50.0 / 0.0 | 100.0 (" in pool.markdown(two, ["policy", "budget"], "snapkv", across="budget")
+    evicted = [{**row(i, "tova", 0, budget), "decode_budget": decode} for i in range(4) for budget, decode in (("200", "200"), ("100", "100"), ("100", "64"))]
+    assert [(line["decode_budget"], line["n_answers"]) for line in pool.pool([*rows[:4], *evicted], ["decode_budget"])] == [("same", 8), ("64", 4)]
     with pytest.raises(ValueError, match="no answer of keydiff"):
         pool.pool(rows, ["task"], against="keydiff")
     with pytest.raises(ValueError, match="snapkv with several parameters"):
