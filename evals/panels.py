@@ -8,6 +8,7 @@
     front     points that none beats in x (less) and y (more; kl: less) are joined
     only      {column: value}: these rows
 """
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, Sequence
@@ -19,6 +20,7 @@ from .report import as_asked
 from .store import Row
 
 MARKERS = "os^Dv*PX"
+NOT_OF_FULL = {"policy", "method", "budget", "decode_budget"}
 NAMES = {"ratio": "retained ratio", "n_kept": "tokens kept a layer", "shots": "shots", "bytes_used": "cache in use, MiB", "score": "score",
          "relative": "relative change", "difference": "difference to full", "kl": "KL divergence, nats", "budget": "budget"}
 
@@ -49,24 +51,30 @@ def _names(block: Row, name: str, usual: list[str]) -> list[str]:
 
 def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequence[Row]) -> bool:
     import matplotlib.pyplot as plt
-    panels: dict[str, list[Row]] = defaultdict(list)
-    full = []
-    for line in lines:
-        if line["policy"] == "full" and {"policy", "method", "budget"} & set(_names(block, "panel", [])):
-            full.append(line)  # stands in every panel
+    of = _names(block, "panel", [])
+    panels: dict[tuple[str, str], list[Row]] = defaultdict(list)  # by what full has, too, and by what only the others have
+    full: dict[str, list[Row]] = defaultdict(list)
+    for line in lines if x != "budget" else map(as_asked, lines):
+        shared = _title(line, [name for name in of if name not in NOT_OF_FULL])
+        if line["policy"] == "full" and NOT_OF_FULL & set(of):
+            full[shared].append(line)  # stands in every such panel
         else:
-            panels[_title(line, _names(block, "panel", []))].append(line)
+            own = _title(line, [name for name in of if name in NOT_OF_FULL])
+            panels[shared, own].append({**line, "decode_budget": ""} if "decode_budget" in of else line)
     if any(_number(line, x) is not None for of_panel in panels.values() for line in of_panel):  # no panels of full alone beside them
         panels = {name: of_panel for name, of_panel in panels.items() if any(_number(line, x) is not None for line in of_panel)}
     if not panels:
         return False
     n_across = min(len(panels), 3)
     n_down = -(-len(panels)//n_across)
-    figure, axes = plt.subplots(n_down, n_across, figsize=(1.6 + 4.4*n_across, 1 + 3.4*n_down), layout="constrained", squeeze=False, sharey=len(panels) > 1)
+    figure, axes = plt.subplots(n_down, n_across, figsize=(1.6 + 4.4*n_across, 1 + 3.4*n_down), layout="constrained", squeeze=False, sharey=True,
+                                sharex=x in ("ratio", "budget", "shots"))
     colours: dict[str, Any] = {}
     for at, (name, of_panel) in zip(axes.flat, panels.items()):
-        _panel(at, block, x, y, of_panel + full, colours)
-        at.set(title=name, xlabel=NAMES.get(x, x))
+        _panel(at, block, x, y, of_panel + full[name[0]], colours)
+        at.set(xlabel=NAMES.get(x, x))
+        at.set_title(textwrap.fill(", ".join(filter(None, name)), 48), fontsize=10)
+        at.tick_params(labelbottom=True)
         at.grid(alpha=0.25)
     for at in axes[:, 0]:
         at.set_ylabel(NAMES.get(y, y))
@@ -82,7 +90,9 @@ def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequen
 
 def _title(line: Row, names: list[str]) -> str:
     line = {**line, "method": line["policy"].partition(":")[0]}
-    return " ".join(label({**line, "budget": "", "type_k": "f16", "type_v": "f16"}) if name == "policy" else str(line[name]) for name in names if line[name])
+    texts = {**{name: str(line[name]) for name in names}, "policy": label({**line, "budget": "", "type_k": "f16", "type_v": "f16"}),
+             "decode_budget": f"decode {line['decode_budget'] or 'none'}"}
+    return ", ".join(texts[name] for name in names if texts[name])
 
 
 def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], colours: dict[str, Any]) -> None:
@@ -97,7 +107,7 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], colours: d
             at.axhspan(line.get(f"{y}_low", line[y]), line.get(f"{y}_high", line[y]), color="grey", alpha=0.12)
             at.axhline(line[y], color="grey", linestyle="--", label="full")
         elif at_x is not None and line.get(y) is not None:
-            curves[_title(as_asked(line) if x == "budget" else line, by) or "all"].append(line)
+            curves[_title(line, by) or "all"].append(line)
     markers: dict[str, str] = {}
     across = [_number(p, x) for points in curves.values() for p in points]
     for i, (name, points) in enumerate(curves.items()):

@@ -57,7 +57,7 @@ def generate(
     min_p: Annotated[float, flag("--min-p", help="0: off.")] = 0.05,
     kv_policy: flags.KvPolicy = "full",
     kv_budget: flags.KvBudget = None,
-    kv_decode_budget: Annotated[Optional[str], flag("--kv-decode-budget", env="KV_DECODE_BUDGET", help="The same of the generated tokens.")] = None,
+    kv_decode_budget: Annotated[Optional[str], flag("--kv-decode-budget", env="KV_DECODE_BUDGET", help="The same of the generated tokens; better tokens than a ratio, which is of the answer so far.")] = None,
     kv_cells: flags.KvCells = None,
     kv_query: flags.KvQuery = None,
     segment: flags.Segment = None,

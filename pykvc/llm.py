@@ -29,7 +29,8 @@ class LLM:
 
     kv_policy: "name:key=value,..." (`pykvc policies` lists them) or an instance of pykvc.Policy.
     kv_budget, kv_decode_budget: cells a layer keeps of the prompt and of the generated tokens: an int is tokens, a
-    float in (0, 1] the retained ratio, a string either ("512", "25%"). n_ctx 0: the model's own, at most 8192.
+    float in (0, 1] the retained ratio (of generated tokens: of the answer so far, which is little at its beginning), a
+    string either ("512", "25%"). n_ctx 0: the model's own, at most 8192.
 
     kv_cells: fewer cells than n_ctx has tokens, for a sequence (an int, rounded up to 256), or bytes for all of them
     ("512MiB"): a prompt that is longer is evaluated n_ubatch tokens at a time, and evicted before each; an answer goes
