@@ -231,14 +231,18 @@ def test_fidelity_goes_on_with_the_same_answers(tmp_path, folder, monkeypatch): 
 
 
 @pytest.mark.parametrize("protocol", ["question-out", "question-in"])
-def test_fidelity_of_a_shared_context_is_that_of_each_alone(folder, protocol):  # noqa: F811
+def test_fidelity_of_a_shared_context_is_that_of_each_alone(folder, protocol, monkeypatch):  # noqa: F811
+    """What it is compared with, too: `alone` asks the whole cache again, one context for each."""
     subject, case = open_model(None), Case(pykvc._core.parse_spec("snapkv:window=8"), "0.5")
     settings = {**TASKS["fidelity"].SETTINGS, "of": "mmlu", "tokens": 4, "shots": 2}
     items = TASKS["fidelity"].load(Options(lambda text: count(subject.vocabulary, text), folder, None, 0, True, settings))
     asked = [(item, render(item, subject.vocabulary, True), case) for item in items]
     group = [one for one in asked if one[1].head == asked[0][1].head]
     with pykvc.LLM(n_ctx=1024, n_threads=2, **case.settings()) as llm:
-        together, *alone = ([figures for _, figures in TASKS["fidelity"].ask(llm, part, protocol, 2)] for part in (group, *([one] for one in group)))
+        def ask(part):
+            monkeypatch.setattr(fidelity, "REFERENCES", fidelity.References())
+            return [figures for _, figures in fidelity.ask(llm, part, protocol, 2)]
+        together, *alone = (ask(part) for part in (group, *([one] for one in group)))
     names = ("n_context", "n_prompt", "kept", "evictions", "bytes_used", "answer")
     assert [[row[name] for name in names] for row in together] == [[row[name] for name in names] for (row,) in alone]
     assert len(group) > 1 and all(row["evictions"] == 1 for row in together)

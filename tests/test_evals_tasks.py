@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from evals import choices, data, report, run, sandbox
+from evals import choices, data, references, report, run, sandbox
 from evals.cases import Case
 from evals.cli import app
 from evals.items import Options
@@ -297,4 +297,4 @@ def test_shots_and_fidelity_on_a_model(tmp_path, folder):
 
 def test_log_softmax_sums_to_1():
     x = np.array([1000.0, 999.0, -1000.0], dtype=np.float32)
-    assert np.exp(fidelity._log_softmax(x)).sum() == pytest.approx(1) and mmlu.LABELS == "ABCD" and kv_retrieval.ACROSS == "depth"
+    assert np.exp(references.log_softmax(x)).sum() == pytest.approx(1) and mmlu.LABELS == "ABCD" and kv_retrieval.ACROSS == "depth"

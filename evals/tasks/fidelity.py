@@ -8,8 +8,6 @@ answer what the whole cache answers. --reference same: the whole cache of the sa
 types counts, too. The score is the share of equal first choices; KL is in nats, a mean over tokens.
 """
 import json
-import tempfile
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -21,11 +19,8 @@ import pykvc
 from pykvc.spans import sentence_spans
 
 from ..ask import Jobs, contexts, evict, ms
-from ..cases import Case
 from ..items import Item, Options
-from ..prompts import Prompt
-from ..store import KEY, Rows
-from ..store import key as key_of
+from ..references import Reference, References, log_probabilities
 from .niah import haystacks
 
 SETTINGS = {"length": 2000, "tokens": 64, "of": "prose", "reference": "same"}
@@ -76,10 +71,15 @@ def _chunks(text: str, name: str, options: Options) -> Iterator[Item]:
 
 # -- in place of answers ------------------------------------------------------------------------------------------------
 
+REFERENCES = References()
+
+
 def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None, out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
     """For each token the KL divergence and whether the first choice is the same, as JSON. As evals/ask.py evaluates and evicts.
     out: what the whole cache answers is kept there, so that a run that goes on, perhaps elsewhere, has the same answers."""
-    references = {item.id: _reference(llm, item, prompt, case, n_threads, out) for item, prompt, case in asked}  # not while ours is timed
+    item, _, case = asked[0]
+    types = ("f16", "f16") if item.id.endswith("/f16") else (case.type_k, case.type_v)
+    references = REFERENCES.of(llm, [(item, prompt) for item, prompt, _ in asked], types, item.max_tokens - SPARE, n_threads, out)  # not while ours is timed
     for case, item, prompt, context in contexts(llm, asked, protocol):
         begin = perf_counter()
         n_prompt, first = context.n_tokens + llm.prefill(prompt.tail, spans=()), llm.logits()
@@ -93,67 +93,16 @@ def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None, out: 
                      "prefill_ms": round(prefill_ms, 1), "evict_ms": evict_ms, **figures}
 
 
-def _compare(llm: pykvc.LLM, reference: tuple[list[int], np.ndarray], first: np.ndarray) -> dict[str, Any]:
-    (ids, p), begin = reference, perf_counter()
-    q = _log_softmax(np.vstack([first[None], llm.evaluate(ids[:-1], generated=True)]))
-    kl, same = np.maximum(0, (np.exp(p)*(p - q)).sum(axis=1)), p.argmax(axis=1) == q.argmax(axis=1)
+def _compare(llm: pykvc.LLM, reference: Reference, first: np.ndarray) -> dict[str, Any]:
+    (ids, theirs), begin = reference, perf_counter()
+    kl, same = [], []
+    for q in log_probabilities(first, llm.evaluate(ids[:-1], generated=True)):
+        p = theirs[len(kl):len(kl) + len(q)]
+        kl += [round(float(x), 6) for x in np.maximum(0, (np.exp(p)*(p - q)).sum(axis=1))]
+        same += [int(x) for x in p.argmax(axis=1) == q.argmax(axis=1)]
     stats = llm.stats()
-    return {"n_predicted": len(p), **{name: stats[name] for name in ("cells_allocated", "bytes_used", "bytes_full", "bytes_allocated")},
-            "decode_ms": ms(begin), "stop_reason": "length",
-            "answer": json.dumps({"kl": [round(float(x), 6) for x in kl], "same": [int(x) for x in same]})}
-
-
-class References:
-    """What the whole cache says, kept in files as long as this process lives: every case is compared with it."""
-
-    def __init__(self) -> None:
-        self.folder: tempfile.TemporaryDirectory | None = None
-        self.known: dict[tuple, tuple[list[int], Path]] = {}
-
-    def get(self, key: tuple) -> tuple[list[int], np.ndarray] | None:
-        ids, path = self.known.get(key, (None, None))
-        return None if path is None else (ids, np.load(path))
-
-    def put(self, key: tuple, ids: list[int], p: np.ndarray) -> None:
-        self.folder = self.folder or tempfile.TemporaryDirectory(prefix="pykvc-fidelity-")
-        path = Path(self.folder.name)/f"{len(self.known)}.npy"
-        np.save(path, p)
-        self.known[key] = ids, path
-
-
-REFERENCES = References()
-
-
-def _reference(llm: pykvc.LLM, item: Item, prompt: Prompt, case: Case, n_threads: int | None, out: Path | None) -> tuple[list[int], np.ndarray]:
-    """(tokens of the answer, log probabilities before each of them [n, n_vocab])"""
-    types = ("f16", "f16") if item.id.endswith("/f16") else (case.type_k, case.type_v)
-    key = str(llm.path), item.id, prompt.digest, types
-    if (known := REFERENCES.get(key)) is None:
-        with pykvc.LLM(llm.path, n_ctx=llm.n_ctx, n_threads=n_threads, type_k=types[0], type_v=types[1]) as full:
-            if prompt.head:
-                full.prefill(prompt.head)
-            full.prefill(prompt.tail)
-            first, ids = full.logits(), _answer(full, item, prompt, types, out)
-            known = ids, _log_softmax(np.vstack([first[None], full.evaluate(ids[:-1])]))
-        REFERENCES.put(key, *known)
-    return known
-
-
-def _answer(full: pykvc.LLM, item: Item, prompt: Prompt, types: tuple[str, str], out: Path | None) -> list[int]:
-    """From the end of its prompt, and back there."""
-    n, n_prompt = item.max_tokens - SPARE, full.n_tokens
-    if item.gold:
-        return full.tokenize(item.gold, add_special=False)[:n]
-    with Rows(out/f"{full.path.stem}.references.jsonl") if out else nullcontext() as kept:
-        row = {**dict.fromkeys(KEY, ""), "item": item.id, "type_k": types[0], "type_v": types[1], "prompt": prompt.digest}
-        known = kept.rows.get(key_of(row)) if kept else None
-        if known and known["prompt"] == prompt.digest:
-            return known["tokens"]
-        ids = full.generate(reset=False, max_tokens=n).tokens
-        full.truncate(n_prompt)
-        if kept:
-            kept.append({**row, "tokens": ids})
-        return ids
+    return {"n_predicted": len(kl), **{name: stats[name] for name in ("cells_allocated", "bytes_used", "bytes_full", "bytes_allocated")},
+            "decode_ms": ms(begin), "stop_reason": "length", "answer": json.dumps({"kl": kl, "same": same})}
 
 
 def score(item: Item, answer: str) -> float:
@@ -171,9 +120,3 @@ def parts(answer: str, n: int) -> list[str]:
     figures = json.loads(answer)
     cuts = [round(i*len(figures["kl"])/n) for i in range(n + 1)]
     return [json.dumps({name: of[a:b] for name, of in figures.items()}) for a, b in zip(cuts, cuts[1:]) if b > a]
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """[..., n_vocab], in double precision as far as the sum goes."""
-    x = logits - logits.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x, dtype=np.float64).sum(axis=-1, keepdims=True)).astype(np.float32)
