@@ -103,7 +103,9 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], colours: d
     curves: dict[str, list[Row]] = defaultdict(list)
     for line in lines:
         at_x = _number(line, x)
-        if at_x is None and line["policy"] == "full" and y not in ("relative", "difference", "kl") and not block.get("front"):
+        if line["policy"] == "full" and y == "kl" and not block.get("front"):
+            continue  # it is what the others diverge from
+        if at_x is None and line["policy"] == "full" and y not in ("relative", "difference") and not block.get("front"):
             at.axhspan(line.get(f"{y}_low", line[y]), line.get(f"{y}_high", line[y]), color="grey", alpha=0.12)
             at.axhline(line[y], color="grey", linestyle="--", label="full")
         elif at_x is not None and line.get(y) is not None:
