@@ -16,11 +16,11 @@ from typing import Any, Sequence
 from pykvc import _core
 
 from .pictures import file_of, label, use_matplotlib
-from .report import as_asked
+from .report import CASE, as_asked
 from .store import Row
 
 MARKERS = "os^Dv*PX"
-NOT_OF_FULL = {"policy", "method", "budget", "decode_budget"}
+NOT_OF_FULL = {*CASE, "method"}
 NAMES = {"ratio": "retained ratio", "n_kept": "tokens kept a layer", "shots": "shots", "bytes_used": "cache in use, MiB", "score": "score",
          "relative": "relative change", "difference": "difference to full", "kl": "KL divergence, nats", "budget": "budget"}
 
