@@ -3,7 +3,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from pykvc import _core
+from pykvc import _core, chat as chat_of
 from pykvc.spans import Span
 
 from .items import Item
@@ -27,15 +27,18 @@ def render(item: Item, model: "_core.Model", chat: bool) -> Prompt:
     whole, query = item.whole, item.query or item.question
     if not (chat and item.chat):
         return Prompt(whole, item.question, item.spans, query)
-    if model.chat_template is None:
+    if not chat_of.templates(model):
         raise ValueError("this model has no chat template: --plain asks without one")
     content = whole + (item.question.removesuffix(item.cue).rstrip() if item.cue else item.question)
-    text = model.apply_chat_template([("user", content)], True, model.chat_template)
-    begin = text.find(content)
-    if begin < 0:  # a template that rewrites contents
+    text = chat_of.prompt(model, [{"role": "user", "content": content}])
+    stripped = content if content in text else content.strip()  # as some templates do
+    at = text.find(stripped)
+    if at < 0:  # a template that rewrites contents
         raise ValueError(f"the chat template changes the text of {item.id}: --plain asks without it")
-    cut = begin + len(whole)
-    return Prompt(text[:cut], text[cut:] + item.cue, [(a + begin, b + begin) for a, b in item.spans] if whole else [], query)
+    begin = at - content.index(stripped)  # of the content as it was
+    cut = max(at, begin + len(whole))
+    spans = [(max(a + begin, at), b + begin) for a, b in item.spans if b + begin > at] if whole else []
+    return Prompt(text[:cut], text[cut:] + item.cue, spans, query)
 
 
 @lru_cache(1 << 16)  # a text is counted for every configuration

@@ -9,12 +9,15 @@
 import importlib
 import os
 import sys
+import weakref
 from importlib import metadata
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
-from . import _core, models, options, prompts
+from jinja2 import TemplateSyntaxError
+
+from . import _core, chat, models, options, prompts
 from .policy import I32, Policy
 
 VERSION = "0.3.36"  # whose source our library is built from: its structs are the same
@@ -103,6 +106,26 @@ class _Cache:
             self.n_seen = n_tokens - 1
 
 
+class _Format:
+    """In the place of their Jinja2ChatFormatter: the prompts, and the one BOS, of pykvc.LLM and llama-server.
+
+    name: of one of the model's templates; "default" gives way to "tool_use" where there are tools."""
+
+    def __init__(self, llama: "Llama", name: str) -> None:
+        self.llama, self.name = weakref.proxy(llama), name
+
+    def __call__(self, *, messages: Sequence[chat.Message], tools: Sequence[chat.Tool] | None = None, functions: Any = None, function_call: Any = None,
+                 tool_choice: Any = None, **variables: Any) -> Any:
+        model = self.llama._opened.model
+        template = chat.template_of(model, tools) if self.name == "default" else chat.templates(model)[self.name]
+        text = chat.prompt(model, messages, template, tools=tools,
+                           variables=dict(functions=functions, function_call=function_call, tool_choice=tool_choice, **variables))
+        eos, eos_text = model.eos, chat.token_text(model, model.eos)
+        return theirs.llama_chat_format.ChatFormatterResponse(
+            prompt=text, stop=[eos_text] if eos_text else None, added_special=False,
+            stopping_criteria=theirs.StoppingCriteriaList([lambda tokens, logits: tokens[-1] == eos]))
+
+
 class Llama(theirs.Llama):
     """llama_cpp.Llama with kv_policy, kv_budget, kv_decode_budget and kv_cells as pykvc.LLM takes them; everything else is
     theirs (n_ctx 512 and flash_attn False by default). Every prompt is evicted to kv_budget when its first token was sampled.
@@ -129,11 +152,21 @@ class Llama(theirs.Llama):
             super().__init__(model_path, **kwargs)
         except ValueError as error:
             raise ValueError(_core.why_failed(str(error))) from None
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template of {model_path} is not Jinja: {error.message} (line {error.lineno})") from None
         finally:
             _core.next_context(None)  # if there was none
         self._kv = _Cache(_core.Context.borrow(self._ctx.ctx), evicts, needs["spans"])
         if evicts:
             self._ctx.kv_cache_seq_rm = self._kv.remove_tail
+        self._use_templates(kwargs)
+
+    def _use_templates(self, kwargs: dict[str, Any]) -> None:
+        """Theirs guesses a format of its own for four well-known templates, and writes other prompts than these do."""
+        for name in chat.templates(self._opened.model):
+            self._chat_handlers[f"chat_template.{name}"] = theirs.llama_chat_format.chat_formatter_to_chat_completion_handler(_Format(self, name))
+        if kwargs.get("chat_format") is None and self.chat_handler is None and "chat_template.default" in self._chat_handlers:
+            self.chat_format = "chat_template.default"
 
     def kv_stats(self) -> dict[str, Any]:
         """As pykvc.LLM.stats(), but for prefill_ms and decode_ms."""

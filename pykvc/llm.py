@@ -14,14 +14,13 @@ import os
 import sys
 from typing import Any, Iterator, Sequence
 
-from . import _core, models, options, prompts as prompts_of, spans as units, state, weights
+from . import _core, chat, models, options, prompts as prompts_of, spans as units, state, weights
 from .batch import Prefix, answers
+from .chat import Message
 from .generation import Generation, Request, Stream, answer
 from .policy import F32, I32, Policy
 from .session import Session
 from .text import check_stop
-
-Message = dict[str, str]  # role, content
 
 
 class LLM:
@@ -35,6 +34,8 @@ class LLM:
     kv_cells: fewer cells than n_ctx has tokens, for a sequence (an int, rounded up to 256), or bytes for all of them
     ("512MiB"): a prompt that is longer is evaluated n_ubatch tokens at a time, and evicted before each; an answer goes
     on until n_ctx. kv_budget is then at most kv_cells - n_ubatch, and that if not given.
+
+    chat_template: Jinja, instead of what the model brings, for chat() and apply_chat_template().
     ValueError names what is valid."""
 
     def __init__(self, model: str | os.PathLike | None = None, *, n_ctx: int = 0, n_batch: int = 512, n_ubatch: int = 512,
@@ -75,15 +76,15 @@ class LLM:
         """The tokens' text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
         return self._session.model.detokenize(prompts_of.check_ids(self._session.model, tokens)).decode("utf-8", "replace")
 
-    def apply_chat_template(self, messages: Sequence[Message], add_assistant: bool = True) -> str:
-        """The prompt of a chat. messages: dicts of role and content. ValueError if the model brings no template."""
-        if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                                   and isinstance(m.get("content"), str) for m in messages):
-            raise ValueError('messages is a list of {"role": ..., "content": ...}, both strings, and not empty')
-        template = self.chat_template or self._session.model.chat_template
-        if template is None:
-            raise ValueError("this model has no chat template: give LLM(chat_template=...)")
-        return self._session.model.apply_chat_template([(m["role"], m["content"]) for m in messages], add_assistant, template)
+    def apply_chat_template(self, messages: Sequence[Message], add_assistant: bool = True, tools: Sequence[chat.Tool] | None = None,
+                            enable_thinking: bool | None = None, **variables: Any) -> str:
+        """The prompt of a chat, as the model's own Jinja template writes it (pykvc/chat.py): transformers' apply_chat_template.
+
+        messages: dicts of role, content and what else the template reads. tools: functions' schemas. enable_thinking None: what the
+        template does by itself. variables: further ones of the template. BOS is left to tokenize(), where that puts it first.
+        ValueError: the model has no template, or it does not take these messages."""
+        return chat.prompt(self._session.model, messages, self.chat_template, add_generation_prompt=add_assistant, tools=tools,
+                           enable_thinking=enable_thinking, variables=variables)
 
     # -- the cache --------------------------------------------------------------------------------------------------
 
@@ -255,10 +256,15 @@ class LLM:
             return done
         return [generation for _, generation in sorted(done, key=lambda pair: pair[0])]
 
-    def chat(self, messages: Sequence[Message], **how: Any) -> Generation | Stream:
-        """generate() on a chat. Each message is a span, but for system messages and the last one."""
-        prompt = self.apply_chat_template(messages)
-        spans = units.message_spans(messages, lambda head: self.apply_chat_template(head, add_assistant=False))
+    def chat(self, messages: Sequence[Message], *, tools: Sequence[chat.Tool] | None = None, enable_thinking: bool | None = None,
+             chat_template_kwargs: dict[str, Any] | None = None, **how: Any) -> Generation | Stream:
+        """generate() on a chat. Each message is a span, but for system messages, the template's own words before the first message, and the last
+        one (spans.message_spans). chat_template_kwargs: variables of apply_chat_template()."""
+        def render(part: Sequence[Message], add_generation_prompt: bool = False) -> str:
+            return chat.prompt(self._session.model, part, self.chat_template, add_generation_prompt=add_generation_prompt, tools=tools,
+                               enable_thinking=enable_thinking, variables=chat_template_kwargs)
+        prompt = render(messages, add_generation_prompt=True)
+        spans = units.message_spans(prompt, messages, render, chat.token_text(self._session.model, self._session.model.eos))
         return self.generate(prompt, spans=spans, span_unit="chars", **how)
 
     def _query(self, text: str | None) -> list[int]:

@@ -18,7 +18,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from . import command, options
+from . import chat, command, options
 from .llm import LLM
 from .policy import F32
 
@@ -56,15 +56,15 @@ class PykvcLM(TemplateLM):
         return self.llm.n_ctx
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        ids = self.llm.tokenize(string, add_special=add_special_tokens is not False)
-        twice = add_special_tokens is None and ids[:2] == [self.session.model.bos]*2  # a chat template has its own
-        return ids[1:] if twice else ids
+        return self.llm.tokenize(string, add_special=add_special_tokens is not False)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.llm.apply_chat_template(chat_history, add_assistant=add_generation_prompt)
+        """Without the beginning of an answer the last message is one, and goes on (a task's gen_prefix)."""
+        text = self.llm.apply_chat_template(chat_history, add_assistant=add_generation_prompt)
+        return text if add_generation_prompt else chat.continued(text, chat_history)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self.session.model.chat_template if chat_template else None
+        return (self.llm.chat_template or chat.template_of(self.session.model)) if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:

@@ -1,6 +1,6 @@
 """GGUF models with random weights, a few hundred kilobytes each: architectures to accept or refuse, and to fuzz fast."""
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import gguf
 import numpy as np
@@ -123,3 +123,29 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
     w.write_tensors_to_file()
     w.close()
     return path
+
+
+def write_chat(path: Path, templates: dict[str, str], bos: str = "<s>", eos: str = "</s>", add_bos: bool = False, special: Sequence[str] = ()) -> Path:
+    """A llama that spells: a token is a byte, or one of the special texts. templates: by name, the main one as "default"."""
+    marks = list(dict.fromkeys((bos, eos, *special)))
+    tokens = [*_byte_characters(), "th", *marks]
+
+    def tokenizer(w: gguf.GGUFWriter) -> None:
+        w.add_tokenizer_model("gpt2")
+        w.add_tokenizer_pre("gpt-2")
+        w.add_token_list(tokens)
+        w.add_token_types([gguf.TokenType.NORMAL]*257 + [gguf.TokenType.CONTROL]*len(marks))
+        w.add_token_merges(["t h"])  # llama.cpp wants one
+        w.add_bos_token_id(tokens.index(bos))
+        w.add_eos_token_id(tokens.index(eos))
+        w.add_add_bos_token(add_bos)
+        for name, text in templates.items():
+            w.add_string("tokenizer.chat_template" + (f".{name}" if name != "default" else ""), text)
+    return write(path, n_layer=1, n_vocab=len(tokens), tokenizer=tokenizer)
+
+
+def _byte_characters() -> list[str]:
+    """Of each byte the character that GPT-2's vocabulary writes for it."""
+    printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printed else next(others)) for byte in range(256)]
