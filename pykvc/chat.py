@@ -28,15 +28,18 @@ Tool = dict[str, Any]     # {"type": "function", "function": {"name", "descripti
 KEY = "tokenizer.chat_template"
 
 
-# -- a model's chat -----------------------------------------------------------------------------------------------------
+# -- a model's chat ----------------------------------------------------------------------------------------------------
 
 def templates(model: "_core.Model") -> dict[str, str]:
     """The model's templates by their names; the main one is "default"."""
-    return {key[len(KEY) + 1:] or "default": text for key, text in model.meta.items() if key == KEY or key.startswith(KEY + ".")}
+    named = {key[len(KEY):]: text for key, text in model.meta.items() if key.startswith(KEY)}
+    return {name[1:] or "default": text for name, text in named.items() if name[:1] in ("", ".")}
 
 
 def template_of(model: "_core.Model", tools: Sequence[Tool] | None = None) -> str:
-    """The template for a chat: "tool_use" where there are tools and the model has it, else "default". ValueError: it has none."""
+    """The template for a chat: "tool_use" where there are tools and the model has it, else "default".
+
+    ValueError: the model has none."""
     named = templates(model)
     found = (tools and named.get("tool_use")) or named.get("default")
     if not found:
@@ -46,14 +49,17 @@ def template_of(model: "_core.Model", tools: Sequence[Tool] | None = None) -> st
     return found
 
 
-def prompt(model: "_core.Model", messages: Sequence[Message], template: str | None = None, *, tools: Sequence[Tool] | None = None,
-           enable_thinking: bool | None = None, add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None) -> str:
-    """The text to tokenize, BOS added and special tokens read as such. template: instead of the model's own; the rest as render().
+def prompt(model: "_core.Model", messages: Sequence[Message], template: str | None = None, *,
+           tools: Sequence[Tool] | None = None, enable_thinking: bool | None = None, add_generation_prompt: bool = True,
+           variables: Mapping[str, Any] | None = None) -> str:
+    """The text to tokenize, with BOS added and special tokens read as such.
 
+    template: instead of the model's own. The rest: as render().
     Where the tokenizer puts BOS first, the template's own is left out, so that there is one, as llama-server has it."""
     own = template_of(model, tools) if template is None else template
     bos, eos = token_text(model, model.bos), token_text(model, model.eos)
-    text = render(own, messages, tools=tools, enable_thinking=enable_thinking, add_generation_prompt=add_generation_prompt,
+    text = render(own, messages, tools=tools, enable_thinking=enable_thinking,
+                  add_generation_prompt=add_generation_prompt,
                   variables={"bos_token": bos, "eos_token": eos, **(variables or {})})
     return text.removeprefix(bos) if model.add_bos else text
 
@@ -64,10 +70,11 @@ def token_text(model: "_core.Model", token: int) -> str:
 
 
 def turn_end(model: "_core.Model | str | None", template: str | None = None) -> str:
-    """What stands between the end of a user's words and the first one of the answer: Qwen2.5's
-    "<|im_end|>\\n<|im_start|>assistant\\n". Thinking is off, so a template that then writes an empty thought ends with that.
+    """What stands between the end of a user's words and the beginning of the answer.
 
-    model: or a template, whose bos_token and eos_token are then "". "\\n" if there is none.
+    Qwen2.5's is "<|im_end|>\\n<|im_start|>assistant\\n". Thinking is off, so Qwen3's ends with an empty thought.
+    model: a model, or a template, whose bos_token and eos_token are then "". "\\n" for a model without a template.
+    ValueError: the template refuses a single user's message, or does not write it as it is.
     Source: kvpress, KVzipPress.prepare and KVPressTextGenerationPipeline.preprocess."""
     context, separator = "dummy context", "\n" + "#"*len("dummy context")
     messages = [{"role": "user", "content": context + separator}]
@@ -79,28 +86,32 @@ def turn_end(model: "_core.Model | str | None", template: str | None = None) -> 
         text = prompt(model, messages, template, enable_thinking=False)
     _, found, after = text.partition(separator)
     if not found or separator in after:
-        raise ValueError("the chat template does not write the user's words once and as they are, so that where they end cannot be found")
+        raise ValueError("the chat template does not write a user's words once and as they are, so nobody can tell "
+                         "where they end")
     return after
 
 
 def continued(text: str, messages: Sequence[Message]) -> str:
-    """A rendered chat, cut where the last message's content ends, for the model to go on from: transformers' continue_final_message."""
+    """A rendered chat, cut where the last message's content ends, for the model to go on from.
+
+    Source: transformers, continue_final_message. ValueError: the content is not in the text."""
     content = messages[-1].get("content") or ""
     at = text.rfind(content.strip()) if content.strip() else -1
     if at < 0:
-        raise ValueError("the last message's content is not in the prompt as it is, so that the answer cannot go on from it")
+        raise ValueError("the last message's content is not in the prompt as it is, so the answer cannot go on from it")
     kept = content.lstrip() if text.startswith(content.lstrip(), at) else content.strip()
     return text[:at + len(kept)]
 
 
-# -- a template ---------------------------------------------------------------------------------------------------------
+# -- a template --------------------------------------------------------------------------------------------------------
 
-def render(template: str, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None, enable_thinking: bool | None = None,
-           add_generation_prompt: bool = True, variables: Mapping[str, Any] | None = None) -> str:
+def render(template: str, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None,
+           enable_thinking: bool | None = None, add_generation_prompt: bool = True,
+           variables: Mapping[str, Any] | None = None) -> str:
     """The text of a chat as the template writes it.
 
     enable_thinking None: what the template does by itself. add_generation_prompt: end with the beginning of an answer.
-    variables: what else the template reads (documents, reasoning_effort ...); bos_token and eos_token are "" without them.
+    variables: what else the template reads (documents, reasoning_effort ...). bos_token, eos_token: "" if not given.
     ValueError: messages, tools or the template are not as they have to be, or the template refuses the messages."""
     given = {"documents": None, "bos_token": "", "eos_token": "", **(variables or {})}
     if taken := sorted({"messages", "tools", "add_generation_prompt"} & set(given)):
@@ -128,18 +139,21 @@ def check_messages(messages: Sequence[Message]) -> list[Message]:
 def _check_message(message: Message, i: int) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise ValueError(f'message {i} is no {{"role": ..., "content": ...}}, both strings: {message!r}')
-    if not isinstance(message.get("content"), (str, list)) and not (message.get("content") is None and message.get("tool_calls")):
-        raise ValueError(f"message {i} ({message['role']}) has no content that is a string, or a list of parts; only one with tool_calls needs none")
+    content = message.get("content")
+    if not isinstance(content, (str, list)) and not (content is None and message.get("tool_calls")):
+        raise ValueError(f"message {i} ({message['role']}) has no content that is a string, or a list of parts; "
+                         "only a message with tool_calls needs none")
     return {key: value for key, value in message.items() if value is not None}
 
 
 def _check_tools(tools: Sequence[Tool] | None) -> list[Tool] | None:
     if tools is None or isinstance(tools, (list, tuple)) and all(isinstance(tool, dict) for tool in tools):
         return list(tools or ()) or None
-    raise ValueError('tools is a list of {"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}')
+    raise ValueError('tools is a list of {"type": "function", "function": {"name": ..., "description": ..., '
+                     '"parameters": ...}}')
 
 
-# -- Jinja, as in transformers/utils/chat_template_utils.py -------------------------------------------------------------
+# -- Jinja, as in transformers/utils/chat_template_utils.py ------------------------------------------------------------
 
 class _Refusal(jinja2.TemplateError):
     """raise_exception() of a template."""
@@ -166,8 +180,8 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
-            sort_keys: bool = False) -> str:
+def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None,
+            separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -114,12 +114,12 @@ class _Format:
     def __init__(self, llama: "Llama", name: str) -> None:
         self.llama, self.name = weakref.proxy(llama), name
 
-    def __call__(self, *, messages: Sequence[chat.Message], tools: Sequence[chat.Tool] | None = None, functions: Any = None, function_call: Any = None,
-                 tool_choice: Any = None, **variables: Any) -> Any:
+    def __call__(self, *, messages: Sequence[chat.Message], tools: Sequence[chat.Tool] | None = None,
+                 functions: Any = None, function_call: Any = None, tool_choice: Any = None, **variables: Any) -> Any:
         model = self.llama._opened.model
         template = chat.template_of(model, tools) if self.name == "default" else chat.templates(model)[self.name]
-        text = chat.prompt(model, messages, template, tools=tools,
-                           variables=dict(functions=functions, function_call=function_call, tool_choice=tool_choice, **variables))
+        theirs_too = {"functions": functions, "function_call": function_call, "tool_choice": tool_choice}
+        text = chat.prompt(model, messages, template, tools=tools, variables={**theirs_too, **variables})
         eos, eos_text = model.eos, chat.token_text(model, model.eos)
         return theirs.llama_chat_format.ChatFormatterResponse(
             prompt=text, stop=[eos_text] if eos_text else None, added_special=False,
@@ -153,7 +153,8 @@ class Llama(theirs.Llama):
         except ValueError as error:
             raise ValueError(_core.why_failed(str(error))) from None
         except TemplateSyntaxError as error:
-            raise ValueError(f"the chat template of {model_path} is not Jinja: {error.message} (line {error.lineno})") from None
+            raise ValueError(f"the chat template of {model_path} is not Jinja: {error.message} "
+                             f"(line {error.lineno})") from None
         finally:
             _core.next_context(None)  # if there was none
         self._kv = _Cache(_core.Context.borrow(self._ctx.ctx), evicts, needs["spans"])
@@ -163,9 +164,11 @@ class Llama(theirs.Llama):
 
     def _use_templates(self, kwargs: dict[str, Any]) -> None:
         """Theirs guesses a format of its own for four well-known templates, and writes other prompts than these do."""
+        handler = theirs.llama_chat_format.chat_formatter_to_chat_completion_handler
         for name in chat.templates(self._opened.model):
-            self._chat_handlers[f"chat_template.{name}"] = theirs.llama_chat_format.chat_formatter_to_chat_completion_handler(_Format(self, name))
-        if kwargs.get("chat_format") is None and self.chat_handler is None and "chat_template.default" in self._chat_handlers:
+            self._chat_handlers[f"chat_template.{name}"] = handler(_Format(self, name))
+        chosen = kwargs.get("chat_format") is not None or self.chat_handler is not None
+        if not chosen and "chat_template.default" in self._chat_handlers:
             self.chat_format = "chat_template.default"
 
     def kv_stats(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from . import _core, chat, models, options, prompts as prompts_of, spans as unit
 from .batch import Prefix, answers
 from .chat import Message
 from .generation import Generation, Request, Stream, answer
+from .messages import message_spans
 from .policy import F32, I32, Policy
 from .session import Session
 from .text import check_stop
@@ -76,15 +77,17 @@ class LLM:
         """The tokens' text, special tokens included; bytes that are no UTF-8 become U+FFFD."""
         return self._session.model.detokenize(prompts_of.check_ids(self._session.model, tokens)).decode("utf-8", "replace")
 
-    def apply_chat_template(self, messages: Sequence[Message], add_assistant: bool = True, tools: Sequence[chat.Tool] | None = None,
-                            enable_thinking: bool | None = None, **variables: Any) -> str:
-        """The prompt of a chat, as the model's own Jinja template writes it (pykvc/chat.py): transformers' apply_chat_template.
+    def apply_chat_template(self, messages: Sequence[Message], add_assistant: bool = True,
+                            tools: Sequence[chat.Tool] | None = None, enable_thinking: bool | None = None,
+                            **variables: Any) -> str:
+        """The prompt of a chat, as the model's own Jinja template writes it and transformers renders it.
 
-        messages: dicts of role, content and what else the template reads. tools: functions' schemas. enable_thinking None: what the
-        template does by itself. variables: further ones of the template. BOS is left to tokenize(), where that puts it first.
-        ValueError: the model has no template, or it does not take these messages."""
-        return chat.prompt(self._session.model, messages, self.chat_template, add_generation_prompt=add_assistant, tools=tools,
-                           enable_thinking=enable_thinking, variables=variables)
+        messages: dicts of role, content and what else the template reads. tools: schemas of functions.
+        enable_thinking None: what the template does by itself. variables: further ones that the template reads.
+        BOS is left to tokenize(), where that puts it first.
+        ValueError: the model has no template, or the template refuses these messages."""
+        return chat.prompt(self._session.model, messages, self.chat_template, tools=tools,
+                           enable_thinking=enable_thinking, add_generation_prompt=add_assistant, variables=variables)
 
     # -- the cache --------------------------------------------------------------------------------------------------
 
@@ -256,15 +259,20 @@ class LLM:
             return done
         return [generation for _, generation in sorted(done, key=lambda pair: pair[0])]
 
-    def chat(self, messages: Sequence[Message], *, tools: Sequence[chat.Tool] | None = None, enable_thinking: bool | None = None,
-             chat_template_kwargs: dict[str, Any] | None = None, **how: Any) -> Generation | Stream:
-        """generate() on a chat. Each message is a span, but for system messages, the template's own words before the first message, and the last
-        one (spans.message_spans). chat_template_kwargs: variables of apply_chat_template()."""
+    def chat(self, messages: Sequence[Message], *, tools: Sequence[chat.Tool] | None = None,
+             enable_thinking: bool | None = None, chat_template_kwargs: dict[str, Any] | None = None,
+             **how: Any) -> Generation | Stream:
+        """generate() on a chat. Each message is a span (pykvc/messages.py).
+
+        In no span, so always kept: system messages, what the template puts before the first message, the last message.
+        tools, enable_thinking: as apply_chat_template(); chat_template_kwargs: its variables."""
+        model = self._session.model
+
         def render(part: Sequence[Message], add_generation_prompt: bool = False) -> str:
-            return chat.prompt(self._session.model, part, self.chat_template, add_generation_prompt=add_generation_prompt, tools=tools,
-                               enable_thinking=enable_thinking, variables=chat_template_kwargs)
+            return chat.prompt(model, part, self.chat_template, tools=tools, enable_thinking=enable_thinking,
+                               add_generation_prompt=add_generation_prompt, variables=chat_template_kwargs)
         prompt = render(messages, add_generation_prompt=True)
-        spans = units.message_spans(prompt, messages, render, chat.token_text(self._session.model, self._session.model.eos))
+        spans = message_spans(prompt, messages, render, chat.token_text(model, model.eos))
         return self.generate(prompt, spans=spans, span_unit="chars", **how)
 
     def _query(self, text: str | None) -> list[int]:

@@ -9,14 +9,11 @@ prompt, the final question) is never evicted by a policy that works on spans.
     segment="re:^Q: "      a regular expression that matches where a unit begins (re.MULTILINE)
 """
 import re
-from typing import Callable, Sequence
+from typing import Sequence
 
 from . import _core
 
 Span = tuple[int, int]
-Render = Callable[[Sequence[dict]], str]  # of a chat; ValueError: the template refuses it
-
-MARK = re.compile("\ue000(\\d+)\ue001")  # stands for the content of a message, by its number, between characters that no text has
 
 
 def check_spans(spans: Sequence[Span], n: int, what: str = "tokens") -> list[Span]:
@@ -70,87 +67,6 @@ def piece_spans(pieces: Sequence[str]) -> list[Span]:
             spans.append((begin, begin + len(piece)))
         begin += len(piece)
     return spans
-
-
-def message_spans(prompt: str, messages: Sequence[dict], render: Render, eos: str = "") -> list[Span]:
-    """Character spans of the messages of a chat in its prompt, each with the template's marks around it.
-
-    prompt: of all messages. render: the template of some, without the beginning of an answer. eos: what it may write instead of that.
-    In no span: system messages, the last message, which is the question, and what the template itself puts first (a default system prompt, tools).
-    A message whose marks cannot be told, since the template refuses a chat that ends with it, is a span without them; one whose content the
-    template rewrites or leaves out is in none."""
-    found = _contents(prompt, messages, render)
-    ends = [_end(prompt, messages, i, found, render, eos) for i in range(len(messages))]
-    begins = [ends[i - 1] if i and ends[i - 1] is not None else _begin(prompt, message["role"], found[i], render, eos) for i, message in enumerate(messages)]
-    spans: list[Span] = []
-    for i, (message, content) in enumerate(zip(messages[:-1], found)):
-        begin = content[0] if begins[i] is None and content else begins[i]
-        end = ends[i] if ends[i] is not None else content[1] if content else begins[i + 1]
-        last = spans[-1][1] if spans else 0
-        if message["role"] != "system" and begin is not None and end is not None and last <= begin < end:
-            spans.append((begin, end))
-    return spans
-
-
-def _contents(prompt: str, messages: Sequence[dict], render: Render) -> list[Span | None]:
-    """Where each message's content is in the prompt; None: nowhere, or more than once. A chat of the same shape shows what is around it."""
-    parts = MARK.split(_rendered(render, _marked(messages)) or "")  # what the template writes, a message's number, what it writes, a number ...
-    spans: list[tuple[int, Span]] = []
-    at = len(parts[0]) if prompt.startswith(parts[0]) else -1
-    for i, after in zip(map(int, parts[1::2]), parts[2::2]):
-        text = next((text for text in _as_written(messages[i]["content"]) if prompt.startswith(text + after, at)), None) if at >= 0 else None
-        if text:
-            spans.append((i, (at, at + len(text))))
-        if text is None and at >= 0:  # rewritten: the next one may be found again
-            at = prompt.find(after, at) if after else -1
-        if at >= 0:
-            at += len(text or "") + len(after)
-    return [next((span for j, span in spans if j == i), None) if parts[1::2].count(str(i)) == 1 else None for i in range(len(messages))]
-
-
-def _end(prompt: str, messages: Sequence[dict], i: int, found: Sequence[Span | None], render: Render, eos: str) -> int | None:
-    """Where message i ends in the prompt, with its marks: behind what the template writes last in a chat that ends with it."""
-    content, later = found[i], min((span[0] for span in found[i + 1:] if span), default=len(prompt))
-    if content:
-        at, texts = content[1], _tails(messages[:i + 1], render, eos)
-    else:
-        at, texts = 0, [_rendered(render, messages[:i + 1])]
-    least = max(at, *(span[1] for span in found[:i] if span and not content), 0)
-    return next((at + len(text) for text in texts if text is not None and prompt.startswith(text, at) and least <= at + len(text) <= later), None)
-
-
-def _begin(prompt: str, role: str, content: Span | None, render: Render, eos: str) -> int | None:
-    """Where a message begins: before the marks that one of its role has in the middle of a chat."""
-    other = [{"role": one, "content": "a"} for one in (role, "assistant", role)]
-    between = MARK.split(_rendered(render, _marked(other)) or "")[4:5]
-    for tail in _tails(other[:2], render, eos) if content and between else []:
-        marks, before = between[0][len(tail):], prompt[:content[0]]
-        if between[0].startswith(tail) and (before.endswith(marks) or marks.endswith(before)):  # the first one lacks a BOS of its own
-            return max(0, len(before) - len(marks))
-    return None
-
-
-def _marked(messages: Sequence[dict]) -> list[dict]:
-    return [{**m, "content": f"\ue000{i}\ue001"} if isinstance(m.get("content"), str) and m["content"] else m for i, m in enumerate(messages)]
-
-
-def _tails(messages: Sequence[dict], render: Render, eos: str) -> list[str]:
-    """What the template writes after the last message's content, with and without eos; nothing if it refuses the messages, or writes no content."""
-    *_, number, tail = ["", *MARK.split(_rendered(render, _marked(messages)) or "")]
-    return [tail, tail.removesuffix(eos)] if number == str(len(messages) - 1) else []
-
-
-def _rendered(render: Render, messages: Sequence[dict]) -> str | None:
-    try:
-        return render(messages)
-    except ValueError:
-        return None
-
-
-def _as_written(content: str) -> list[str]:
-    """What templates make of a content: itself, without the white space around it, without its thoughts."""
-    answer = content.rpartition("</think>")[2]
-    return [written for text in (content, answer) for written in (text, text.lstrip("\n"), text.lstrip(), text.rstrip(), text.strip())]
 
 
 def segment_spans(text: str, segment: str) -> list[Span]:

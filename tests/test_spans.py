@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 
 import pykvc
 from pykvc import _core, prompts
-from pykvc.spans import (check_spans, message_spans, piece_spans, regex_spans, segment_spans, sentence_spans, separator_spans,
+from pykvc.spans import (check_spans, piece_spans, regex_spans, segment_spans, sentence_spans, separator_spans,
                          token_lengths, token_spans)
 
 
@@ -119,98 +119,6 @@ def test_bad_spans(spans, says):
 
 def test_spans_are_sorted():
     assert check_spans([(4, 6), (0, 4)], 10) == [(0, 4), (4, 6)]
-
-
-# -- messages -----------------------------------------------------------------------------------------------------
-
-CHAT = [{"role": role, "content": content} for role, content in
-        (("system", "Be brief."), ("user", "one"), ("assistant", "1"), ("user", "two"))]
-
-
-def chatml(messages):
-    return "".join(f"<{m['role']}>{m['content']}</>" for m in messages)
-
-
-def test_messages_are_spans_but_for_system_and_the_last():
-    assert cut(chatml(CHAT), message_spans(chatml(CHAT), CHAT, chatml)) == ["<user>one</>", "<assistant>1</>"]
-    assert cut(chatml(CHAT), message_spans(chatml(CHAT) + "<assistant>", CHAT, chatml)) == ["<user>one</>", "<assistant>1</>"]
-    assert message_spans(chatml(CHAT[:2]), CHAT[:2], chatml) == []
-
-
-def test_messages_of_a_template_that_is_no_prefix_of_itself():
-    def counted(messages):
-        return f"[{len(messages)}]" + chatml(messages)
-    assert cut(counted(CHAT), message_spans(counted(CHAT), CHAT, counted)) == ["<user>one</>", "<assistant>1</>"]
-
-
-def test_a_template_that_ends_a_chat_with_eos():
-    def ended(messages):
-        return chatml(messages) + "<eos>"
-    prompt = chatml(CHAT) + "<assistant>"
-    assert cut(prompt, message_spans(prompt, CHAT, ended, "<eos>")) == ["<user>one</>", "<assistant>1</>"]
-    assert cut(prompt, message_spans(prompt, CHAT, ended)) == ["one", "1"]
-
-
-def test_a_default_system_prompt_is_in_no_span():
-    """Though it has the words of the first message in it."""
-    def default(messages):
-        return ("" if messages[0]["role"] == "system" else "<system>Answer one by one.</>") + chatml(messages)
-    assert cut(default(CHAT[1:]), message_spans(default(CHAT[1:]), CHAT[1:], default)) == ["<user>one</>", "<assistant>1</>"]
-    assert cut(default(CHAT[1:3]), message_spans(default(CHAT[1:3]), CHAT[1:3], default)) == ["<user>one</>"]
-
-
-def test_a_template_that_strips_refuses_and_merges():
-    """As Gemma's and Llama 2's: a system prompt is part of the first turn, and no chat ends with it."""
-    def merged(messages):
-        if messages[-1]["role"] == "system":
-            raise ValueError("no system prompt alone")
-        system = messages[0]["content"] + "\n" if messages[0]["role"] == "system" else ""
-        turns = [m for m in messages if m["role"] != "system"]
-        return "".join(f"<{m['role']}>{system if i == 0 else ''}{m['content'].strip()}</>" for i, m in enumerate(turns))
-    spaced = [{**m, "content": f"  {m['content']}\n"} for m in CHAT]
-    assert cut(merged(spaced), message_spans(merged(spaced), spaced, merged)) == ["one</>", "<assistant>1</>"]
-    assert cut(merged(spaced[1:]), message_spans(merged(spaced[1:]), spaced[1:], merged)) == ["<user>one</>", "<assistant>1</>"]
-
-
-def test_a_template_that_drops_thoughts_of_earlier_turns():
-    chat = [CHAT[1], {"role": "assistant", "content": "<think>\none?\n</think>\n\n1"}, CHAT[3]]
-
-    def thoughtless(messages):
-        return chatml([{**m, "content": m["content"].rpartition("</think>")[2].lstrip("\n") if i < len(messages) - 1 else m["content"]}
-                       for i, m in enumerate(messages)])
-    assert cut(thoughtless(chat), message_spans(thoughtless(chat), chat, thoughtless)) == ["<user>one</>", "<assistant>1</>"]
-
-
-def test_a_template_that_takes_whole_chats_alone():
-    """So there is no telling where its marks begin and end."""
-    def whole(messages):
-        if len(messages) < 4:
-            raise ValueError("there is more to say")
-        return chatml(messages)
-    assert cut(chatml(CHAT), message_spans(chatml(CHAT), CHAT, whole)) == ["one", "1"]
-
-
-def test_messages_that_cannot_be_located_are_in_no_span():
-    def shouted(messages):
-        return f"[{len(messages)}]" + chatml(messages).upper()
-    chat = [CHAT[1], {"role": "assistant", "content": "ONE"}, CHAT[3]]
-    assert cut(shouted(chat), message_spans(shouted(chat), chat, shouted)) == ["<ASSISTANT>ONE</>"]  # "one" is nowhere
-
-    def twice(messages):
-        return chatml([m for m in messages for _ in range(2)])
-    assert cut(twice(CHAT), message_spans(twice(CHAT), CHAT, twice)) == ["<user>one</><user>one</>", "<assistant>1</><assistant>1</>"]
-
-    def numbered(messages):  # nor does it begin as the prompt does
-        return f"[{len(messages)}]" + twice(messages)
-    assert message_spans(numbered(CHAT), CHAT, numbered) == []
-
-
-def test_a_message_without_words_is_a_span_of_its_marks():
-    chat = [CHAT[1], {"role": "assistant", "tool_calls": [{}]}, {"role": "tool", "content": "3"}, CHAT[3]]
-
-    def called(messages):
-        return chatml([{"content": "call()", **m} for m in messages])
-    assert cut(called(chat), message_spans(called(chat), chat, called)) == ["<user>one</>", "<assistant>call()</>", "<tool>3</>"]
 
 
 # -- tokens -------------------------------------------------------------------------------------------------------

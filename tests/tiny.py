@@ -125,8 +125,11 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
     return path
 
 
-def write_chat(path: Path, templates: dict[str, str], bos: str = "<s>", eos: str = "</s>", add_bos: bool = False, special: Sequence[str] = ()) -> Path:
-    """A llama that spells: a token is a byte, or one of the special texts. templates: by name, the main one as "default"."""
+def write_chat(path: Path, templates: dict[str, str], bos: str = "<s>", eos: str = "</s>", add_bos: bool = False,
+               special: Sequence[str] = ()) -> Path:
+    """A llama that spells: a token is a byte, or one of the special texts.
+
+    templates: by name, the main one as "default"."""
     marks = list(dict.fromkeys((bos, eos, *special)))
     tokens = [*_byte_characters(), "th", *marks]
 
