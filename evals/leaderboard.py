@@ -1,0 +1,152 @@
+"""A line for each method, a column for each share of the cache that is removed: means over the sets of a task, as kvpress ranks methods.
+
+    python -m evals leaderboard --out out          # prints it, and writes leaderboard.md and leaderboard.csv there
+
+A figure is the mean of the sets' means, so that every set weighs the same, whatever number of items it has. Its interval takes the items
+of each set as drawn for themselves. Evictions that see the question stand in a table of their own: question-in, and policies that are told
+the question. The last table puts what takes about as many bytes under one another, whatever made it small.
+"""
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Sequence
+
+from pykvc import _core
+from pykvc.table import grid, mebibytes
+
+from . import stats
+from .cases import Case
+from .pictures import label
+from .report import CASE, comma_separated, largest_first
+from .store import Row
+
+GROUP = ("model", "task", "settings", "chat", "n_ubatch", "seed")  # what has a leaderboard of its own
+CONFIGURATION = ("protocol", "type_k", "type_v", *CASE)
+BLIND, AWARE = "The eviction does not see the question", "The eviction sees the question"
+
+
+def lines(rows: Sequence[Row]) -> list[Row]:
+    """One for each configuration: score, score_low, score_high, n, n_sets, removed, bytes_used, and share_of_full, which is of the bytes that
+    the whole cache in f16 uses; None without answers of that."""
+    groups: dict[tuple, dict[tuple, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["score"] is not None:
+            groups[tuple(row[name] for name in GROUP)][tuple(row[name] for name in CONFIGURATION)].append(row)
+    found = []
+    for group, configurations in groups.items():
+        of_group = [_line({**dict(zip(GROUP, group)), **dict(zip(CONFIGURATION, names))}, done) for names, done in configurations.items()]
+        whole = [line["bytes_used"] for line in of_group if line["policy"] == "full" and line["type_k"] == line["type_v"] == "f16"]
+        found += [{**line, "share_of_full": line["bytes_used"]/max(whole) if whole else None} for line in of_group]
+    return found
+
+
+def _line(names: Row, rows: Sequence[Row]) -> Row:
+    sets: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        sets[row["set"]].append(row)
+    score, low, high = stratified([[row["score"] for row in of_set] for of_set in sets.values()])
+    return {**names, "sees_question": sees_question(names), "removed": removed(names), "n_sets": len(sets), "n": len(rows), "score": score,
+            "score_low": low, "score_high": high,
+            "bytes_used": sum(sum(row["bytes_used"] for row in of_set)/len(of_set) for of_set in sets.values())/len(sets)}
+
+
+def stratified(strata: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """(mean of the strata's means, low, high), 95 %, of scores in [0, 1]. The unit is an item; each stratum has the interval that
+    stats.mean_interval() gives it, and these are put together as Zou, Huang and Zhang 2009, Computational Statistics & Data Analysis
+    53:1080, do for any linear function: so a stratum that is all right or all wrong is not taken to be certain."""
+    means = [sum(scores)/len(scores) for scores in strata]
+    intervals = [stats.mean_interval(scores) for scores in strata]
+    mean = sum(means)/len(means)
+    low = math.sqrt(sum((one - low)**2 for one, (low, _) in zip(means, intervals)))/len(means)
+    high = math.sqrt(sum((high - one)**2 for one, (_, high) in zip(means, intervals)))/len(means)
+    return mean, max(0.0, mean - low), min(1.0, mean + high)
+
+
+def sees_question(row: Row) -> bool:
+    """Was the question there, or told, when the context was evicted?"""
+    return row["policy"] != "full" and (row["protocol"] == "question-in" or Case(row["policy"]).asks)
+
+
+def removed(row: Row) -> str:
+    """Of the cache: "75 %"; "all but 512" of a budget in tokens."""
+    if row["policy"] == "full":
+        return "0 %"
+    if not row["budget"]:
+        return "no budget"
+    kind, amount = _core.parse_budget(row["budget"])
+    return f"{round(100*(1 - amount), 4):g} %" if kind != "tokens" else f"all but {amount:g}"
+
+
+def write(out: Path, rows: Sequence[Row], title: str = "") -> str:
+    """leaderboard.md and leaderboard.csv of the rows, into the folder; the text of the former."""
+    found = lines(rows)
+    text = (f"# {title}\n\n" if title else "") + markdown(found)
+    (out/"leaderboard.md").write_text(text, encoding="utf-8")
+    (out/"leaderboard.csv").write_text(comma_separated(found), encoding="utf-8")
+    return text
+
+
+# -- as text ------------------------------------------------------------------------------------------------------------
+
+def markdown(found: Sequence[Row]) -> str:
+    """Tables of each model, task and settings."""
+    groups: dict[tuple, list[Row]] = defaultdict(list)
+    for line in found:
+        groups[tuple(line[name] for name in GROUP)].append(line)
+    return "\n".join(_group(of_group) for of_group in groups.values())
+
+
+def _group(found: list[Row]) -> str:
+    first, n_sets, n = found[0], max(line["n_sets"] for line in found), max(line["n"] for line in found)
+    more = ["plain"*(not first["chat"]), f"n_ubatch {first['n_ubatch']}"*(first["n_ubatch"] != 512), f"seed {first['seed']}"*bool(first["seed"])]
+    title = ", ".join(filter(None, (first["task"], first["settings"], first["model"], *more)))
+    text = [f"## {title}", f"Means over {n_sets} sets, {n} items, in percent, with 95 % intervals. Columns: the share of the cache that is removed."]
+    for name, aware in ((BLIND, False), (AWARE, True)):
+        wanted = [line for line in found if line["sees_question"] == aware and (aware or line["protocol"] != "question-in")]
+        if wanted:
+            text += [f"### {name}", _shares(wanted, n_sets, n)]
+    blind = [line for line in found if not line["sees_question"] and line["protocol"] != "question-in" and line["share_of_full"] is not None]
+    if blind:
+        text += ["### At equal bytes", "Columns: bytes in use after the answer, about this share of what the whole cache in f16 uses.",
+                 _bytes(blind, n_sets, n)]
+    return "\n\n".join(text) + "\n"
+
+
+def _shares(found: list[Row], n_sets: int, n: int) -> str:
+    """The whole cache first, then the best."""
+    ordered = sorted(found, key=lambda line: (line["policy"] != "full", largest_first(line)))
+    columns = list(dict.fromkeys(line["removed"] for line in ordered))
+    methods = _by_method(found)
+    best = sorted(methods, key=lambda name: (methods[name][0]["policy"] != "full", -sum(line["score"] for line in methods[name])/len(methods[name])))
+    cells = {(_method(line), line["removed"]): _cell(line, n_sets, n) for line in found}
+    return grid([["method", *columns], *([name, *(cells.get((name, column), "") for column in columns)] for name in best)], 1)
+
+
+def _bytes(found: list[Row], n_sets: int, n: int) -> str:
+    """Every configuration under the halving of the whole cache (100, 50, 25 % ...) that it is nearest to."""
+    bands = {id(line): max(0, round(-math.log2(line["share_of_full"]))) for line in found}
+    columns = sorted(set(bands.values()))
+    table = [["method", *(f"{100/2**band:.3g} %" for band in columns)]]
+    for name, of_method in sorted(_by_method(found).items(), key=lambda pair: pair[1][0]["policy"] != "full"):
+        nearest = {bands[id(line)]: line for line in sorted(of_method, key=lambda line: -abs(math.log2(line["share_of_full"]) + bands[id(line)]))}
+        table.append([name, *(f"{_cell(nearest[band], n_sets, n)} at {mebibytes(nearest[band]['bytes_used'])}" if band in nearest else "" for band in columns)])
+    return grid(table, 1)
+
+
+def _method(line: Row) -> str:
+    return f"`{label({**line, 'budget': ''})}`" + (", question-in" if line["protocol"] == "question-in" else "")
+
+
+def _by_method(found: Sequence[Row]) -> dict[str, list[Row]]:
+    methods: dict[str, list[Row]] = defaultdict(list)
+    for line in found:
+        methods[_method(line)].append(line)
+    return methods
+
+
+def _cell(line: Row, n_sets: int, n: int) -> str:
+    """A mean of other sets than the others' would not compare."""
+    if line["n_sets"] < n_sets:
+        return f"{line['n_sets']} of {n_sets} sets"
+    text = f"{100*line['score']:.1f} ({100*line['score_low']:.1f} to {100*line['score_high']:.1f})"
+    return text + f", n {line['n']}"*(line["n"] < n)
