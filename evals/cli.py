@@ -208,7 +208,7 @@ def show_leaderboard(
     out: Annotated[Path, _flag("--out", "-o", help="Folder of the answers.")] = Path("evals-out"),
     tasks: Annotated[Optional[list[str]], _flag("--task", help="Only these.")] = None,
 ) -> None:
-    """Print a line for each method, a column for each share removed: means over a task's sets. Also writes leaderboard.md and .csv."""
+    """Print a line for each method, a column for each share removed: means over a task's sets. Also writes a .csv."""
     print(leaderboard.write(out, report.scored(out, [name for name in values(tasks) if task(name)])))
 
 

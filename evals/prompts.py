@@ -38,7 +38,7 @@ def render(item: Item, model: "_core.Model", chat: bool) -> Prompt:
     return Prompt(text[:cut], text[cut:] + item.cue, [(a + begin, b + begin) for a, b in item.spans] if whole else [], query)
 
 
-_COUNTS: dict[tuple["_core.Model", bytes], int] = {}  # a text is counted for every configuration; long ones are not kept for it
+_COUNTS: dict[tuple["_core.Model", bytes], int] = {}  # a text is counted for every configuration, but not kept for it
 
 
 def count(model: "_core.Model", text: str) -> int:

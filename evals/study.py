@@ -181,7 +181,8 @@ def _plan(study: Study, block: Block, out: Path, data_dir: Path | None, n: int |
 
 
 def report(study: Study, out: Path) -> list[str]:
-    """Writes report.md, report.csv and the pictures to the folder, and of ruler leaderboard.md and .csv; what there is to say of it, line by line."""
+    """Writes report.md, report.csv and the pictures to the folder, and of ruler leaderboard.md and leaderboard.csv;
+    what there is to say of it, line by line."""
     said = []
     if study.blocks["run"]:
         scored = tables.scored(out)

@@ -1,6 +1,7 @@
-"""RULER as lm-evaluation-harness has it, which follows NVIDIA's: the same words in the prompts, the same needles, the same scores.
+"""RULER as lm-evaluation-harness has it, which follows NVIDIA's: the same words in the prompts, the same scores.
 
-Its modules are imported with stand-ins for what they do not need here: a tokenizer, and a splitter of sentences that is downloaded.
+Its modules are imported with stand-ins for what they do not need here: a tokenizer, and a splitter of sentences that
+has to be downloaded.
 """
 import importlib
 import random
@@ -10,16 +11,15 @@ from collections import Counter
 from types import SimpleNamespace
 
 import lm_eval  # noqa: F401  (it has to be there)
+import numpy as np
 import pytest
 from scipy.special import zeta
 
 from evals.items import Item, Options
 from evals.tasks import ruler
-from evals.tasks.ruler import needles
+from evals.tasks.ruler.needles import NAMES, NEEDLE, NOISE
 from pykvc.prose import prose
-from test_evals_ruler import write
-
-NOISE = needles.NOISE
+from test_evals_ruler import UUID, paragraph, write
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +37,25 @@ def theirs():
         del sys.modules[name]
 
 
+@pytest.fixture(autouse=True)
+def seeds():
+    """They draw from the global generators."""
+    random.seed(0)
+    np.random.seed(0)
+
+
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
-    """Our first item of a set, lengths in words."""
+    """Our first item of a set, 1,000 words long."""
     root = tmp_path_factory.mktemp("data")
     (root/"niah"/"haystack").mkdir(parents=True)
     (root/"niah"/"haystack"/"text.txt").write_text(prose(400))
-    write(root/"squad"/"validation.jsonl", [{"title": "a", "context": f"{prose(4, seed=i)}It was {i}.", "question": "What was it?", "answers": {"text": [str(i)]}}
-                                            for i in range(40)])
-    return lambda name, length=1000: ruler.load(Options(lambda text: len(text.split()), root, 1, 0, True,
-                                                        {**ruler.SETTINGS, "sets": name, "length": length}))[0]
+    write(root/"squad"/"validation.jsonl", [paragraph(i) for i in range(40)])
+
+    def of(name: str) -> Item:
+        settings = {**ruler.SETTINGS, "sets": name, "length": 1000}
+        return ruler.load(Options(lambda text: len(text.split()), root, 1, 0, True, settings))[0]
+    return of
 
 
 def tokens(text: str) -> SimpleNamespace:
@@ -54,56 +63,59 @@ def tokens(text: str) -> SimpleNamespace:
 
 
 def blank(text: str) -> str:
-    """Without what is drawn: keys, numbers, variables. Theirs has one word spelled wrong, as NVIDIA's has; ours has not."""
-    text = re.sub("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "UUID", text)
-    text = re.sub(r"for \S.*? (is:|mentioned)", r"for KEY \1", text.replace("assgined", "assigned"))
+    """Without what is drawn: keys, numbers, variables. A word that they and NVIDIA spell wrong is spelled as here."""
+    text = UUID.sub("UUID", text.replace("assgined", "assigned"))
+    text = re.sub(r"for \S.*? (is:|mentioned)", r"for KEY \1", text)
     return re.sub(r"\b[A-Z]{5}\b", "VARIABLE", re.sub(r"\d+", "0", text))
 
 
-@pytest.mark.parametrize("name, haystack", [(name, kind.haystack) for name, kind in needles.NAMES.items()])
-def test_needle_prompts(theirs, ours, name, haystack):
-    kind, item = needles.NAMES[name], ours(name)
-    texts = {"repeat": NOISE, "needle": needles.NEEDLE.replace("{kind}", "{type_needle_v}"), "essay": prose(400).split()}
+@pytest.mark.parametrize("name", NAMES)
+def test_needle_prompts(theirs, ours, name):
+    kind, item = NAMES[name], ours(name)
+    haystacks = {"repeat": NOISE, "needle": NEEDLE.replace("{kind}", "{type_needle_v}"), "essay": prose(400).split()}
     [sample] = theirs("prepare_niah").generate_samples(
-        texts[haystack], tokens, max_seq_length=1000, type_haystack=haystack, type_needle_k=kind.keys, type_needle_v=kind.values, num_needle_k=kind.n_keys,
-        num_needle_v=kind.n_values, num_needle_q=kind.n_asked, template=theirs("niah_utils").TEMPLATE, num_samples=1)
-    first, *_, last = sample["input"].split("\n")
-    assert item.context.startswith(first + "\n") and blank(item.query) == blank(last) and blank(item.cue) == blank(sample["gen_prefix"])
-    assert item.context.endswith("\n") and len(item.gold) == len(sample["outputs"]) and len(item.gold[0]) == len(sample["outputs"][0])
-
-    def n_needles(text: str) -> int:
-        return text.count("One of the special magic ")
-    assert n_needles(item.context) == n_needles(sample["input"]) if haystack != "needle" else abs(n_needles(item.context) - n_needles(sample["input"])) < 25
-    if haystack != "essay":
-        assert {blank(line) for line in item.context.split("\n")[1:]} == {blank(line) for line in sample["input"].split("\n")[1:-1]} | {""}
+        haystacks[kind.haystack], tokens, max_seq_length=1000, type_haystack=kind.haystack, num_samples=1,
+        type_needle_k=kind.keys, type_needle_v=kind.values, num_needle_k=kind.n_keys, num_needle_v=kind.n_values,
+        num_needle_q=kind.n_asked, template=theirs("niah_utils").TEMPLATE)
+    opening, *lines, question = sample["input"].split("\n")
+    assert item.context.startswith(opening + "\n") and item.context.endswith("\n")
+    assert blank(item.query) == blank(question) and blank(item.cue) == blank(sample["gen_prefix"])
+    assert [len(value) for value in item.gold] == [len(value) for value in sample["outputs"]]
+    if kind.haystack == "essay":
+        assert item.context.count("One of the special magic ") == sample["input"].count("One of the special magic ")
+    else:
+        assert {blank(line) for line in item.context.splitlines()[1:]} == {blank(line) for line in lines}
 
 
 def test_vt_prompts(theirs, ours):
-    item = ours("vt")
-    text, names = theirs("vt_utils").generate_input_output(60, 1, 4)
+    module, item = theirs("vt_utils"), ours("vt")
+    text, names = module.generate_input_output(60, 1, 4)
     opening, haystack, rest = re.fullmatch(r"(.*?\n\n)(.*\n)\n(Question.*)", text, re.DOTALL).groups()
-    body = item.context[item.context.rindex(opening):].removeprefix(opening)
-    assert Counter(blank(haystack).replace("VAR VARIABLE = 0", "").split("\n")).keys() >= {NOISE, " " + NOISE, ""}
-    assert re.findall(r"VAR \w+ = VAR \w+  |VAR \w+ = 0 ", blank(haystack)) == re.findall(r"VAR \w+ = VAR \w+  |VAR \w+ = 0 ", blank(body))
-    assert len(names) == len(item.gold) and blank(rest).strip() == blank(item.question)
-    shown, shown_names = theirs("vt_utils").generate_input_output(10, 1, 4, is_icl=True)
-    example = item.context[:item.context.rindex(opening)]
-    assert example.startswith(opening) and len(shown_names[0]) == 3 and blank(shown).split("Question")[1].strip() in blank(example)
+    example, _, body = item.context.rpartition(opening)
+    chain = re.compile(r"VAR \w+ = VAR \w+  |VAR \w+ = 0 ")
+    assert chain.findall(blank(body)) == chain.findall(blank(haystack)) and len(names) == len(item.gold) == 5
+    assert set(chain.sub("", blank(body)).split("\n")) == set(chain.sub("", blank(haystack)).split("\n"))
+    assert blank(item.question) == blank(rest).strip()
+    shown, names = module.generate_input_output(10, 1, 4, is_icl=True)
+    assert example.startswith(opening) and len(names) == len(re.findall(r"VAR ([A-Z]{3}) = ", example)) == 5
+    assert re.sub("[A-Z]{3}", "", blank(shown).split("Question")[1]).strip() in blank(example)
+
+
+def times(text: str) -> Counter:
+    """Of the words of a numbered list."""
+    return Counter(re.findall(r"\d+\. (\D+?)(?= \d+\.|\s*$)", text))
 
 
 def test_cwe_prompts(theirs, ours):
     item = ours("cwe")
     example, text, answer = theirs("cwe_utils").generate_input_output(100, 1000)
-    opening = text[:text.index("\n") + 1]
-    body, (shown, _) = item.context[item.context.rindex(opening):].removeprefix(opening), item.context.split("\nQuestion")
-    assert text.endswith("\n" + item.question) and item.context.startswith(opening) and len(answer) == len(item.gold)
-    assert set(times(body).values()) == set(times(text.split("\n")[1]).values()) == {6, 1}
-    assert Counter(times(shown.split("\n")[1]).values()) == Counter(times(example.split("\n")[1]).values()) == {3: 10, 1: 10}
-    assert re.sub(r"\d+\. \D+?(?= \d|$)", "", example.split("list are:")[1]) == re.sub(r"\d+\. \D+?(?= \d|$)", "", item.context.split("list are:")[1].split("\n")[0])
-
-
-def times(text: str) -> Counter:
-    return Counter(re.findall(r"\d+\. (\D+?)(?= \d+\.|\s*$)", text))
+    opening, numbers, question = text.split("\n")
+    _, shown, answered, again, body, end = item.context.split("\n")
+    assert item.context.startswith(opening + "\n") and again == opening and end == "" and item.question == question
+    assert set(times(body).values()) == set(times(numbers).values()) == {6, 1} and len(answer) == len(item.gold)
+    assert Counter(times(shown).values()) == Counter(times(example.split("\n")[1]).values()) == {3: 10, 1: 10}
+    without_words = re.compile(r"(?<=\. )\D+?(?= \d|$)")
+    assert without_words.sub("", answered) == without_words.sub("", example.split("\n")[2])
 
 
 def test_fwe_prompts(theirs, ours):
@@ -112,26 +124,33 @@ def test_fwe_prompts(theirs, ours):
     opening = text[:text.index("coded words. ") + len("coded words. ")]
     assert item.context.startswith(opening) and text.endswith("\n" + item.question) and len(answer) == len(item.gold)
     counted = sorted(Counter(item.context.removeprefix(opening).split()).values(), reverse=True)
-    assert any(counted == [n for k in range(1, 21) if (n := int(n_words*k**-2.0/zeta(2.0)))] for n_words in range(100, 2000))
+    expected = [[int(n*k**-2.0/zeta(2.0)) for k in range(1, 21)] for n in range(100, 2000)]
+    assert counted in [[n for n in one if n] for one in expected]
 
 
 def test_qa_prompts(theirs, ours):
     item, module = ours("qa_1"), theirs("qa_utils")
-    docs = re.findall(r"Document \d+:\n(.*?)\n\n", item.context, re.DOTALL)
-    text, answers = module.generate_input_output(0, len(docs), [{"query": "What was it?", "outputs": item.gold, "context": [0]}], docs)
+    docs = re.findall(r"Document \d+:\n(.*?)\n\n(?=Document|$)", item.context, re.DOTALL)
+    question = {"query": item.query.rpartition("Question: ")[2], "outputs": item.gold, "context": [0]}
+    text, _ = module.generate_input_output(0, len(docs), [question], docs)
     opening = text[:text.index("Document 1:")]
-    assert item.context.startswith(opening) and text.endswith("\n\n" + item.query) and item.cue == module.CONFIG["answer_prefix"] and answers == item.gold
-    assert sorted(re.sub(r"Document \d+", "", text.removeprefix(opening).removesuffix(item.query)).split("\n\n")) == sorted(
-        re.sub(r"Document \d+", "", item.context.removeprefix(opening)).split("\n\n"))
+    assert item.context.startswith(opening) and text.endswith("\n\n" + item.query)
+    assert item.cue == module.CONFIG["answer_prefix"]
+
+    def shuffled(context: str) -> list[str]:
+        return sorted(re.split(r"Document \d+:", context.removeprefix(opening)))
+    assert shuffled(item.context) == shuffled(text.removesuffix(item.query))
 
 
 def test_scores(theirs):
-    """Of one reference, too, for qa: theirs takes the share there, where NVIDIA's, as ours, takes any."""
+    """Of qa with one reference, where both take the same: theirs has the share of them, NVIDIA's and ours any."""
     module, rng = theirs("common_utils"), random.Random(0)
     for _ in range(300):
         gold = [str(rng.randint(10, 40)) for _ in range(rng.randint(1, 5))]
         answer = rng.choice(["\t", ""]) + " and\x02 ".join(str(rng.randint(10, 40)) for _ in range(rng.randint(0, 8)))
         said = module.postprocess_pred([answer])
-        assert ruler.score(Item("", "", gold, tags={"set": "vt"}), answer) == module.string_match_all(said, [gold])
-        assert ruler.score(Item("", "", gold[:1], tags={"set": "qa_1"}), answer) == module.string_match_part(said, [gold[:1]])
-        assert ruler.score(Item("", "", gold, tags={"set": "qa_2"}), answer) == max(module.string_match_part(said, [[one]]) for one in gold)
+        vt, one, several = (Item("", "", of, tags={"set": name})
+                            for name, of in (("vt", gold), ("qa_1", gold[:1]), ("qa_2", gold)))
+        assert ruler.score(vt, answer) == module.string_match_all(said, [gold])
+        assert ruler.score(one, answer) == module.string_match_part(said, [gold[:1]])
+        assert ruler.score(several, answer) == max(module.string_match_part(said, [[text]]) for text in gold)

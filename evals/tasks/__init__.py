@@ -6,8 +6,8 @@ itself (ask, as evals/ask.py); and give the report more columns (extra).
 from types import ModuleType
 from typing import Any, Sequence
 
-from . import (commonsense_qa, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu, niah, ruler,
-               safety)
+from . import (commonsense_qa, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu,
+               niah, ruler, safety)
 
 TASKS: dict[str, ModuleType] = {
     "niah": niah, "gsm8k": gsm8k, "mmlu": mmlu, "commonsense_qa": commonsense_qa, "humaneval": humaneval, "safety": safety,

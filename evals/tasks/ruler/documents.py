@@ -1,7 +1,8 @@
 """qa_1 and qa_2 of RULER: a question on one paragraph (SQuAD) or several (HotpotQA), among paragraphs on other things.
 
-SQuAD 2.0: Rajpurkar et al. 2018, arXiv 1806.03822, CC-BY-SA-4.0; squad/validation of the data folder. qa_2 takes the rows of three sets
-of LongBench, hotpotqa, 2wikimqa and musique, with their passages cut to the first paragraph, which is what a document of HotpotQA is.
+SQuAD 2.0: Rajpurkar et al. 2018, arXiv 1806.03822, CC-BY-SA-4.0; squad/validation of the data folder. qa_2 takes the
+rows of three sets of LongBench, hotpotqa, 2wikimqa and musique, with their passages cut to the first paragraph, which
+is what a document of HotpotQA is.
 """
 import random
 import re
@@ -15,8 +16,10 @@ from .draft import Draft, announced, checked, rng_of
 
 NAMES = ("qa_1", "qa_2")
 SETS = ("hotpotqa", "2wikimqa", "musique")
+FIELDS = ("input", "context", "answers")
 MAX_TOKENS = 32
-INSTRUCTION = "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
+INSTRUCTION = ("Answer the question based on the given documents. "
+               "Only give me the answer and do not output any other words.\n\n")
 OPENING = INSTRUCTION + "The following are given documents.\n\n"
 
 
@@ -41,7 +44,8 @@ def _draft(name: str, question: Question, pool: list[str], rng: random.Random, o
     """With the question's own documents, then as many as fit of what is near to it, then of the others."""
     def draw(documents: list[str]) -> Draft:
         text = "".join(f"Document {i}:\n{document}\n\n" for i, document in enumerate(documents, 1))
-        return announced(Draft(OPENING, text, f"{INSTRUCTION}Question: {question.text}", "Answer:", question.answers, MAX_TOKENS), options)
+        asked = f"{INSTRUCTION}Question: {question.text}"
+        return announced(Draft(OPENING, text, asked, "Answer:", question.answers, MAX_TOKENS), options)
 
     chosen = list(question.documents)
     near = [document for document in question.others if document not in chosen]
@@ -62,11 +66,12 @@ def _draft(name: str, question: Question, pool: list[str], rng: random.Random, o
     return draw(chosen)
 
 
-# -- where questions come from ------------------------------------------------------------------------------------------
+# -- where questions come from -----------------------------------------------------------------------------------------
 
 def _squad(options: Options) -> list[Question]:
     """Those that have an answer. Near: the other paragraphs of the same article."""
-    found = rows(options.data_dir, "squad/validation", ("rajpurkar/squad_v2", None, "validation"), ("title", "context", "question", "answers"))
+    found = rows(options.data_dir, "squad/validation", ("rajpurkar/squad_v2", None, "validation"),
+                 ("title", "context", "question", "answers"))
     articles: dict[str, list[str]] = {}
     for row in found:
         articles.setdefault(row["title"], []).append(row["context"])
@@ -77,21 +82,24 @@ def _squad(options: Options) -> list[Question]:
 def _multi_hop(options: Options) -> list[Question]:
     """Those that have documents."""
     questions = [_of_passages(row) for name in SETS
-                 for row in rows(options.data_dir, f"longbench/{name}", (HUB, name, "test"), ("input", "context", "answers"))]
+                 for row in rows(options.data_dir, f"longbench/{name}", (HUB, name, "test"), FIELDS)]
     questions = [question for question in questions if question.documents]
     if not questions:
-        raise ValueError("qa_2 of ruler finds no answer in the first paragraphs of longbench/" + ", longbench/".join(SETS))
+        raise ValueError(f"qa_2 of ruler finds no answer in the first paragraphs of {', '.join(SETS)} of longbench")
     return questions
 
 
 def _of_passages(row: Row) -> Question:
-    """A passage has a title, and then paragraphs. LongBench does not say which ones are needed: here, those that have an answer, if there are
-    any, and those that the question names. Where the answer is yes or no, the latter alone."""
-    passages = [passage.strip().split("\n", 2)[:2] for passage in re.split(r"(?:^|\n)Passage \d+:\n", row["context"]) if passage.strip()]
+    """A passage has a title, and then paragraphs. LongBench does not say which ones are needed: here, those that have
+    an answer, if there are any, and those that the question names. Where the answer is yes or no, the latter alone."""
+    texts = re.split(r"(?:^|\n)Passage \d+:\n", row["context"])
+    passages = [text.strip().split("\n", 2)[:2] for text in texts if text.strip()]
     documents = {"\n".join(passage): passage[0].partition(" (")[0].lower() for passage in passages}
     answers, asked = list(row["answers"]), row["input"].lower()
     needed = {document for document, title in documents.items() if title in asked}
     if not {answer.lower() for answer in answers} <= {"yes", "no"}:
-        answering = {document for document in documents if any(answer.lower() in document.lower() for answer in answers)}
+        lower = [answer.lower() for answer in answers]
+        answering = {document for document in documents if any(answer in document.lower() for answer in lower)}
         needed = needed | answering if answering else set()
-    return Question(row["input"].strip(), answers, [document for document in documents if document in needed], list(documents))
+    ordered = [document for document in documents if document in needed]
+    return Question(row["input"].strip(), answers, ordered, list(documents))

@@ -12,7 +12,7 @@ FULL = 0.9  # of --length: what a draft has at least
 @dataclass(frozen=True)
 class Draft:
     """A prompt is opening, text, question and prefix, in this order."""
-    opening: str          # what tells of the question before the text: an instruction, and the worked example of vt and cwe
+    opening: str          # what tells of the question before the text: an instruction, a worked example
     text: str             # with the white space that stands before the question
     question: str
     prefix: str           # the words with which the answer begins
@@ -29,7 +29,8 @@ class Draft:
 
 
 def rng_of(name: str, i: int, options: Options) -> random.Random:
-    """Of item i. The seed does not depend on n, so more items are more of the same; nor on --announce, so both variants hide the same."""
+    """Of item i. It does not depend on n, so more items are more of the same; nor on --announce, so both variants
+    hide the same."""
     return random.Random(f"{options.seed} {name} {options['length']} {i}")
 
 
@@ -39,9 +40,10 @@ def announced(draft: Draft, options: Options) -> Draft:
 
 
 def longest(name: str, draw: Callable[[int], Draft], least: int, options: Options, most: int | None = None) -> Draft:
-    """draw(n) of the largest n that fits in --length tokens, opening left out where it is not wanted. draw(n) grows with n.
+    """draw(n) of the largest n that fits in --length tokens, its opening left out where it is not wanted.
 
-    most: there is no draw(n) beyond it. ValueError: draw(least) does not fit, or draw(most) leaves more than a tenth free."""
+    draw(n) grows with n; there is none beyond `most`. ValueError: draw(least) does not fit, or draw(most) leaves more
+    than a tenth of the length free."""
     def n_tokens(n: int) -> int:
         return announced(draw(n), options).n_tokens(options)
 
@@ -59,5 +61,6 @@ def longest(name: str, draw: Callable[[int], Draft], least: int, options: Option
 def checked(name: str, draft: Draft, options: Options) -> Draft:
     """The draft itself. ValueError if there was not enough text for it."""
     if (n := draft.n_tokens(options)) < FULL*options["length"]:
-        raise ValueError(f"{name} of --length {options['length']} needs more text than there is here, which gives {n} tokens")
+        raise ValueError(f"{name} of --length {options['length']} needs more text than there is here, which gives "
+                         f"{n} tokens")
     return draft

@@ -12,14 +12,14 @@ NAMES = ("cwe", "fwe")
 N_COMMON = 10          # words that cwe asks for
 SHORT = 4096           # tokens: below, cwe has fewer repetitions
 N_LETTERS = 6          # of a coded word
-CWE_OPENING = ("Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most "
-               "often.\n")
+CWE_OPENING = ("Below is a numbered list of words. In these words, some appear more often than others. "
+               "Memorize the ones that appear most often.\n")
 CWE_QUESTION = "Question: What are the 10 most common words in the above list?"
 CWE_PREFIX = "Answer: The top 10 words that appear most often in the list are:"
-FWE_OPENING = ("Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded "
-               "words. ")
-FWE_QUESTION = ("Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared "
-                "words in the above coded text?")
+FWE_OPENING = ("Read the following coded text and track the frequency of each coded word. "
+               "Find the three most frequently appeared coded words. ")
+FWE_QUESTION = ("Question: Do not provide any explanation. Please ignore the dots '....'. "
+                "What are the three most frequently appeared words in the above coded text?")
 FWE_PREFIX = "Answer: According to the coded text above, the three most frequently appeared words are:"
 
 
@@ -29,7 +29,7 @@ def drafts(name: str, n: int, options: Options) -> Iterator[Draft]:
         yield (_common if name == "cwe" else _coded)(rng_of(name, i, options), options)
 
 
-# -- cwe ----------------------------------------------------------------------------------------------------------------
+# -- cwe ---------------------------------------------------------------------------------------------------------------
 
 def _common(rng: random.Random, options: Options) -> Draft:
     short, words = options["length"] < SHORT, english("noun", "adjective", "verb")
@@ -54,7 +54,7 @@ def _numbered(words: list[str]) -> str:
     return " ".join(f"{i}. {word}" for i, word in enumerate(words, 1))
 
 
-# -- fwe ----------------------------------------------------------------------------------------------------------------
+# -- fwe ---------------------------------------------------------------------------------------------------------------
 
 def _coded(rng: random.Random, options: Options) -> Draft:
     """Word k of n is there n/(k*k*zeta(2)) times; the most frequent one is dots, and is not asked for."""

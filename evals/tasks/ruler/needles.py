@@ -1,6 +1,5 @@
-"""The eight needle tasks of RULER: sentences that give a key's magic number, in noise, in essays, or among others of their kind."""
+"""The eight needle tasks of RULER: sentences that give a key's magic number, in noise, in essays, among their kind."""
 import random
-import re
 import uuid
 from dataclasses import dataclass
 from typing import Iterator
@@ -63,37 +62,42 @@ def _draft(name: str, kind: Kind, essay: list[str], rng: random.Random, options:
             text = _between_sentences(" ".join(turned[:n]), needles, depths)
         else:
             text = _between_lines(_lines(kind, n, random.Random(seed)), needles[0], at)
-        return Draft(opening, text + "\n", question, prefix, [value for key in asked for value in values[key]], MAX_TOKENS)
+        gold = [value for key in asked for value in values[key]]
+        return Draft(opening, text + "\n", question, prefix, gold, MAX_TOKENS)
     return longest(name, draw, 40 if essay else 2, options, len(essay) or None)
 
 
 def _random(kind: str, rng: random.Random) -> str:
     if kind == "words":
         return f"{rng.choice(english('adjective'))}-{rng.choice(english('noun'))}"
-    return str(rng.randint(10**6, 10**7 - 1)) if kind == "numbers" else str(uuid.UUID(int=rng.getrandbits(128), version=4))
+    if kind == "numbers":
+        return str(rng.randint(10**6, 10**7 - 1))
+    return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
 def _wording(kind: Kind, query: str) -> tuple[str, str, str]:
     """(opening, question, prefix), in the singular where one value is the answer."""
     one = kind.n_values*kind.n_asked == 1
-    some, what, verb, things = ("A", "What is", "is", kind.values[:-1]) if one else ("Some", "What are all", "are", kind.values)
+    some, what, verb = ("A", "What is", "is") if one else ("Some", "What are all", "are")
+    things = kind.values[:-1] if one else kind.values
     opening = (f"{some} special magic {things} {verb} hidden within the following text. Make sure to memorize it. "
                f"I will quiz you about the {things} afterwards.\n")
     return (opening, f"{what} the special magic {things} for {query} mentioned in the provided text?",
             f"The special magic {things} for {query} mentioned in the provided text {verb}")
 
 
-# -- haystacks ----------------------------------------------------------------------------------------------------------
+# -- haystacks ---------------------------------------------------------------------------------------------------------
 
 def _essay(options: Options) -> list[str]:
     """The words of all texts, one after the other."""
-    return re.sub(r"\s+", " ", " ".join(path.read_text(encoding="utf-8") for path in haystacks("ruler", options))).strip().split(" ")
+    return [word for path in haystacks("ruler", options) for word in path.read_text(encoding="utf-8").split()]
 
 
 def _lines(kind: Kind, n: int, rng: random.Random) -> list[str]:
     if kind.haystack == "repeat":
         return [NOISE]*n
-    return [NEEDLE.format(kind=kind.values, key=_random(kind.keys, rng), value=_random(kind.values, rng)) for _ in range(n)]
+    return [NEEDLE.format(kind=kind.values, key=_random(kind.keys, rng), value=_random(kind.values, rng))
+            for _ in range(n)]
 
 
 def _between_lines(lines: list[str], needle: str, at: float) -> str:
