@@ -63,15 +63,20 @@ def _line(names: Row, rows: Sequence[Row]) -> Row:
 def stratified(strata: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     """(mean of the strata's means, low, high), 95 %, of scores in [0, 1]. The unit is an item.
 
-    Each stratum has the interval that stats.mean_interval() gives it, and these are put together as Zou, Huang and
-    Zhang 2009, Computational Statistics & Data Analysis 53:1080, do for any linear function. So a stratum in which all
-    is right, or all wrong, is not taken to be certain."""
+    Each stratum has an interval, and these are put together as Zou, Huang and Zhang 2009, Computational Statistics &
+    Data Analysis 53:1080, do for any linear function. A stratum in which all is right, or all wrong, or all alike, is
+    not taken to be certain."""
     means = [sum(scores)/len(scores) for scores in strata]
-    intervals = [stats.mean_interval(scores) for scores in strata]
+    intervals = [_interval(scores) for scores in strata]
     mean = sum(means)/len(means)
     below = math.sqrt(sum((one - low)**2 for one, (low, _) in zip(means, intervals)))/len(means)
     above = math.sqrt(sum((high - one)**2 for one, (_, high) in zip(means, intervals)))/len(means)
     return mean, max(0.0, mean - below), min(1.0, mean + above)
+
+
+def _interval(scores: Sequence[float]) -> tuple[float, float]:
+    """stats.mean_interval(); of scores that are all alike Wilson's, which is that of the widest spread with this mean."""
+    return stats.wilson(sum(scores), len(scores)) if len(set(scores)) == 1 else stats.mean_interval(scores)
 
 
 def sees_question(row: Row) -> bool:
