@@ -1,4 +1,4 @@
-"""The command line: `python -m evals run | study | report | pool | archive | list`. A mistake ends with exit status 2 and one sentence on stderr."""
+"""The command line: `python -m evals run | study | report | leaderboard | pool | archive | list`. A mistake ends with exit status 2 and one sentence on stderr."""
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from pykvc import _core, bench, command, models, options
 from pykvc.command import sentences, values
 
-from . import archive, attention, estimate, latency, pictures, pool, report, study
+from . import archive, attention, estimate, latency, leaderboard, pictures, pool, report, study
 from .cases import cases, protocols
 from .run import check_all, run, run_all
 from .tasks import TASKS, settings_of, task
@@ -50,7 +50,7 @@ def run_tasks(
     n_parallel: Annotated[int, _flag("--n-parallel", "-np", "--parallel", help="Questions asked at once, where the policy permits it.")] = 16,
     plain: Annotated[bool, _flag("--plain", help="Ask without the model's chat template.")] = False,
     any_commit: Annotated[bool, _flag("--any-commit", help="Go on with answers that another commit gave.")] = False,
-    length: Annotated[Optional[int], _flag("--length", help="niah, fidelity: tokens of a context. longbench: at most; 0: all.")] = None,
+    length: Annotated[Optional[int], _flag("--length", help="niah, fidelity: tokens of a context; ruler: and of its answer. longbench: at most; 0: all.")] = None,
     of: Annotated[Optional[str], _flag("--of", help="fidelity: prose, or the task whose contexts and questions are compared.")] = None,
     reference: Annotated[Optional[str], _flag("--reference", help="fidelity: the whole cache of the same types, or of f16.")] = None,
     depths: Annotated[Optional[str], _flag("--depths", help="niah: where needles stand, in percent: 0,50,100.")] = None,
@@ -59,7 +59,8 @@ def run_tasks(
     exemplars: Annotated[Optional[str], _flag("--exemplars", help="gsm8k, longgenbench, commonsense_qa: cot, train; auto.")] = None,
     order: Annotated[Optional[int], _flag("--order", help="gsm8k, longgenbench: a seed for another order of the examples; 0: as they are.")] = None,
     questions: Annotated[Optional[int], _flag("--questions", help="longgenbench, longgenbench_mmlu: of one generation; kv_retrieval: of one object.")] = None,
-    sets: Annotated[Optional[str], _flag("--sets", help="longbench, safety: parts of the data, with commas.")] = None,
+    sets: Annotated[Optional[str], _flag("--sets", help="longbench, safety, ruler: parts of it, with commas.")] = None,
+    announce: Annotated[Optional[int], _flag("--announce", help="ruler: 0: contexts that do not tell what will be asked.")] = None,
     pairs: Annotated[Optional[int], _flag("--pairs", help="kv_retrieval: pairs of an object.")] = None,
     tokens: Annotated[Optional[int], _flag("--tokens", help="fidelity: tokens that are compared.")] = None,
     unsafe_code: Annotated[bool, _flag("--unsafe-code", help="humaneval: run code where it cannot be locked in.")] = False,
@@ -67,7 +68,7 @@ def run_tasks(
     """Ask what is not answered yet, save each answer, score it."""
     wanted = values(tasks)
     settings = {"length": length, "depths": depths, "needles": needles, "shots": shots, "exemplars": exemplars, "order": order, "of": of, "reference": reference, "questions": questions,
-                "sets": sets, "pairs": pairs, "tokens": tokens, "unsafe_code": unsafe_code or None}
+                "sets": sets, "announce": announce, "pairs": pairs, "tokens": tokens, "unsafe_code": unsafe_code or None}
     plan = Plan(tasks=wanted, cases=cases(values(policy), values(budget), values(decode_budget), values(cells), values(type_k), values(type_v)),
                 protocols=protocols(values(protocol)), out=out, data_dir=_folder(data_dir), n=_positive("--n", n), seed=seed, n_ctx=n_ctx,
                 n_ubatch=n_ubatch, n_threads=threads, n_gpu_layers=n_gpu_layers, n_parallel=_positive("--n-parallel", n_parallel), chat=not plain, any_commit=any_commit,
@@ -199,6 +200,16 @@ def show_report(
     print(text)
     for path in [] if no_pictures else pictures.draw(out, rows, lines):
         print(path, file=sys.stderr)
+
+
+@app.command("leaderboard")
+@sentences
+def show_leaderboard(
+    out: Annotated[Path, _flag("--out", "-o", help="Folder of the answers.")] = Path("evals-out"),
+    tasks: Annotated[Optional[list[str]], _flag("--task", help="Only these.")] = None,
+) -> None:
+    """Print a line for each method, a column for each share removed: means over a task's sets. Also writes a .csv."""
+    print(leaderboard.write(out, report.scored(out, [name for name in values(tasks) if task(name)])))
 
 
 @app.command("pool")

@@ -1,7 +1,7 @@
 """An item as text: what comes before the question, which may be evicted first, and the question."""
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from pykvc import _core, chat as chat_of
 from pykvc.spans import Span
@@ -41,7 +41,13 @@ def render(item: Item, model: "_core.Model", chat: bool) -> Prompt:
     return Prompt(text[:cut], text[cut:] + item.cue, spans, query)
 
 
-@lru_cache(1 << 16)  # a text is counted for every configuration
+_COUNTS: dict[tuple["_core.Model", bytes], int] = {}  # a text is counted for every configuration, but not kept for it
+
+
 def count(model: "_core.Model", text: str) -> int:
     """Tokens of a text, without BOS."""
-    return len(model.tokenize(text.encode(), False, True))
+    data = text.encode()
+    known = model, hashlib.blake2b(data, digest_size=16).digest()
+    if known not in _COUNTS:
+        _COUNTS[known] = len(model.tokenize(data, False, True))
+    return _COUNTS[known]

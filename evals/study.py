@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Sequence
 
-from . import attention_report, latency, panels
+from . import attention_report, latency, leaderboard, panels
 from . import report as tables
 from .cases import cases, protocols
 from .tasks import TASKS, settings_of, task
@@ -181,14 +181,18 @@ def _plan(study: Study, block: Block, out: Path, data_dir: Path | None, n: int |
 
 
 def report(study: Study, out: Path) -> list[str]:
-    """Writes report.md, report.csv and the pictures to the folder; what there is to say of it, line by line."""
+    """Writes report.md, report.csv and the pictures to the folder, and of ruler leaderboard.md and leaderboard.csv;
+    what there is to say of it, line by line."""
     said = []
     if study.blocks["run"]:
-        lines = tables.table(tables.scored(out))
+        scored = tables.scored(out)
+        lines = tables.table(scored)
         text = tables.markdown(lines)
         (out/"report.md").write_text(f"# {study.title}\n\n{text}", encoding="utf-8")
         (out/"report.csv").write_text(tables.comma_separated(lines), encoding="utf-8")
         said += [text, *map(str, panels.draw(out, study.blocks["picture"], lines))]
+        if of_ruler := [row for row in scored if row["task"] == "ruler"]:
+            said.append(leaderboard.write(out, of_ruler, study.title))
     if found := attention_report.rows(out):
         lines = attention_report.lines(found)
         text = attention_report.markdown(lines)

@@ -49,11 +49,14 @@ ROWS = {
                            "value": f"{i}value03"} for i in range(10)],
     **{f"longbench/{name}": [{"input": "Who paid?", "context": prose(30), "answers": ["The Paragraph 7"], "_id": f"{name}-0"}]
        for name in longbench.SETS},
+    "squad/validation": [{"title": f"{i // 2}", "context": f"{prose(20, seed=i)}It was {i}.", "question": "What was it?", "answers": {"text": [str(i)]}}
+                         for i in range(12)],
     "niah/needles": [{"id": f"needle-{i}", "needle": f"The number of {i} is {i}77.", "question": f"What is the number of {i}?",
                       "answer": f"{i}77"} for i in range(4)],
 }
 SETTINGS = {"niah": {"length": 200}, "longbench": {"sets": ",".join(longbench.SETS)}, "safety": {"sets": ",".join(safety.SETS)},
             "kv_retrieval": {"pairs": 20}, "longgenbench": {"questions": 4}, "longgenbench_mmlu": {"questions": 3}, "fidelity": {"length": 100, "tokens": 8},
+            "ruler": {"sets": "qa_1,vt,niah_single_2", "length": 1000},
             "humaneval": {"unsafe_code": not sandbox.available()}}
 GOLD = {"gsm8k": lambda item: f" The answer is ${item.gold}.", "safety": lambda item: "I'm sorry, but I can't help with that.",
         "humaneval": lambda item: DOUBLE["canonical_solution"], "longbench": lambda item: item.gold[0],

@@ -1,4 +1,4 @@
-"""The tasks, one a file: load(options), score(item, answer), and SETTINGS with their defaults.
+"""The tasks, one a file or folder: load(options), score(item, answer), and SETTINGS with their defaults.
 
 A task may also say what its picture lays out (ACROSS) and what its table keeps apart (SPLIT), both of an item's tags; put its questions
 itself (ask, as evals/ask.py); and give the report more columns (extra).
@@ -6,11 +6,12 @@ itself (ask, as evals/ask.py); and give the report more columns (extra).
 from types import ModuleType
 from typing import Any, Sequence
 
-from . import commonsense_qa, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu, niah, safety
+from . import (commonsense_qa, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu,
+               niah, ruler, safety)
 
 TASKS: dict[str, ModuleType] = {
     "niah": niah, "gsm8k": gsm8k, "mmlu": mmlu, "commonsense_qa": commonsense_qa, "humaneval": humaneval, "safety": safety,
-    "kv_retrieval": kv_retrieval, "longbench": longbench, "longgenbench": longgenbench,
+    "kv_retrieval": kv_retrieval, "longbench": longbench, "ruler": ruler, "longgenbench": longgenbench,
     "longgenbench_mmlu": longgenbench_mmlu, "fidelity": fidelity}
 
 
