@@ -8,8 +8,9 @@ sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or ".") != 
 
 try:
     import pykvc  # noqa: F401
+    import scipy  # noqa: F401
 except ImportError as error:
-    print(f"pykvc cannot be imported ({error}): run `pip install '.[evals]'` in the checkout first", file=sys.stderr)
+    print(f"evals cannot begin ({error}): run `pip install '.[evals]'` in the checkout first", file=sys.stderr)
     sys.exit(2)
 
 from evals.cli import main  # noqa: E402

@@ -85,7 +85,8 @@ def run(todo: Sequence[Probe], model: str | None, out: Path, n_threads: int | No
                 path = out/"attention"/f"{subject.name}-{probe.task}-{len(rows.rows)}.npz"
                 path.parent.mkdir(exist_ok=True)
                 np.savez_compressed(path, **arrays)
-                rows.append({**probe.key_row(), **identity, "settings": probe.settings, **figures, "arrays": str(path.relative_to(out))})
+                rows.append({**probe.key_row(), **identity, "settings": probe.settings, "tags": probe.item.tags, **figures,
+                             "arrays": str(path.relative_to(out))})
             watch(1, f"attention: {probe.task}")
             problems += _not_evicted(probe, rows.rows[key(probe.key_row())])
     return problems

@@ -11,7 +11,7 @@ from pykvc.table import grid
 
 from . import stats
 from .pictures import file_of, use_matplotlib
-from .report import changed
+from .report import changed, unit_of
 from .store import Row, read
 
 PARTS = ("system", "shots", "context", "rest", "question")
@@ -29,23 +29,26 @@ def _groups(found: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def lines(found: Sequence[Row]) -> list[Row]:
-    """A line for each model and task: means over items, and the interval of each."""
+    """A line for each model and task: means over units (report.unit_of()), and the interval of each, None of one unit."""
     table = []
     for (model, name), of_task in _groups(found).items():
         line: Row = {"model": model, "task": name, "n": len(of_task), "tokens": float(np.mean([row["n_tokens"] for row in of_task]))}
-        figures = {"sinks": [row["sinks"] for row in of_task]}
-        for end in ("", "_bare"):
-            figures |= {f"{part}{end}": [row[f"mass{end}"][part] for row in of_task if part in row[f"mass{end}"]] for part in PARTS}
-            figures |= {f"{what}{end}": [row[f"{what}{end}"] for row in of_task] for what in ("entropy", "tokens_90")}
-        for policy in dict.fromkeys(policy for row in of_task for policy in row["kept"]):
-            for part in PARTS:
-                figures[f"kept {policy} {part}"] = [row["kept"][policy][part] for row in of_task if part in row["kept"].get(policy, {})]
-        for what, values in figures.items():
-            if values:
-                low, high = stats.mean_interval(values) if len(values) > 1 else (None, None)
-                line |= {what: float(np.mean(values)), f"{what}_low": low, f"{what}_high": high}
+        figures = [_figures(row) for row in of_task]
+        for what in dict.fromkeys(what for of_row in figures for what in of_row):
+            units, values = zip(*((unit_of(row), of_row[what]) for row, of_row in zip(of_task, figures) if what in of_row))
+            means = np.clip(stats.unit_means(values, units), 0, 1)  # sums of shares, which are rounded
+            low, high = stats.mean_interval(means) if len(means) > 1 else (None, None)
+            line |= {what: float(np.mean(means)), f"{what}_low": low, f"{what}_high": high}
         table.append(line)
     return table
+
+
+def _figures(row: Row) -> dict[str, float]:
+    found = {"sinks": row["sinks"]}
+    for end in ("", "_bare"):
+        found |= {f"{part}{end}": row[f"mass{end}"][part] for part in PARTS if part in row[f"mass{end}"]}
+        found |= {f"{what}{end}": row[f"{what}{end}"] for what in ("entropy", "tokens_90")}
+    return found | {f"kept {policy} {part}": kept[part] for policy, kept in row["kept"].items() for part in PARTS if part in kept}
 
 
 def markdown(table: Sequence[Row]) -> str:

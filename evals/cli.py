@@ -225,7 +225,7 @@ def show_pool(
     budget: Annotated[Optional[list[str]], _flag("--budget", "--kv-budget", help="Only these.")] = None,
     protocol: Annotated[Optional[list[str]], _flag("--protocol", help="Only these.")] = None,
 ) -> None:
-    """Print what many cells say together, against one policy on the same items, with intervals over items."""
+    """Print what many cells say together, against one policy on the same items, with intervals over questions."""
     rows = report.scored(out, [name for name in values(tasks) if task(name)])
     against, *names = (_core.parse_spec(spec).partition(":")[0] for spec in [against, *values(policy)])
     budgets, asked = [options.budget("--budget", value) for value in values(budget)], protocols(values(protocol))

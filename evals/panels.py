@@ -155,9 +155,11 @@ def _number(line: Row, name: str) -> float | None:
 
 
 def _errors(points: Sequence[Row], y: str) -> list[list[float]] | None:
-    if any(f"{y}_low" not in p for p in points):
+    if all(f"{y}_low" not in p for p in points):
         return None
-    return [[max(0, p[y] - p[f"{y}_low"]) for p in points], [max(0, p[f"{y}_high"] - p[y]) for p in points]]
+    ends = [(p.get(f"{y}_low", p[y]), p.get(f"{y}_high", p[y])) for p in points]  # a point may have no interval
+    return [[max(0, p[y] - low) for p, (low, _) in zip(points, ends)],
+            [max(0, high - p[y]) for p, (_, high) in zip(points, ends)]]
 
 
 def front(points: Sequence[tuple[float, float]], less: bool = False) -> list[tuple[float, float]]:

@@ -11,7 +11,7 @@ from pykvc.table import grid, mebibytes
 from . import stats
 from .items import Item
 from .store import Row, key, read
-from .tasks import task
+from .tasks import task, unit
 
 GROUP = ("model", "task", "set", "settings", "protocol", "chat", "n_ubatch", "seed", "type_k", "type_v")  # full is looked for inside a group
 CASE = ("policy", "budget", "decode_budget", "cells")
@@ -84,15 +84,16 @@ def _line(names: Row, rows: list[Row], reference: dict[str, float]) -> Row:
     line = {**names, "shots": rows[0].get("shots"), "n": len(done), "n_failed": len(rows) - len(done)}
     if not done:
         return line
-    scores = [row["score"] for row in done]
+    scores = _by_unit(done, [row["score"] for row in done])
     low, high = stats.mean_interval(scores)
-    line |= {"score": sum(scores)/len(scores), "score_low": low, "score_high": high}
-    pairs = [(row["score"], reference[row["item"]]) for row in done if row["item"] in reference]
-    if pairs and names["policy"] != "full":
-        ours, theirs = zip(*pairs)
+    line |= {"n_units": len(scores), "score": _mean(scores), "score_low": low, "score_high": high}
+    paired = [row for row in done if row["item"] in reference]
+    if paired and names["policy"] != "full":
+        ours = _by_unit(paired, [row["score"] for row in paired])
+        theirs = _by_unit(paired, [reference[row["item"]] for row in paired])
         difference, low, high = stats.paired_difference(ours, theirs)
-        line |= {"n_paired": len(pairs), "difference": difference, "difference_low": low, "difference_high": high,
-                 "relative": difference/(sum(theirs)/len(theirs)) if sum(theirs) else None}
+        line |= {"n_paired": len(paired), "difference": difference, "difference_low": low, "difference_high": high,
+                 "relative": difference/_mean(theirs) if any(theirs) else None}
     n_before = [row["n_context"] if row["protocol"] == "question-out" else row["n_prompt"] for row in done]
     kept = [sum(row["kept"])/len(row["kept"]) for row in done]
     line |= {"n_prompt": _mean(row["n_prompt"] for row in done), "n_before": sum(n_before)/len(done), "n_kept": sum(kept)/len(done),
@@ -100,10 +101,19 @@ def _line(names: Row, rows: list[Row], reference: dict[str, float]) -> Row:
     if hasattr(task(names["task"]), "extra"):
         more = [task(names["task"]).extra(row["answer"]) for row in done]
         for name in more[0]:
-            values = [of_row[name] for of_row in more]
+            values = _by_unit(done, [of_row[name] for of_row in more])
             line |= {name: _mean(values)} | dict(zip((f"{name}_low", f"{name}_high"), stats.figure_interval(values) or ()))
     return line | {name: _mean(row[name] for row in done)
                    for name in ("n_predicted", "bytes_used", "bytes_full", "bytes_allocated", "prefill_ms", "evict_ms", "decode_ms")}
+
+
+def unit_of(row: Row) -> tuple[str, str]:
+    """What intervals count once: the same question under another policy, protocol, cache type or model is one unit."""
+    return row["task"], unit(row["task"], row["item"], row.get("tags", {}))
+
+
+def _by_unit(rows: Sequence[Row], values: Sequence[float]) -> list[float]:
+    return stats.unit_means(values, [unit_of(row) for row in rows])
 
 
 def _mean(values: Any) -> float:
@@ -126,7 +136,8 @@ COLUMNS = (
     ("policy", lambda x: f"`{x['policy']}`"), ("budget", lambda x: x["budget"]), ("decode", lambda x: x["decode_budget"]),
     ("cells", lambda x: x["cells"]),
     ("K/V", lambda x: "" if x["type_k"] == x["type_v"] == "f16" else f"{x['type_k']}/{x['type_v']}"),
-    ("n", lambda x: str(x["n"])), ("failed", lambda x: str(x["n_failed"] or "")),
+    ("n", lambda x: str(x["n"])), ("units", lambda x: "" if x.get("n_units", x["n"]) == x["n"] else str(x["n_units"])),
+    ("failed", lambda x: str(x["n_failed"] or "")),
     ("score", lambda x: _percent(x, "score")), ("95 %", lambda x: _interval(x, "score")),
     ("vs full", lambda x: _percent(x, "difference", "+")), ("95 % of it", lambda x: _interval(x, "difference", "+")),
     ("relative", lambda x: _percent(x, "relative", "+")), ("KL", lambda x: f"{x['kl']:.4f}" if "kl" in x else ""),
@@ -136,7 +147,7 @@ COLUMNS = (
     ("KV used", lambda x: mebibytes(x["bytes_used"]) if "bytes_used" in x else ""),
     ("of", lambda x: mebibytes(x["bytes_full"]) if "bytes_full" in x else ""),
     ("allocated", lambda x: mebibytes(x["bytes_allocated"]) if "bytes_allocated" in x else ""))
-OPTIONAL = ("decode", "cells", "K/V", "failed", "KL", "95 % of KL")  # where a line of the table has something to say
+OPTIONAL = ("decode", "cells", "K/V", "units", "failed", "KL", "95 % of KL")  # where a line of the table has something to say
 
 
 def title(line: Row) -> list[str]:

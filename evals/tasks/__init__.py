@@ -1,7 +1,7 @@
 """The tasks, one a file or folder: load(options), score(item, answer), and SETTINGS with their defaults.
 
 A task may also say what its picture lays out (ACROSS) and what its table keeps apart (SPLIT), both of an item's tags; put its questions
-itself (ask, as evals/ask.py); and give the report more columns (extra).
+itself (ask, as evals/ask.py); give the report more columns (extra); and say which items intervals count as one (unit).
 """
 from types import ModuleType
 from typing import Any, Sequence
@@ -19,6 +19,16 @@ def task(name: str) -> ModuleType:
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}: valid are {', '.join(TASKS)}")
     return TASKS[name]
+
+
+def unit(name: str, item: str, tags: dict[str, Any]) -> str:
+    """What intervals count once, of an item's id and tags: its question, whatever examples stand before it, or the
+    context that it shares with others. ValueError: unknown task.
+
+    gsm8k-test-0/1-cot and gsm8k-test-0/8-cot are one unit. A task says so by a function unit(item, tags); without it an
+    item is its own unit. Old answers are read, too, so the function goes by what ids have always held, and by tags only
+    where they are there."""
+    return task(name).unit(item, tags) if hasattr(task(name), "unit") else item
 
 
 def settings_of(names: Sequence[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:

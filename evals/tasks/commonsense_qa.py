@@ -26,6 +26,11 @@ def load(options: Options) -> list[Item]:
                  query=row["question"].strip(), gold=row["answerKey"], stop=["\n\n"], max_tokens=128 if reasons else 16) for i, row in enumerate(asked[:options.n])]
 
 
+def unit(item: str, tags: dict) -> str:
+    """The question, whatever examples stand before it, with or without reasons."""
+    return item.rpartition("/")[0] or item
+
+
 def score(item: Item, answer: str) -> bool:
     return choices.letter(answer, LABELS) == item.gold
 

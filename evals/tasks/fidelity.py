@@ -69,6 +69,18 @@ def _chunks(text: str, name: str, options: Options) -> Iterator[Item]:
             parts = []
 
 
+def unit(item: str, tags: dict) -> str:
+    """--of TASK: that task's, whatever --tokens and --reference. Prose: the passage. Another --length or --tokens cuts
+    passages that overlap with these, so do not pool several of them in one line."""
+    from . import TASKS
+    from . import unit as unit_of
+    item = item.removesuffix("/f16")
+    name, _, asked = item.partition(":")
+    if name in TASKS:
+        return f"{name}:{unit_of(name, asked.rpartition('/')[0], tags)}"
+    return item
+
+
 # -- in place of answers ------------------------------------------------------------------------------------------------
 
 REFERENCES = References()

@@ -39,6 +39,11 @@ def exemplars(options: Options, least: int = 1) -> tuple[str, list[dict]]:
     return f"{n}-{kind}" + f"-order{options['order']}"*bool(options["order"]), chosen
 
 
+def unit(item: str, tags: dict) -> str:
+    """The question, whatever examples stand before it."""
+    return item.rpartition("/")[0] or item
+
+
 def score(item: Item, answer: str) -> bool:
     return right(answer, item.gold)
 

@@ -38,5 +38,10 @@ def _of_object(i: int, row: dict, options: Options) -> list[Item]:
     return items
 
 
+def unit(item: str, tags: dict) -> str:
+    """The object, with any number of pairs: its questions share one eviction."""
+    return item.rsplit("/", 2)[0]
+
+
 def score(item: Item, answer: str) -> bool:
     return item.gold in answer.lower()

@@ -4,6 +4,7 @@ Paper: Bai et al. 2023, arXiv 2308.14508; prompts and data: THUDM/LongBench (MIT
 MuSiQue and QASPER CC-BY-4.0, Wikipedia text CC-BY-SA). --sets names hotpotqa, 2wikimqa, musique, qasper, passage_retrieval_en;
 --length N cuts a longer context in the middle, as LongBench does, to N tokens. Score: token F1, or the share of right paragraph numbers.
 """
+import hashlib
 import re
 import string
 from collections import Counter
@@ -38,8 +39,15 @@ def load(options: Options) -> list[Item]:
         found = rows(options.data_dir, f"longbench/{name}", (HUB, name, "test"), ("input", "context", "answers"))
         items += [Item(id=f"{name}/{row.get('_id', i)}/{options['length']}", lead=lead, context=_cut(row["context"], options),
                        question=after.replace("{input}", row["input"]), query=row["input"], gold=list(row["answers"]), max_tokens=max_tokens,
-                       tags={"set": name}) for i, row in enumerate(found[:options.n])]
+                       tags={"set": name, "document": hashlib.sha256(row["context"].encode()).hexdigest()[:16]})
+                  for i, row in enumerate(found[:options.n])]
     return items
+
+
+def unit(item: str, tags: dict) -> str:
+    """The document, at any length: its questions share one eviction. Old answers do not name it, so that there each
+    question is a unit."""
+    return tags.get("document") or item.rpartition("/")[0] or item
 
 
 def score(item: Item, answer: str) -> float:

@@ -26,6 +26,12 @@ def load(options: Options) -> list[Item]:
             for begin in range(0, len(found) - per_item + 1, per_item) for asked in [found[begin:begin + per_item]]][:options.n]
 
 
+def unit(item: str, tags: dict) -> str:
+    """The questions of one generation, whatever examples stand before them: "0+20". Those of 5 and those of 20 questions
+    are units apart though they share questions, so do not pool them in one line."""
+    return item.partition("/")[0]
+
+
 def numbered(name: str, given: Sequence[str]) -> list[str]:
     """A shot each, and an empty line after the last."""
     return [f"{name}_{i}: {text.strip()}\n" + "\n"*(i == len(given)) for i, text in enumerate(given, 1)]

@@ -31,6 +31,11 @@ def load(options: Options) -> list[Item]:
     return items[:options.n]
 
 
+def unit(item: str, tags: dict) -> str:
+    """The subject, however many of its questions are asked."""
+    return item.partition("/")[0]
+
+
 def score(item: Item, answer: str) -> float:
     said = answers(answer)
     return sum(_letter(said.get(i, "")) == gold for i, gold in enumerate(item.gold, 1))/len(item.gold)

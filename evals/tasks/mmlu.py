@@ -33,6 +33,11 @@ def load(options: Options) -> list[Item]:
     return [of_subject[i] for i in range(longest) for of_subject in items if i < len(of_subject)][:options.n]
 
 
+def unit(item: str, tags: dict) -> str:
+    """The subject: its questions share their examples, so one eviction. Where it is not known, the question."""
+    return tags.get("subject") or item.rpartition("/")[0] or item
+
+
 def score(item: Item, answer: str) -> bool:
     return choices.letter(answer, LABELS) == item.gold
 

@@ -29,6 +29,12 @@ def load(options: Options) -> list[Item]:
     return found[:options.n]
 
 
+def unit(item: str, tags: dict) -> str:
+    """A text with its needles in one arrangement, at any length: its questions share one eviction."""
+    text, *rest = item.split("/", 3)
+    return f"{text}/{rest[1]}" if len(rest) == 3 else item
+
+
 def score(item: Item, answer: str) -> bool:
     """The needle's answer stands in what was generated."""
     return _plain(item.gold) in _plain(answer)
