@@ -86,24 +86,28 @@ static ggml_custom_op_t cpu_step(const ggml_tensor * k, const char * name) {
 }
 
 std::vector<float> engine::attention_of(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
-        bool largest) const {
+        bool largest, const std::vector<int32_t> & slots) const {
     const int32_t n_mask = n_held(s, sig.il) < (int64_t) sig.pos.size() ? sig.n_head : 1;
     const auto ranges = ranges_of(sig, queries, n_mask);
     // The tiles know neither attention sinks nor a soft cap.
     const bool tiles = !getenv("PYKVC_STOCK_ATTENTION") && !attn[sig.il].sinks && !model.hparams.attn_soft_cap &&
         cpu_step(kv.layers[sig.il].k, "kvc_attn_tiles");
-    return tiles ? attention_tiles(lctx, s, sig, queries, ranges, n_mask, largest) :
-                   attention_graph(lctx, s, sig, queries, ranges, n_mask, largest);
+    return tiles ? attention_tiles(lctx, s, sig, queries, ranges, n_mask, largest, slots) :
+                   attention_graph(lctx, s, sig, queries, ranges, n_mask, largest, slots);
 }
 
 std::vector<float> engine::attention_tiles(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
-        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest) const {
+        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const {
     const int32_t n_query = (int32_t) queries.size(), n_group = sig.n_head/n_hkv;
     const int32_t n_lane = GGML_PAD(n_query, KVC_ATTN_LANES); // of a head; those that no query takes see all and weigh nothing
-    const int32_t n_tile = (sig.n_kv + KVC_ATTN_TILE - 1)/KVC_ATTN_TILE;
+    const int32_t n_seen = slots.empty() ? sig.n_kv : (int32_t) slots.size();
+    const int32_t n_tile = (n_seen + KVC_ATTN_TILE - 1)/KVC_ATTN_TILE;
+    const auto seen_before = [&](int32_t j) { // slots before j, as the tiles count them
+        return slots.empty() ? j : (int32_t) (std::lower_bound(slots.begin(), slots.end(), j) - slots.begin());
+    };
 
     std::vector<float>   q     ((size_t) n_hkv*sig.head_dim*n_group*n_lane, 0.0f); // [n_head_kv, head_dim, n_group*n_lane]
-    std::vector<int32_t> range ((size_t) n_hkv*2*n_group*n_lane, sig.n_kv);        // [n_head_kv, 2, n_group*n_lane]
+    std::vector<int32_t> range ((size_t) n_hkv*2*n_group*n_lane, n_seen);          // [n_head_kv, 2, n_group*n_lane]
     std::vector<float>   weight((size_t) n_hkv*n_group*n_lane, 0.0f);              // [n_head_kv, n_group*n_lane]
     const auto ring = read_ring(s, sig.il);
     for (int32_t h = 0; h < n_hkv; ++h) {
@@ -117,8 +121,8 @@ std::vector<float> engine::attention_tiles(llama_context * lctx, uint32_t s, con
                 q[(kv_head*sig.head_dim + d)*stride + lane] = row[h*sig.head_dim + d]*attn[sig.il].scale;
             }
             const int32_t * from = &ranges[2*((size_t) (n_mask > 1 ? h : 0)*n_query + i)];
-            range [(2*kv_head + 0)*stride + lane] = from[0];
-            range [(2*kv_head + 1)*stride + lane] = from[1];
+            range [(2*kv_head + 0)*stride + lane] = seen_before(from[0]);
+            range [(2*kv_head + 1)*stride + lane] = seen_before(from[1]);
             weight[kv_head*stride + lane] = queries[i].weight;
         }
     }
@@ -129,30 +133,47 @@ std::vector<float> engine::attention_tiles(llama_context * lctx, uint32_t s, con
     auto * inputs = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_group*n_lane, sig.head_dim, n_hkv);
     auto * bounds = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, n_group*n_lane, 2, n_hkv);
     auto * shares = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_group*n_lane, n_hkv);
-    for (auto * input : { inputs, bounds, shares }) {
-        ggml_set_input(input);
+    auto * chosen = slots.empty() ? nullptr : ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_seen);
+    for (auto * input : { inputs, bounds, shares, chosen }) {
+        if (input) {
+            ggml_set_input(input);
+        }
     }
     ggml_tensor * args[] = {
-        ggml_view_3d(ctx, k, sig.head_dim, n_hkv, sig.n_kv, ggml_row_size(k->type, sig.head_dim), k->nb[1], s*k->nb[2]), inputs, bounds,
+        ggml_view_3d(ctx, k, sig.head_dim, n_hkv, sig.n_kv, ggml_row_size(k->type, sig.head_dim), k->nb[1], s*k->nb[2]), inputs, bounds, chosen,
     };
-    auto * tiles = ggml_custom_4d(ctx, GGML_TYPE_F32, n_group*n_lane, sig.n_kv + 2*n_tile, n_hkv, 1, args, 3, cpu_step(k, "kvc_attn_tiles"),
+    auto * tiles = ggml_custom_4d(ctx, GGML_TYPE_F32, n_group*n_lane, n_seen + 2*n_tile, n_hkv, 1, args, chosen ? 4 : 3, cpu_step(k, "kvc_attn_tiles"),
             GGML_N_TASKS_MAX, nullptr);
     ggml_tensor * summed[] = { tiles, shares };
-    auto * out = ggml_custom_4d(ctx, GGML_TYPE_F32, sig.n_kv, sig.n_head, 1, 1, summed, 2, cpu_step(k, largest ? "kvc_attn_max" : "kvc_attn_sum"),
+    auto * out = ggml_custom_4d(ctx, GGML_TYPE_F32, n_seen, sig.n_head, 1, 1, summed, 2, cpu_step(k, largest ? "kvc_attn_max" : "kvc_attn_sum"),
             GGML_N_TASKS_MAX, nullptr);
     run_graph(lctx, res, out, [&]() {
         ggml_backend_tensor_set(inputs, q.data(),      0, ggml_nbytes(inputs));
         ggml_backend_tensor_set(bounds, range.data(),  0, ggml_nbytes(bounds));
         ggml_backend_tensor_set(shares, weight.data(), 0, ggml_nbytes(shares));
+        if (chosen) {
+            ggml_backend_tensor_set(chosen, slots.data(), 0, ggml_nbytes(chosen));
+        }
     });
-    std::vector<float> given((size_t) sig.n_kv*sig.n_head);
+    std::vector<float> given((size_t) n_seen*sig.n_head);
     ggml_backend_tensor_get(out, given.data(), 0, ggml_nbytes(out));
-    return given;
+    if (slots.empty()) {
+        return given;
+    }
+    std::vector<float> all((size_t) sig.n_kv*sig.n_head, 0.0f);
+    for (size_t i = 0; i < given.size(); ++i) {
+        all[i/n_seen*sig.n_kv + slots[i % n_seen]] = given[i];
+    }
+    return all;
 }
 
 std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
-        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest) const {
+        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const {
     const int32_t n_window = cfg->need.window, n_query = (int32_t) queries.size();
+    std::vector<float> seen(sig.n_kv, slots.empty() ? 0.0f : -INFINITY);
+    for (const int32_t j : slots) {
+        seen[j] = 0.0f;
+    }
     std::vector<float> mask((size_t) n_mask*n_window*sig.n_kv, 0.0f); // F32 [n_kv, n_window, n_mask]
     std::vector<float> weight(n_window, 0.0f);                        // 0: a row of the ring that is not asked for
     for (int32_t i = 0; i < n_query; ++i) {
@@ -160,6 +181,7 @@ std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, con
         for (int32_t h = 0; h < n_mask; ++h) {
             const int32_t * range = &ranges[2*((size_t) h*n_query + i)];
             float * row = mask.data() + ((size_t) h*n_window + queries[i].row)*sig.n_kv;
+            std::copy(seen.begin(), seen.end(), row);
             std::fill(row, row + range[0], -INFINITY);
             std::fill(row + range[1], row + sig.n_kv, -INFINITY);
         }

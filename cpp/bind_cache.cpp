@@ -2,7 +2,11 @@
 
 #include "bind_context.h"
 
+#include <cmath>
+
 namespace kvc {
+
+static const int32_t N_LISTEN = 64; // repeated tokens whose likelihood is looked at
 
 bool Context::evict(int32_t seq, bool mask_only) {
     check_seq(seq);
@@ -11,20 +15,53 @@ bool Context::evict(int32_t seq, bool mask_only) {
     return evictor().evict(ctx.get(), seq, mask_only);
 }
 
-void Context::ask(const i32_array & tokens, int32_t seq, int32_t begin, int32_t end) {
-    const llama_pos p0 = pos_max(seq) + 1;
-    const int32_t n = (int32_t) tokens.size();
-    if (n > std::min<int64_t>(evictor().conf().need.window, llama_n_ubatch(ctx.get()))) {
-        throw std::invalid_argument("a probe of " + std::to_string(n) + " tokens: at most the policy's window, " +
-                std::to_string(evictor().conf().need.window) + ", and n_ubatch, " + std::to_string(llama_n_ubatch(ctx.get())));
+// Of logits F32 [n_vocab].
+static double log_prob(const float * logits, int32_t n_vocab, int32_t token) {
+    const float top = *std::max_element(logits, logits + n_vocab);
+    double sum = 0;
+    for (int32_t i = 0; i < n_vocab; ++i) {
+        sum += std::exp((double) logits[i] - top);
     }
-    if (!evictor().has_room(seq, n)) {
+    return logits[token] - top - std::log(sum);
+}
+
+std::pair<double, int32_t> Context::ask(const i32_array & tokens, int32_t seq, int32_t begin, int32_t end, int32_t n_repeated) {
+    const llama_pos p0 = pos_max(seq) + 1;
+    const int32_t n = (int32_t) tokens.size(), n_vocab = llama_vocab_n_tokens(model->vocab);
+    const int32_t n_piece = std::min<int32_t>({ evictor().conf().need.window, (int32_t) llama_n_ubatch(ctx.get()), (int32_t) llama_n_batch(ctx.get()) });
+    if (n < 1 || n_piece < 1 || (evictor().conf().need.probe != probe::max && n > n_piece)) {
+        throw std::invalid_argument("a probe of " + std::to_string(n) + " tokens: it is not empty, and what is asked (finch) has at most as many as "
+                "the policy's window and n_ubatch, " + std::to_string(n_piece));
+    }
+    if (p0 + n > n_ctx() || !evictor().has_room(seq, n)) {
         throw std::invalid_argument("there is no room for a probe of " + std::to_string(n) + " tokens");
     }
+    for (int32_t i = 0; i < n; ++i) {
+        model->check(tokens.data()[i]);
+    }
+    const int32_t first = std::max(1, n - n_repeated), step = std::max(1, (n - first)/N_LISTEN); // a logit costs as much as a few layers
+    std::pair<double, int32_t> likelihood = { 0, 0 };
+    std::vector<std::vector<float>> heard;
     try {
-        decode(tokens, seq, "none");
+        for (int32_t i0 = 0; i0 < n; i0 += n_piece) {
+            const int32_t nb = std::min(n_piece, n - i0);
+            const auto is_next = [&](int32_t i) { return i + 1 >= first && i + 1 < n && (i + 1 - first) % step == 0; }; // of a token looked at
+            std::vector<int8_t> out(nb, 0);
+            for (int32_t i = 0; i < nb; ++i) {
+                out[i] = is_next(i0 + i);
+            }
+            decode_some(tokens.data() + i0, nb, seq, out.data());
+            for (int32_t i = 0; i < nb; ++i) {
+                if (out[i]) {
+                    likelihood.first += log_prob(llama_get_logits_ith(ctx.get(), i), n_vocab, tokens.data()[i0 + i + 1]);
+                    likelihood.second++;
+                }
+            }
+            py::gil_scoped_release nogil;
+            evictor().listen(ctx.get(), seq, nb, i0 + nb, begin, end < 0 ? p0 : end, heard);
+        }
         py::gil_scoped_release nogil;
-        evictor().ask(ctx.get(), seq, n, begin, end < 0 ? p0 : end);
+        evictor().take_out(ctx.get(), seq, n, begin, end < 0 ? p0 : end, heard);
     } catch (...) {
         if (pos_max(seq) >= p0) {
             remove_tail(p0, seq);
@@ -32,6 +69,7 @@ void Context::ask(const i32_array & tokens, int32_t seq, int32_t begin, int32_t 
         throw;
     }
     n_rows = 0;
+    return likelihood;
 }
 
 void Context::make_room(int32_t n, int32_t seq) {
@@ -93,6 +131,7 @@ py::list Context::signals(int32_t seq) const {
         d["q_mean"] = f32(s.q_mean, { s.n_head, s.head_dim });
         d["q_cov"]  = f32(s.q_cov,  { s.n_head, s.head_dim, s.head_dim });
         d["v_norm"] = f32(s.v_norm, { s.n_head_kv, s.n_kv });
+        d["o_norm"] = f32(s.o_norm, { s.n_head, s.n_kv });
         res.append(d);
     }
     return res;

@@ -138,19 +138,24 @@ void Context::decode(const i32_array & tokens, int32_t seq, const std::string & 
     const int64_t n_batch = llama_n_batch(ctx.get());
     for (int64_t i0 = 0; i0 < n; i0 += n_batch) {
         const int32_t nb = (int32_t) std::min(n_batch, n - i0);
-        std::vector<llama_token>    tok(tokens.data() + i0, tokens.data() + i0 + nb);
-        std::vector<llama_pos>      pos(nb);
-        std::vector<int32_t>        n_seq(nb, 1);
-        std::vector<llama_seq_id *> ids(nb, &seq);
-        std::vector<int8_t>         out(nb, logits == "all");
-        for (int32_t i = 0; i < nb; ++i) {
-            pos[i] = p0 + (llama_pos) i0 + i;
-        }
+        std::vector<int8_t> out(nb, logits == "all");
         out[nb - 1] |= logits == "last" && i0 + nb == n;
-        llama_batch batch = { nb, tok.data(), nullptr, pos.data(), n_seq.data(), ids.data(), out.data() };
-        run(batch);
+        decode_some(tokens.data() + i0, nb, seq, out.data());
     }
     n_rows = logits == "all" ? (int32_t) n : logits == "last" ? 1 : 0;
+}
+
+void Context::decode_some(const int32_t * tokens, int32_t n, int32_t seq, int8_t * out) {
+    const llama_pos p0 = pos_max(seq) + 1;
+    std::vector<llama_token>    tok(tokens, tokens + n);
+    std::vector<llama_pos>      pos(n);
+    std::vector<int32_t>        n_seq(n, 1);
+    std::vector<llama_seq_id *> ids(n, &seq);
+    for (int32_t i = 0; i < n; ++i) {
+        pos[i] = p0 + i;
+    }
+    llama_batch batch = { n, tok.data(), nullptr, pos.data(), n_seq.data(), ids.data(), out };
+    run(batch);
 }
 
 void Context::decode_batch(const i32_array & tokens, const i32_array & seqs) {

@@ -33,6 +33,7 @@ public:
 
     void run(llama_batch & batch);
     void decode(const i32_array & tokens, int32_t seq, const std::string & logits);
+    void decode_some(const int32_t * tokens, int32_t n, int32_t seq, int8_t * out); // at most n_batch; out: which have logits
     void decode_batch(const i32_array & tokens, const i32_array & seqs);
     py::array_t<float> logits() const;
     bool remove_tail(llama_pos pos, int32_t seq);
@@ -42,8 +43,9 @@ public:
     // -- bind_cache.cpp
     bool evict(int32_t seq, bool mask_only);
     // Evaluates a probe after what the sequence holds, lets the policy see what it attends to of positions [begin, end), and
-    // takes it out again. However it ends, the probe is gone.
-    void ask(const i32_array & tokens, int32_t seq, int32_t begin, int32_t end);
+    // takes it out again, a window of it at a time. However it ends, the probe is gone. Of the last n_repeated tokens, those that the
+    // model was to repeat: (sum of their log-probabilities in nats, how many were looked at).
+    std::pair<double, int32_t> ask(const i32_array & tokens, int32_t seq, int32_t begin, int32_t end, int32_t n_repeated);
     void make_room(int32_t n, int32_t seq);
 
     py::list kept(int32_t seq) const;

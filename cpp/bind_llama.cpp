@@ -200,6 +200,10 @@ void bind_llama(py::module_ & m) {
         .def("check_budget", [](const Context & c, const std::string & b, const std::string & d) {
             c.evictor().check_budget(kvc::parse_budget(b, "kv_budget"), kvc::parse_budget(d, "kv_decode_budget"));
         }, "budget"_a, "decode_budget"_a)
+        .def("set_policy", [](Context & c, const std::string & policy, const std::string & budget, const std::string & decode, int32_t seq) {
+            c.check_seq(seq);
+            c.evictor().set_policy(seq, policy.c_str(), budget.c_str(), decode.c_str());
+        }, "policy"_a, "budget"_a, "decode_budget"_a = "", "seq"_a = 0)
         .def("set_budget", [](Context & c, const std::string & b, const std::string & d, int32_t seq) {
             c.evictor().set_budget(seq, kvc::parse_budget(b, "kv_budget"), kvc::parse_budget(d, "kv_decode_budget"));
         }, "budget"_a, "decode_budget"_a, "seq"_a = 0)
@@ -213,7 +217,7 @@ void bind_llama(py::module_ & m) {
         .def("begin_prompt", [](Context & c, int32_t seq) { c.evictor().begin_prompt(seq); }, "seq"_a = 0)
         .def("end_prompt", [](Context & c, int32_t seq) { c.evictor().end_prompt(seq); }, "seq"_a = 0)
         .def("evict", &Context::evict, "seq"_a = 0, "mask_only"_a = false, "Prompt eviction now; mask_only (tests): the keep sets as a mask, nothing is freed.")
-        .def("ask", &Context::ask, "tokens"_a, "seq"_a = 0, "begin"_a = 0, "end"_a = -1)
+        .def("ask", &Context::ask, "tokens"_a, "seq"_a = 0, "begin"_a = 0, "end"_a = -1, "n_repeated"_a = 0)
         .def("has_room", [](const Context & c, int32_t n, int32_t seq) { c.check_seq(seq); return c.evictor().has_room(seq, n); }, "n"_a, "seq"_a = 0)
         .def("n_until_eviction", [](const Context & c, int32_t seq) { c.check_seq(seq); return c.evictor().n_until_eviction(seq); }, "seq"_a = 0)
         .def("make_room", &Context::make_room, "n"_a, "seq"_a = 0)

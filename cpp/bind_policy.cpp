@@ -60,10 +60,12 @@ public:
         nd.keys   = this->obj.attr("keys").cast<bool>();
         nd.future = this->obj.attr("future").cast<int32_t>();
         nd.values = this->obj.attr("values").cast<bool>();
+        nd.outputs = this->obj.attr("outputs").cast<bool>();
         nd.spans  = this->obj.attr("spans").cast<bool>();
         sinks     = this->obj.attr("sinks").cast<int32_t>();
         recent    = this->obj.attr("recent").cast<int32_t>();
         differ    = this->obj.attr("heads_differ").cast<bool>();
+        share.over = share_from(this->obj.attr("share").cast<std::string>());
         has_budgets = this->obj.attr("_overrides").contains("budgets");
         has_keep    = this->obj.attr("_overrides").contains("keep");
         if (nd.window < 0 || nd.future < 0 || sinks < 0 || recent < 0) {
@@ -80,7 +82,7 @@ public:
     int32_t n_sink() const override { return sinks; }
     int32_t n_recent(int32_t) const override { return recent; }
     int32_t min_budget() const override { return sinks + recent + 1; }
-    bool    heads_differ() const override { return differ; }
+    bool    heads_differ() const override { return differ || share.heads_differ(); }
 
     std::vector<int32_t> budgets(const request & r) const override {
         if (!has_budgets) {
@@ -110,6 +112,7 @@ public:
         d["q_mean"] = f32(v.q_mean, { v.n_head, v.head_dim });
         d["q_cov"]  = f32(v.q_cov,  { v.n_head, v.head_dim, v.head_dim });
         d["v_norm"] = f32(v.v_norm, { v.n_head_kv, v.n_kv });
+        d["o_norm"] = f32(v.o_norm, { v.n_head, v.n_kv });
         const auto res = obj.attr("_score")(d).cast<f32_array>();
         copy_checked(res, "score", v.n_head_kv, v.n_kv, out);
     }
@@ -151,21 +154,22 @@ std::shared_ptr<const config> config_from_python(const py::object & pol, const s
 static py::list table() {
     py::list res;
     for (const auto & info : policy_table()) {
-        const auto pol = info.make(parse_spec(info.name).p);
+        const auto pol = info.make_policy(parse_spec(info.name).p);
         const auto nd = pol->need();
         py::dict d, n;
         n["window"] = nd.window; n["newest"] = nd.newest; n["sums"] = nd.sums; n["keys"] = nd.keys; n["spans"] = nd.spans;
-        n["future"] = nd.future; n["values"] = nd.values;
+        n["future"] = nd.future; n["values"] = nd.values; n["outputs"] = nd.outputs;
         n["probe"] = nd.probe == probe::none ? "none" : nd.probe == probe::mean ? "mean" : "max";
         py::list params;
-        for (const auto & p : info.params()) {
+        for (const auto & p : info.all_params()) {
             py::dict x;
             x["name"] = p.name; x["value"] = p.value; x["doc"] = p.doc; x["min"] = p.min; x["max"] = p.max;
             x["choices"] = p.choices; x["integer"] = p.integer;
             params.append(x);
         }
         d["name"] = info.name; d["title"] = info.title; d["paper"] = info.paper; d["decode"] = decode_name(info.decode);
-        d["layers_differ"] = info.layers_differ; d["heads_differ"] = pol->heads_differ(); d["needs"] = n; d["params"] = params;
+        d["layers_differ"] = info.layers_differ || pol->share.layers_differ(); d["share"] = info.share ? py::object(py::str(info.share)) : py::none();
+        d["heads_differ"] = pol->heads_differ(); d["needs"] = n; d["params"] = params;
         res.append(d);
     }
     return res;
@@ -179,12 +183,12 @@ static void check_2d(const py::array & a, const char * name) {
 
 static py::array_t<float> score(const std::string & text, const i32_array & pos, int32_t il, int32_t n_layer, int32_t n_head, int32_t n_query,
         int32_t head_dim, const py::object & attn, const py::object & sums, const py::object & keys, const py::object & probed,
-        const py::object & q_mean, const py::object & q_cov, const py::object & v_norm) {
+        const py::object & q_mean, const py::object & q_cov, const py::object & v_norm, const py::object & o_norm) {
     check_2d(pos, "pos");
     const auto sp = parse_spec(text);
-    const auto pol = sp.info->make(sp.p);
+    const auto pol = sp.info->make_policy(sp.p);
     const int32_t n_hkv = (int32_t) pos.shape(0), n_kv = (int32_t) pos.shape(1);
-    f32_array a, s, k, p, m, c, n;
+    f32_array a, s, k, p, m, c, n, o;
     const auto ptr = [](const py::object & o, f32_array & hold, size_t n, const char * name) -> const float * {
         if (o.is_none()) {
             return nullptr;
@@ -201,11 +205,13 @@ static py::array_t<float> score(const std::string & text, const i32_array & pos,
     layer_view v = { il, n_layer, n_kv, n_head, n_hkv, head_dim, n_query > 0 ? n_query : nd.window, pos.data(),
         ptr(attn, a, (size_t) n_head*n_kv, "attn"), ptr(sums, s, (size_t) n_hkv*n_kv, "sums"), ptr(keys, k, (size_t) n_hkv*n_kv*head_dim, "keys"),
         ptr(probed, p, (size_t) n_hkv*n_kv, "probed"), ptr(q_mean, m, (size_t) n_head*head_dim, "q_mean"),
-        ptr(q_cov, c, (size_t) n_head*head_dim*head_dim, "q_cov"), ptr(v_norm, n, (size_t) n_hkv*n_kv, "v_norm") };
+        ptr(q_cov, c, (size_t) n_head*head_dim*head_dim, "q_cov"), ptr(v_norm, n, (size_t) n_hkv*n_kv, "v_norm"),
+        ptr(o_norm, o, (size_t) n_head*n_kv, "o_norm") };
     const bool fit = nd.future > 0, window = nd.window > 0 && !fit;
-    if ((window && !v.attn && !v.probed) || (nd.sums && !v.sums) || (nd.keys && !v.keys) || (fit && (!v.q_mean || !v.q_cov)) || (nd.values && !v.v_norm)) {
+    if ((window && !v.attn && !v.probed) || (nd.sums && !v.sums) || (nd.keys && !v.keys) || (fit && (!v.q_mean || !v.q_cov)) || (nd.values && !v.v_norm) ||
+            (nd.outputs && !v.o_norm)) {
         throw std::invalid_argument(text + " needs " + (window ? "attn " : "") + (nd.sums ? "sums " : "") + (nd.keys ? "keys " : "") +
-                (fit ? "q_mean q_cov " : "") + (nd.values ? "v_norm" : ""));
+                (fit ? "q_mean q_cov " : "") + (nd.values ? "v_norm " : "") + (nd.outputs ? "o_norm" : ""));
     }
     f32_array out({ (py::ssize_t) n_hkv, (py::ssize_t) n_kv });
     pol->score(v, out.mutable_data());
@@ -215,7 +221,7 @@ static py::array_t<float> score(const std::string & text, const i32_array & pos,
 static py::list plan(const std::string & text, const std::vector<i32_array> & pos, const std::vector<f32_array> & score, int32_t budget, bool prompt,
         const py::object & n_frozen, const std::vector<std::pair<int32_t, int32_t>> & spans, bool room) {
     const auto sp = parse_spec(text);
-    const auto pol = sp.info->make(sp.p);
+    const auto pol = sp.info->make_policy(sp.p);
     if (pos.empty() || pos.size() != score.size()) {
         throw std::invalid_argument("pos and score must hold one array per layer");
     }
@@ -237,6 +243,7 @@ static py::list plan(const std::string & text, const std::vector<i32_array> & po
         r.spans.push_back({ s.first, s.second });
     }
     py::list res;
+    r.heads = head_lengths(*pol, r);
     const auto n_keep = pol->budgets(r);
     for (size_t l = 0; l < pos.size(); ++l) {
         i32_array slots({ (py::ssize_t) r.n_head_kv, (py::ssize_t) n_keep[l] });
@@ -260,7 +267,7 @@ void bind_policy(py::module_ & m) {
     }, "text"_a, "name"_a = "kv_budget", "('none' | 'tokens' | 'ratio', value).");
     m.def("score", &score, "spec"_a, "pos"_a, py::kw_only(), "il"_a = 0, "n_layer"_a = 1, "n_head"_a = 0, "n_query"_a = 0, "head_dim"_a = 0,
             "attn"_a = py::none(), "sums"_a = py::none(), "keys"_a = py::none(), "probed"_a = py::none(),
-            "q_mean"_a = py::none(), "q_cov"_a = py::none(), "v_norm"_a = py::none(), "score() of a policy over host arrays: F32 [n_head_kv, n_kv].");
+            "q_mean"_a = py::none(), "q_cov"_a = py::none(), "v_norm"_a = py::none(), "o_norm"_a = py::none(), "score() of a policy over host arrays: F32 [n_head_kv, n_kv].");
     m.def("plan", &plan, "spec"_a, "pos"_a, "score"_a, "budget"_a, py::kw_only(), "prompt"_a = true, "n_frozen"_a = py::none(),
             "spans"_a = std::vector<std::pair<int32_t, int32_t>>(), "room"_a = false, "budgets() and keep() of a policy: slots kept a layer, I32 [n_head_kv, n_keep], -1 where a head keeps fewer.");
 }

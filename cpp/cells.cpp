@@ -76,6 +76,9 @@ std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, c
                 "the budget of " + std::to_string(n_budget) + " tokens and n_ubatch " + std::to_string(cparams.n_ubatch) + " new ones");
     }
 
+    if (cfg->pol->share.layers_differ()) {
+        throw std::invalid_argument(cfg->spec + ": with kv_cells the rows of each layer are allocated before their lengths are known: give share=head");
+    }
     auto c = std::make_shared<config>(*cfg);
     c->n_cells  = (int32_t) n_cells;
     c->n_reserve = (int32_t) cparams.n_ubatch;
@@ -132,8 +135,12 @@ int32_t engine::n_rows_max(int32_t ikv) const {
     return (int32_t) kv.layers[ikv].k->ne[1];
 }
 
-uint32_t engine::n_rows(int32_t ikv, uint32_t n_kv) const {
-    return std::min(n_kv - cell_begin(ikv), (uint32_t) n_rows_max(ikv));
+uint32_t engine::n_rows(int32_t ikv, uint32_t n_kv, uint32_t s0, uint32_t s1) const {
+    uint32_t begin = cell_begin(s0, ikv);
+    for (uint32_t s = s0; s <= s1; ++s) {
+        begin = std::min(begin, cell_begin(s, ikv));
+    }
+    return std::min(n_kv - std::min(begin, n_kv), (uint32_t) n_rows_max(ikv));
 }
 
 // Rows that are free in every layer.

@@ -53,7 +53,7 @@ std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, con
     cfg->pol           = std::move(pol);
     cfg->spec          = name;
     cfg->decode        = decode;
-    cfg->layers_differ = cfg->pol->heads_differ(); // their longest heads do
+    cfg->layers_differ = cfg->pol->heads_differ() || cfg->pol->share.layers_differ(); // longest heads do
     cfg->need          = cfg->pol->need();
     cfg->prompt_budget = parse_budget(kv_budget, "kv_budget");
     cfg->decode_budget = parse_budget(kv_decode_budget, "kv_decode_budget");
@@ -68,7 +68,8 @@ std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, con
 
 std::shared_ptr<const config> make_config(const std::string & text, const std::string & kv_budget, const std::string & kv_decode_budget,
         const std::string & kv_cells, bool guess) {
-    const spec sp = parse_spec(text);
+    spec sp = parse_spec(text);
+    settle_share(sp.p, !kv_cells.empty());
     const std::string name = sp.info->name;
     if (name == "full") {
         if (!kv_budget.empty() || !kv_decode_budget.empty() || !kv_cells.empty()) {
@@ -77,10 +78,16 @@ std::shared_ptr<const config> make_config(const std::string & text, const std::s
         }
         return nullptr;
     }
-    auto cfg = std::const_pointer_cast<config>(make_config(std::shared_ptr<const policy>(sp.info->make(sp.p)), name,
-            sp.info->decode, kv_budget, kv_decode_budget, kv_cells));
+    auto pol = std::shared_ptr<const policy>(sp.info->make_policy(sp.p));
+    const bool only_prompt = pol->share.heads_differ(); // what generated tokens a shorter head would keep is not known
+    if (only_prompt && !kv_decode_budget.empty()) {
+        throw std::invalid_argument("kv_decode_budget: with share=" + sp.p.s("share") + " " + name + " evicts the prompt only; share=head and layers "
+                "evict generated tokens where the policy does");
+    }
+    auto cfg = std::const_pointer_cast<config>(make_config(std::move(pol), name, only_prompt ? decode_mode::none : sp.info->decode, kv_budget,
+            kv_decode_budget, kv_cells));
     cfg->spec          = sp.canonical();
-    cfg->layers_differ = sp.info->layers_differ;
+    cfg->layers_differ = cfg->layers_differ || sp.info->layers_differ;
     cfg->interval      = sp.p.values.count("interval") ? sp.p.i("interval") : cfg->interval;
     cfg->guess         = guess;
     return cfg;
@@ -119,15 +126,16 @@ std::shared_ptr<const config> engine::variant(const char * policy, const char * 
         return res;
     }
     if (policy) {
-        const auto own = make_config(text, "", "", "", cfg->guess);
+        const auto own = make_config(text, "", "", is_bounded() ? cfg->cells_text : "", cfg->guess);
         const auto & has = cfg->need, & wants = own->need;
         const std::string why =
             wants.window > has.window ? "needs the last " + std::to_string(wants.window) + " queries, and this context keeps " + std::to_string(has.window) :
             wants.sums  && !has.sums                       ? "needs attention summed over all queries" :
             wants.future > 0 && has.future == 0            ? "needs a fit of the queries to come" :
-            wants.probe != has.probe                       ? "asks questions of its own" :
+            wants.probe != probe::none && wants.probe != has.probe ? "asks questions of its own" :
+            wants.probe != probe::none && (wants.chunk != has.chunk || wants.plus != has.plus) ? "hears the repetition in another way (softmax, plus)" :
+            wants.outputs && !has.outputs                  ? "needs the norms of what values become behind the output projection" :
             own->pol->heads_differ() && !cfg->pol->heads_differ() ? "gives heads different budgets" :
-            own->layers_differ && kv.n_stream > 1          ? "gives layers different budgets, and this context has several sequences" :
             own->spec != cfg->spec && is_bounded() && (own->layers_differ || cfg->layers_differ) ? "does not fit the cells of " + cfg->spec : "";
         if (!why.empty()) {
             throw std::invalid_argument("kv_policy " + own->spec + " " + why + ": this context was created with " + cfg->spec +

@@ -58,6 +58,9 @@ void engine::ask_device(int32_t ikv, int32_t n_ubatch) {
             graph_scores(ctx, 0, ikv, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_kv, n_window),
                     ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_window, n_head));
         }
+        if (t.inputs) {
+            ggml_set_rows(ctx, t.inputs, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, 1), ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1));
+        }
         if (t.sums) {
             graph_sums(ctx, ikv, ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_kv, n_ubatch, n_head, 1), 0);
         }

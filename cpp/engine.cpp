@@ -22,8 +22,8 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
             throw std::invalid_argument("this model cannot evict: its layers have different numbers of KV heads");
         }
     }
-    if (kv.n_stream > 1 && cfg->layers_differ) {
-        throw std::invalid_argument(cfg->spec + " gives layers different budgets, which several sequences in one context "
+    if (kv.n_stream > 1 && cfg->pol->heads_differ()) {
+        throw std::invalid_argument(cfg->spec + " gives heads different budgets, which several sequences in one context "
                 "do not support yet: use n_seq_max 1");
     }
     for (const auto & layer : kv.layers) {
@@ -37,6 +37,9 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
         reset(q);
     }
     attn.resize(kv.layers.size());
+    if (cfg->need.outputs || cfg->need.plus) {
+        find_outputs();
+    }
     alloc_signals(cparams);
 }
 
@@ -79,9 +82,13 @@ int64_t engine::n_held(uint32_t s, int32_t ikv) const {
     return n;
 }
 
-uint32_t engine::cell_begin(int32_t ikv) const {
-    // several streams are read through one view, so their layers all begin at 0 (checked in run())
-    return kv.n_stream > 1 ? 0 : streams[0].n_base - streams[0].n_kept[ikv];
+uint32_t engine::cell_begin(uint32_t s, int32_t ikv) const {
+    return streams[s].n_base - streams[s].n_kept[ikv];
+}
+
+// Where position 0 would be, were it there: behind an eviction all positions are neighbours.
+int64_t engine::row_of_origin(uint32_t s, int32_t ikv) const {
+    return n_cells(s) - (int64_t) streams[s].tokens.size() - cell_begin(s, ikv);
 }
 
 // I32 [n_head_kv, n_slots], -1 where a slot is empty

@@ -4,7 +4,8 @@
 // what they call is here.
 //
 // After an eviction layer l holds n_kept[l] rows, which stand for cells [n_base - n_kept[l], n_base): right-aligned, so
-// that the next token takes the same cell in every layer and llama.cpp's one cell table still serves all. The rows
+// that the next token takes the same cell in every layer and llama.cpp's one cell table still serves all. Sequences differ in what
+// their layers hold: attention reads as many rows as the longest of a batch has, and each masks what it lacks. The rows
 // themselves begin at 0 of the layer's tensors: row = cell - cell_begin(layer). Each KV head of a layer keeps rows of
 // its own; where heads keep different numbers, the first rows of a shorter one are empty (zeros) and masked. Keys keep the
 // RoPE position they were written with.
@@ -20,6 +21,8 @@
 //   attn.cpp    what some queries give to a layer's cells
 //   signal.cpp  what a policy looks at, of one layer
 //   fit.cpp     the queries that are to be expected
+//   probe.cpp   what a probe attended to
+//   output.cpp  what values become behind the output projection
 //   evict.cpp   signals -> scores -> plan -> compaction of one sequence
 //   state.cpp   what a saved state needs beyond llama.cpp's cells
 
@@ -79,6 +82,7 @@ struct layer_signals {
     std::vector<float>   q_mean; // F32 [n_head, head_dim]
     std::vector<float>   q_cov;  // F32 [n_head, head_dim, head_dim]
     std::vector<float>   v_norm; // F32 [n_head_kv, n_kv]
+    std::vector<float>   o_norm; // F32 [n_head, n_kv]
 
     layer_view view(int32_t n_layer) const;
 };
@@ -128,14 +132,16 @@ public:
     void update(llama_context * lctx);
 
     // -- the graph
-    uint32_t cell_begin(int32_t ikv) const;            // first cell layer ikv reads, its row 0
-    uint32_t n_rows(int32_t ikv, uint32_t n_kv) const; // rows it reads of the first n_kv cells
+    uint32_t cell_begin(uint32_t s, int32_t ikv) const; // first cell that layer ikv holds of a sequence, its row 0
+    // Rows that layer ikv reads for the first n_kv cells of the sequences s0 to s1: all that the longest of them has.
+    uint32_t n_rows(int32_t ikv, uint32_t n_kv, uint32_t s0, uint32_t s1) const;
     void build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, ggml_tensor *& v_idxs) const;
-    void build_mask(llm_graph_result * res, int il, ggml_tensor *& kq_mask, ggml_tensor *& kq_b) const;
+    void build_mask(llm_graph_result * res, int il, const ggml_tensor * k, ggml_tensor *& kq_mask, ggml_tensor *& kq_b) const;
     void build_tap (llm_graph_result * res, int il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cur,
                     ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale);
     void set_cache_rows(ggml_tensor * rows, const llama_ubatch * ubatch, int32_t ikv, bool trans) const;
     void set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch) const;
+    void set_seen(ggml_tensor * mask, const llama_ubatch * ubatch, int32_t ikv) const;
     void set_bias(ggml_tensor * bias, int32_t ikv) const;
     void set_empty(ggml_tensor * bias, int32_t ikv) const;
 
@@ -160,9 +166,13 @@ public:
     void begin_prompt(llama_seq_id seq_id); // another prompt follows: what was generated belongs to it
     void end_prompt(llama_seq_id seq_id);
     bool evict(llama_context * lctx, llama_seq_id seq_id, bool mask_only = false); // false: nothing was over budget
-    // The last n_probe tokens of a sequence were a probe: what its queries gave the slots of positions [begin, end) is kept
-    // for the policy, and the probe is removed.
-    void ask(llama_context * lctx, llama_seq_id seq_id, int32_t n_probe, llama_pos begin, llama_pos end);
+    // A probe about positions [begin, end) is evaluated after the context, at most a window of it at a time: what the last n_new of
+    // its n_probe tokens so far gave to the slots before it is added to `heard`, a layer F32 [n_head, n_kv].
+    void listen(llama_context * lctx, llama_seq_id seq_id, int32_t n_new, int32_t n_probe, llama_pos begin, llama_pos end,
+                std::vector<std::vector<float>> & heard);
+    // The probe is removed, and what was heard of positions [begin, end) is kept for the policy.
+    void take_out(llama_context * lctx, llama_seq_id seq_id, int32_t n_probe, llama_pos begin, llama_pos end,
+                  const std::vector<std::vector<float>> & heard);
     void make_room(llama_context * lctx, llama_seq_id seq_id, int32_t n_new);
     bool has_room(llama_seq_id seq_id, int32_t n_new) const;
     int32_t n_until_eviction(llama_seq_id seq_id) const; // as many tokens of an answer can be evaluated at once as if one by one
@@ -222,6 +232,7 @@ private:
     void     reset(stream & q) const;
     uint32_t stream_of(llama_seq_id seq_id) const; // throws
     int32_t  n_cells(uint32_t s) const;
+    int64_t  row_of_origin(uint32_t s, int32_t ikv) const;
     int32_t  n_empty(uint32_t s, int32_t ikv, int32_t h) const;
     int64_t  n_held(uint32_t s, int32_t ikv) const;
     std::vector<int32_t> slot_pos(uint32_t s, int32_t ikv) const;
@@ -259,13 +270,14 @@ private:
 
     // attn.cpp
     ggml_tensor * graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, ggml_tensor * weight) const;
-    // F32 [n_head, n_kv]: the weighted sum, or the largest, of what the queries give to each slot
+    // F32 [n_head, n_kv]: the weighted sum, or the largest, of what the queries give to each slot. slots: those that they see, ascending,
+    // of all heads; empty: all of them.
     std::vector<float> attention_of(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
-                                    bool largest) const;
+                                    bool largest, const std::vector<int32_t> & slots = {}) const;
     std::vector<float> attention_tiles(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
-                                       const std::vector<int32_t> & ranges, int32_t n_mask, bool largest) const;
+                                       const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const;
     std::vector<float> attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
-                                       const std::vector<int32_t> & ranges, int32_t n_mask, bool largest) const;
+                                       const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const;
 
     // signal.cpp
     void alloc_signals(const llama_cparams & cparams);
@@ -274,11 +286,21 @@ private:
     layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const;
     std::vector<float> score(uint32_t s, const layer_signals & sig) const; // F32 [n_head_kv, n_kv], -inf where a slot is empty
     void read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const;
-    std::vector<float> read_probe(llama_context * lctx, uint32_t s, int32_t ikv, int32_t n_probe) const;
     void read_keys(uint32_t s, layer_signals & sig) const;
+    std::vector<float> values_of(uint32_t s, int32_t ikv) const; // F32 [n_head_kv, n_kv, head_dim] as they lie in the cache
     void read_values(uint32_t s, layer_signals & sig) const;
     void read_sums(uint32_t s, layer_signals & sig) const;
     void read_probed(uint32_t s, layer_signals & sig) const;
+
+    // probe.cpp
+    std::vector<float> read_probe(llama_context * lctx, uint32_t s, int32_t ikv, int32_t n_new, int32_t n_probe, llama_pos begin,
+                                  llama_pos end) const;
+    std::vector<int32_t> slots_of_chunk(uint32_t s, const layer_signals & sig, llama_pos begin, llama_pos end, llama_pos n_context) const;
+
+    // output.cpp
+    void find_outputs(); // throws where the model has no plain output projection
+    const std::vector<float> & gram_of(llama_context * lctx, int32_t ikv) const; // F32 [n_head, head_dim, head_dim] W_O^h' W_O^h
+    std::vector<float> output_norms(llama_context * lctx, uint32_t s, int32_t ikv) const; // F32 [n_head, n_kv]
 
     // fit.cpp
     void read_fit(llama_context * lctx, uint32_t s, layer_signals & sig) const;
@@ -303,10 +325,12 @@ private:
         ggml_tensor * win  = nullptr; // F16 or F32 [head_dim*n_head, window*n_stream] ring of the last queries
         ggml_tensor * sums = nullptr; // F32 [kv_size, n_head_kv, n_stream]
         ggml_tensor * ones = nullptr; // F32 [n_ubatch*n_head] all 1/g
+        ggml_tensor * inputs = nullptr; // F32 [1, window*n_stream] ring of the squared norms of what the last queries were made from
         bool out_prod = true;         // the layer's device has it
     };
     std::vector<layer_tensors> tensors;
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+    std::shared_ptr<std::vector<std::vector<float>>> grams; // [n_layer] gram_of(), shared by the contexts of a model
 
     // test only: kept slots of a layer as a per-head mask over an uncompacted cache
     bool mask_only = false;

@@ -76,6 +76,7 @@ bool engine::run(llama_context * lctx, const job & j) {
     if (conf.need.spans) {
         r.spans = q.spans.empty() ? sentences(q) : q.spans;
     }
+    r.heads = j.why == cause::room ? std::vector<std::vector<int32_t>>() : head_lengths(*conf.pol, r);
     std::vector<int32_t> n_keep = j.why == cause::room ? std::vector<int32_t>(n_layer(), n_target) : conf.pol->budgets(r);
     if ((int32_t) n_keep.size() != n_layer()) {
         throw std::invalid_argument(conf.spec + ": budgets() must give one number per layer, " + std::to_string(n_layer()));
@@ -105,9 +106,6 @@ bool engine::run(llama_context * lctx, const job & j) {
         if (n_keep[l] < 1 || n_keep[l] > r.layers[l].n_kv) {
             throw std::invalid_argument(conf.spec + ": budgets() gives layer " + std::to_string(l) + " " + std::to_string(n_keep[l]) +
                     " slots, it has " + std::to_string(r.layers[l].n_kv));
-        }
-        if (kv.n_stream > 1 && n_keep[l] != n_keep[0]) {
-            throw std::invalid_argument(conf.spec + " gives layers different budgets, which several sequences in one context do not support yet");
         }
         slots[l].resize((size_t) n_hkv*n_keep[l]);
         conf.pol->keep(r, l, n_keep[l], slots[l].data());

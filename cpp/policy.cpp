@@ -13,6 +13,16 @@ namespace kvc {
 // pyramid the layers' frozen parts differ, and D = r.budget - their mean, which is whole when the prompt's budgets
 // met their mean exactly; it is rounded so that no other history can break it.
 std::vector<int32_t> policy::budgets(const request & r) const {
+    if (!r.heads.empty()) {
+        std::vector<int32_t> longest;
+        for (const auto & heads : r.heads) {
+            longest.push_back(*std::max_element(heads.begin(), heads.end()));
+        }
+        return longest;
+    }
+    if (share.over == share_over::layers) {
+        return layer_lengths(*this, r);
+    }
     double sum_frozen = 0;
     for (const layer_plan & lp : r.layers) {
         sum_frozen += lp.n_frozen;
@@ -30,23 +40,42 @@ std::vector<int32_t> policy::budgets(const request & r) const {
 void policy::keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) const {
     const layer_plan & lp = r.layers[il];
 
-    // Beside a frozen prompt, sinks that it is too short for and n_recent() are a matter of the generated tokens' own budget, which may be smaller.
-    const int32_t n_other = n_keep - lp.n_frozen;
-    const int32_t n_first = lp.n_frozen > 0 ? std::min(std::max(lp.n_frozen, n_sink()), n_keep) : n_sink();
-    const int32_t n_last  = lp.n_frozen > 0 ? std::min(n_recent(n_other), n_keep - n_first) : n_recent(n_other);
-
-    slot_marks always(lp.n_kv, 0);
-    mark_range(always, 0, n_first);
-    mark_range(always, lp.n_kv - n_last, lp.n_kv);
-
-    const int32_t n_left = count_left(always, n_keep,
-        "the first " + std::to_string(n_first) + " and the last " + std::to_string(n_last));
-
     for (int32_t h = 0; h < r.n_head_kv; ++h) {
-        slot_marks marks = always;
-        mark_best(marks, lp.score + (size_t) h * lp.n_kv, 0, lp.n_kv, n_left);
-        write_marked(marks, n_keep, out + (size_t) h * n_keep);
+        const int32_t n    = r.heads.empty() ? n_keep : std::min(r.heads[il][h], n_keep);
+        const int32_t from = r.heads.empty() ? 0 : first_slot(lp.pos + (size_t) h * lp.n_kv, lp.n_kv);
+
+        // Beside a frozen prompt, sinks that it is too short for and n_recent() are a matter of the generated tokens' own budget, which
+        // may be smaller.
+        const int32_t n_other = n - lp.n_frozen;
+        const int32_t n_first = lp.n_frozen > 0 ? std::min(std::max(lp.n_frozen, n_sink()), n) : n_sink();
+        const int32_t n_last  = lp.n_frozen > 0 ? std::min(n_recent(n_other), n - n_first) : n_recent(n_other);
+
+        slot_marks marks(lp.n_kv, 0);
+        mark_range(marks, from, from + n_first);
+        mark_range(marks, std::max(from, lp.n_kv - n_last), lp.n_kv);
+        mark_best(marks, lp.score + (size_t) h * lp.n_kv, from, lp.n_kv, count_left(marks, n,
+            "the first " + std::to_string(n_first) + " and the last " + std::to_string(n_last)));
+
+        std::fill(out, out + n_keep - n, -1);
+        write_marked(marks, n, out + n_keep - n);
+        out += n_keep;
     }
+}
+
+std::vector<param_info> policy_info::all_params() const {
+    auto all = params();
+    for (const auto & p : share ? share_params(share) : std::vector<param_info>()) {
+        all.push_back(p);
+    }
+    return all;
+}
+
+std::unique_ptr<policy> policy_info::make_policy(const kvc::params & p) const {
+    auto pol = make(p);
+    if (share) {
+        pol->share = read_sharing(p);
+    }
+    return pol;
 }
 
 uint64_t rank_key(float score, int32_t slot) {

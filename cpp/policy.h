@@ -11,6 +11,7 @@
 // eviction slot j is position j; afterwards heads differ, and pos says which token a slot holds. Where heads_differ(), the
 // first slots of a head that holds fewer than its layer are empty: position -1, no attention, keys of 0, never kept again.
 
+#include "share.h"
 #include "spec.h"
 
 #include <cstdint>
@@ -31,7 +32,10 @@ struct needs {
     bool    sums   = false; // attention summed over every query so far (runs with flash attention off)
     bool    keys   = false; // the keys themselves
     bool    values = false; // the norms of the values
+    bool outputs = false;   // the norms of what the values become behind the output projection
     kvc::probe probe = kvc::probe::none;
+    bool chunk  = false;    // a probe's softmax: over the sinks, the part asked about and the probe itself, not over all cells
+    bool plus   = false;    // a probe's attention counts |W_O v| of the cell over |h| of the query (KVzip+)
     bool    spans  = false; // units given by the caller; sentences when none are given
 };
 
@@ -53,6 +57,7 @@ struct layer_view {
     const float   * q_mean; // F32 [n_head, head_dim] mean of the fit, times the softmax scale: a logit is key . q_mean; or null
     const float   * q_cov;  // F32 [n_head, head_dim, head_dim] its covariance, times the scale squared, or null
     const float   * v_norm; // F32 [n_head_kv, n_kv] L2 norm of each slot's value, or null
+    const float   * o_norm; // F32 [n_head, n_kv] L2 norm of W_O^h v, W_O^h the query head's slice of the output projection, or null
 };
 
 struct span { int32_t begin, end; }; // original positions [begin, end)
@@ -73,11 +78,14 @@ struct request {
     int32_t budget;          // slots to keep in a layer on average, the frozen ones included
     std::vector<layer_plan> layers;
     std::vector<span>       spans;   // ascending, disjoint; empty unless needs().spans
+    std::vector<std::vector<int32_t>> heads; // [n_layer][n_head_kv] slots of each head: head_lengths(), empty unless heads share
 };
 
 class policy {
 public:
     virtual ~policy() = default;
+
+    sharing share; // of a policy that declares share_params(): what the spec said
 
     virtual needs need() const = 0;
 
@@ -90,16 +98,18 @@ public:
 
     // True: KV heads of a layer may keep different numbers, r.budget on average. A layer takes as many rows as its longest
     // head: that is what budgets() says and what is freed; the others' missing rows are masked. Only where generated tokens stay.
-    virtual bool heads_differ() const { return false; }
+    virtual bool heads_differ() const { return share.heads_differ(); }
 
-    // Slots each layer keeps. The mean over layers is r.budget exactly; no layer asks for more than it has.
+    // Slots each layer keeps. The mean over layers is r.budget exactly; no layer asks for more than it has. The default does
+    // what `share` says; a policy with another rule declares no share.
     virtual std::vector<int32_t> budgets(const request & r) const;
 
     // F32 [n_head_kv, n_kv], higher is kept longer.
     virtual void score(const layer_view & v, float * out) const = 0;
 
     // Slots to keep of layer il: I32 [n_head_kv, n_keep], ascending in each head. The default keeps n_frozen,
-    // n_sink() and n_recent(n_keep), then the best scores; equal scores go to the older slot. Where heads_differ(), n_keep is
+    // n_sink() and n_recent(n_keep), then the best scores; equal scores go to the older slot, and a head keeps r.heads if there are
+    // any. Where heads_differ(), n_keep is
     // the most a head may keep, with kv_cells maybe less than budgets() asked for; a head that keeps fewer begins with -1s.
     virtual void keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) const;
 };
@@ -116,6 +126,10 @@ struct policy_info {
     bool         layers_differ; // budgets() gives layers different numbers, as it does where heads_differ()
     const std::vector<param_info> & (*params)();
     std::unique_ptr<policy> (*make)(const kvc::params & p);
+    const char * share = nullptr; // its default (share.h); null: it cannot share, since it does not rank single tokens of a head
+
+    std::vector<param_info> all_params() const; // and those of sharing, if it can
+    std::unique_ptr<policy> make_policy(const kvc::params & p) const;
 };
 
 const std::vector<policy_info> & policy_table();

@@ -20,7 +20,7 @@ namespace kvc {
 layer_view layer_signals::view(int32_t n_layer) const {
     const auto ptr = [](const std::vector<float> & v) { return v.empty() ? nullptr : v.data(); };
     return { il, n_layer, n_kv, n_head, n_head_kv, head_dim, n_query, pos.data(), ptr(attn), ptr(sums), ptr(keys), ptr(probed),
-        ptr(q_mean), ptr(q_cov), ptr(v_norm) };
+        ptr(q_mean), ptr(q_cov), ptr(v_norm), ptr(o_norm) };
 }
 
 // Attention over F16 or quantized keys rounds its queries at least as coarsely.
@@ -39,13 +39,17 @@ void engine::alloc_signals(const llama_cparams & cparams) {
         const auto & layer = kv.layers[l];
         auto & ctx = ctx_map[ggml_backend_buffer_get_type(layer.k->buffer)];
         if (!ctx) {
-            ctx.reset(ggml_init({ 3*kv.layers.size()*ggml_tensor_overhead(), nullptr, true }));
+            ctx.reset(ggml_init({ 4*kv.layers.size()*ggml_tensor_overhead(), nullptr, true }));
         }
         auto & t = tensors[l];
         if (cfg->need.window > 0) {
             t.win = ggml_new_tensor_2d(ctx.get(), ring_type(layer.k->type), (int64_t) hp.n_embd_head_k(layer.il)*hp.n_head(layer.il),
                     (int64_t) cfg->need.window*kv.n_stream);
             ggml_format_name(t.win, "kvc_window_l%d", layer.il);
+        }
+        if (cfg->need.plus) {
+            t.inputs = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, 1, (int64_t) cfg->need.window*kv.n_stream);
+            ggml_format_name(t.inputs, "kvc_inputs_l%d", layer.il);
         }
         if (cfg->need.sums) {
             t.sums = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, layer.k->ne[1], n_hkv, kv.n_stream);
@@ -90,7 +94,7 @@ std::vector<float> engine::read_ring(uint32_t s, int32_t ikv) const {
 layer_signals engine::no_signals(uint32_t s, int32_t ikv) const {
     const auto & hp = model.hparams;
     const uint32_t il = kv.layers[ikv].il;
-    return { ikv, n_slots(s, ikv), (int32_t) hp.n_head(il), n_hkv, (int32_t) hp.n_embd_head_k(il), 0, slot_pos(s, ikv), {}, {}, {}, {}, {}, {}, {} };
+    return { ikv, n_slots(s, ikv), (int32_t) hp.n_head(il), n_hkv, (int32_t) hp.n_embd_head_k(il), 0, slot_pos(s, ikv), {}, {}, {}, {}, {}, {}, {}, {} };
 }
 
 layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const {
@@ -105,6 +109,7 @@ layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv
     if (need.sums)       { read_sums(s, sig); }
     if (need.keys)       { read_keys(s, sig); }
     if (need.values)     { read_values(s, sig); }
+    if (need.outputs)    { sig.o_norm = output_norms(lctx, s, ikv); }
     if (probed)               { read_probed(s, sig); }
     return sig;
 }
@@ -151,35 +156,6 @@ void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
     sig.attn = attention_of(lctx, s, sig, queries, false);
 }
 
-// What the last n_probe queries gave each slot, over a KV head's query heads: F32 [n_kv, n_head_kv].
-std::vector<float> engine::read_probe(llama_context * lctx, uint32_t s, int32_t ikv, int32_t n_probe) const {
-    const auto & q = streams[s];
-    const layer_signals sig = no_signals(s, ikv);
-    const bool    largest = cfg->need.probe == probe::max;
-    const int32_t n_group = sig.n_head/n_hkv;
-
-    std::vector<ring_query> queries;
-    for (int32_t r = 0; r < cfg->need.window; ++r) {
-        if (q.win_pos[r] >= (llama_pos) q.tokens.size() - n_probe) {
-            queries.push_back({ q.win_pos[r], r, 1.0f });
-        }
-    }
-    for (auto & query : queries) {
-        query.weight = largest ? 1.0f : 1.0f/queries.size()/n_group;
-    }
-    const auto given = attention_of(lctx, s, sig, queries, largest);
-
-    std::vector<float> res((size_t) sig.n_kv*n_hkv, 0.0f);
-    for (int32_t h = 0; h < sig.n_head; ++h) {
-        const float * row = given.data() + (size_t) h*sig.n_kv;
-        for (int32_t j = 0; j < sig.n_kv; ++j) {
-            float & x = res[(size_t) j*n_hkv + h/n_group];
-            x = largest ? std::max(x, row[j]) : x + row[j];
-        }
-    }
-    return res;
-}
-
 // n values of a cache tensor, dequantized.
 static std::vector<float> read_f32(const ggml_tensor * t, size_t offset, int64_t n) {
     std::vector<uint8_t> raw(ggml_row_size(t->type, n));
@@ -205,23 +181,33 @@ void engine::read_keys(uint32_t s, layer_signals & sig) const {
     }
 }
 
+std::vector<float> engine::values_of(uint32_t s, int32_t ikv) const {
+    const auto * v = kv.layers[ikv].v;
+    const int64_t n_dim = model.hparams.n_embd_head_v(kv.layers[ikv].il), n_kv = n_slots(s, ikv);
+    const int64_t n_row = kv.v_trans ? v->ne[1] : v->ne[0]; // what lies together: a channel of all slots, or a slot
+    const auto data = read_f32(v, s*v->nb[2], kv.v_trans ? n_dim*n_hkv*n_row : n_row*n_kv);
+    std::vector<float> res((size_t) n_hkv*n_kv*n_dim);
+    for (int64_t h = 0; h < n_hkv; ++h) {
+        for (int64_t j = 0; j < n_kv; ++j) {
+            for (int64_t i = 0; i < n_dim; ++i) {
+                res[(h*n_kv + j)*n_dim + i] = data[kv.v_trans ? (h*n_dim + i)*n_row + j : j*n_row + h*n_dim + i];
+            }
+        }
+    }
+    return res;
+}
+
 // A Hadamard rotation of quantized values leaves their norms as they are.
 void engine::read_values(uint32_t s, layer_signals & sig) const {
-    const auto * v = kv.layers[sig.il].v;
-    const int32_t n_dim = model.hparams.n_embd_head_v(kv.layers[sig.il].il);
-    const int64_t n_row = kv.v_trans ? v->ne[1] : v->ne[0]; // what lies together: a channel of all slots, or a slot
-    const int64_t n_used = kv.v_trans ? (int64_t) n_dim*n_hkv*n_row : n_row*sig.n_kv;
-    const auto data = read_f32(v, s*v->nb[2], n_used);
-    sig.v_norm.resize((size_t) sig.n_kv*n_hkv);
-    for (int32_t h = 0; h < n_hkv; ++h) {
-        for (int32_t j = 0; j < sig.n_kv; ++j) {
-            double sum = 0;
-            for (int64_t i = (int64_t) h*n_dim; i < (int64_t) (h + 1)*n_dim; ++i) {
-                const float x = data[kv.v_trans ? i*n_row + j : j*n_row + i];
-                sum += x*x;
-            }
-            sig.v_norm[(size_t) h*sig.n_kv + j] = (float) std::sqrt(sum);
+    const auto values = values_of(s, sig.il);
+    const size_t n_dim = values.size()/sig.pos.size();
+    sig.v_norm.resize(sig.pos.size());
+    for (size_t i = 0; i < sig.v_norm.size(); ++i) {
+        double sum = 0;
+        for (size_t k = 0; k < n_dim; ++k) {
+            sum += (double) values[i*n_dim + k]*values[i*n_dim + k];
         }
+        sig.v_norm[i] = (float) std::sqrt(sum);
     }
 }
 

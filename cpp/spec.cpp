@@ -99,6 +99,16 @@ const policy_info & find_policy(const std::string & name) {
         did_you_mean(name, names)) + ": the policies are " + join(names));
 }
 
+static std::vector<std::string> sharing_policies() {
+    std::vector<std::string> names;
+    for (const policy_info & info : policy_table()) {
+        if (info.share) {
+            names.push_back(info.name);
+        }
+    }
+    return names;
+}
+
 static const std::string & value_of(const params & p, const std::string & key) {
     const auto it = p.values.find(key);
     if (it == p.values.end()) {
@@ -146,8 +156,8 @@ spec parse_spec(const std::string & text) {
     spec out;
     out.info = &find_policy(trim(text.substr(0, colon)));
 
-    const std::string               name     = out.info->name;
-    const std::vector<param_info> & declared = out.info->params();
+    const std::string             name     = out.info->name;
+    const std::vector<param_info> declared = out.info->all_params();
 
     std::vector<std::string> keys;
     for (const param_info & info : declared) {
@@ -169,6 +179,9 @@ spec parse_spec(const std::string & text) {
                 "name:key=value,key=value");
         }
         const auto it = std::find(keys.begin(), keys.end(), key);
+        if (it == keys.end() && key == "share") {
+            throw std::invalid_argument(name + " cannot share: it does not rank the tokens of a head by a score; these can: " + join(sharing_policies()));
+        }
         if (it == keys.end()) {
             throw std::invalid_argument(name + " has no parameter '" + key + "'" + did_you_mean(key, keys) + ": " +
                 (keys.empty() ? "it takes none" : "its parameters are " + join(keys)));
@@ -180,14 +193,14 @@ spec parse_spec(const std::string & text) {
         out.p.values[key] = checked_value(declared[it - keys.begin()], trim(item.substr(equal + 1)), name + ": '" + key + "'");
     }
 
-    out.info->make(out.p); // what only the policy knows: parameters that do not go together
+    out.info->make_policy(out.p); // what only the policy knows: parameters that do not go together
     return out;
 }
 
 std::string spec::canonical() const {
     std::string s = info->name;
     char        before = ':';
-    for (const param_info & d : info->params()) {
+    for (const param_info & d : info->all_params()) {
         s += before + d.name + '=' + p.s(d.name);
         before = ',';
     }

@@ -11,7 +11,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
+#include <string>
 
 namespace kvc {
 
@@ -42,6 +44,18 @@ private:
     bool           trans;
 };
 
+class seen_input : public llm_graph_input_i {
+public:
+    seen_input(const engine * e, ggml_tensor * mask, int64_t n_tokens, int32_t ikv) : e(e), mask(mask), n_tokens(n_tokens), ikv(ikv) {}
+    void set_input(const llama_ubatch * ubatch) override { e->set_seen(mask, ubatch, ikv); }
+    bool can_reuse(const llm_graph_params & params) override { return params.ubatch.n_tokens == n_tokens; }
+private:
+    const engine * e;
+    ggml_tensor  * mask; // F16 or F32, as the mask, [n_rows, n_tokens of a sequence, 1, n_seqs]
+    int64_t        n_tokens;
+    int32_t        ikv;
+};
+
 class bias_input : public llm_graph_input_i {
 public:
     bias_input(const engine * e, ggml_tensor * bias, int32_t ikv) : e(e), bias(bias), ikv(ikv) {}
@@ -66,6 +80,17 @@ private:
 
 } // namespace
 
+// Layers that agree on these numbers share an input: a name for it.
+static std::string name_of(const char * what, const std::vector<uint32_t> & numbers) {
+    uint64_t hash = 14695981039346656037u; // FNV-1a, a number at a time
+    for (const uint32_t x : numbers) {
+        hash = (hash ^ x)*1099511628211u;
+    }
+    char name[GGML_MAX_NAME];
+    snprintf(name, sizeof(name), "kvc_%s_%016llx", what, (unsigned long long) hash);
+    return name;
+}
+
 // Where the new tokens' rows go: llama.cpp's cells where a layer's rows are the cells, else inputs of our own, one for
 // all layers that agree.
 void engine::build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, ggml_tensor *& v_idxs) const {
@@ -73,28 +98,37 @@ void engine::build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, g
     const int32_t ikv = kv.map_layer_ids.at(il);
     const int64_t n_tokens = k_idxs->ne[0];
 
+    bool own = kv.n_stream > 1 && n_rows_max(ikv) != (int32_t) kv.get_size();
+    std::vector<uint32_t> begins;
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        begins.push_back(cell_begin(s, ikv));
+        own |= begins.back() > 0;
+    }
+    begins.push_back(n_rows_max(ikv));
     const auto rows = [&](bool trans) {
-        char name[GGML_MAX_NAME];
-        snprintf(name, sizeof(name), "kvc_rows_%d_%d", (int) cell_begin(ikv), trans ? n_rows_max(ikv) : 0);
-        auto * t = ggml_get_tensor(ctx, name);
+        const std::string name = name_of(trans ? "rows_trans" : "rows", begins);
+        auto * t = ggml_get_tensor(ctx, name.c_str());
         if (!t) {
             t = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, trans ? v_idxs->ne[0] : n_tokens);
             ggml_set_input(t);
-            ggml_set_name(t, name);
+            ggml_set_name(t, name.c_str());
             res->add_input(std::make_unique<rows_input>(this, t, n_tokens, ikv, trans));
         }
         return t;
     };
-    if (cell_begin(ikv) > 0) {
+    // llama.cpp fills its own whether a layer uses them or not
+    ggml_build_forward_expand(res->get_gf(), k_idxs);
+    ggml_build_forward_expand(res->get_gf(), v_idxs);
+    if (own) {
         k_idxs = rows(false);
         v_idxs = kv.v_trans ? v_idxs : k_idxs;
     }
-    if (kv.v_trans && (cell_begin(ikv) > 0 || n_rows_max(ikv) != (int32_t) kv.get_size())) {
+    if (kv.v_trans && (own || n_rows_max(ikv) != (int32_t) kv.get_size())) {
         v_idxs = rows(true);
     }
 }
 
-void engine::build_mask(llm_graph_result * res, int il, ggml_tensor *& kq_mask, ggml_tensor *& kq_b) const {
+void engine::build_mask(llm_graph_result * res, int il, const ggml_tensor * k, ggml_tensor *& kq_mask, ggml_tensor *& kq_b) const {
     auto * ctx = res->get_ctx();
     const int32_t ikv = kv.map_layer_ids.at(il);
 
@@ -104,18 +138,29 @@ void engine::build_mask(llm_graph_result * res, int il, ggml_tensor *& kq_mask, 
         res->add_input(std::make_unique<bias_input>(this, kq_b, ikv));
         return;
     }
-    const int64_t i0 = cell_begin(ikv), n = n_rows(ikv, kq_mask->ne[0]);
-    if (n != kq_mask->ne[0]) {
-        // one copy for all layers that read the same cells: attention wants a contiguous mask
-        char name[GGML_MAX_NAME];
-        snprintf(name, sizeof(name), "kvc_mask_%d_%d", (int) i0, (int) n);
-        auto * mask = ggml_get_tensor(ctx, name);
-        if (!mask) {
+    const uint32_t s0 = (uint32_t) (k->view_offs/k->nb[3]), i0 = cell_begin(s0, ikv);
+    const int64_t n = k->ne[2];
+    std::vector<uint32_t> begins = { (uint32_t) n };
+    bool agree = true; // all sequences of the batch hold cells from the same one on
+    for (uint32_t s = s0; s < s0 + k->ne[3]; ++s) {
+        begins.push_back(cell_begin(s, ikv));
+        agree &= begins.back() == i0;
+    }
+    if (n != kq_mask->ne[0] || !agree) {
+        // one for all layers that read the same cells: attention wants a contiguous mask
+        const std::string name = name_of("mask", begins);
+        auto * mask = ggml_get_tensor(ctx, name.c_str());
+        if (!mask && agree) {
             mask = ggml_view_4d(ctx, kq_mask, n, kq_mask->ne[1], kq_mask->ne[2], kq_mask->ne[3],
                     kq_mask->nb[1], kq_mask->nb[2], kq_mask->nb[3], i0*ggml_element_size(kq_mask));
             mask = ggml_cont(ctx, mask);
-            ggml_set_name(mask, name);
+        } else if (!mask) {
+            ggml_build_forward_expand(res->get_gf(), kq_mask); // llama.cpp fills its own, whether a layer uses it or not
+            mask = ggml_new_tensor_4d(ctx, kq_mask->type, n, kq_mask->ne[1], kq_mask->ne[2], kq_mask->ne[3]);
+            ggml_set_input(mask);
+            res->add_input(std::make_unique<seen_input>(this, mask, kq_mask->ne[1]*kq_mask->ne[3], ikv));
         }
+        ggml_set_name(mask, name.c_str());
         kq_mask = mask;
     }
     if (n_held(0, ikv) < (int64_t) n_slots(0, ikv)*n_hkv) {
@@ -127,6 +172,21 @@ void engine::build_mask(llm_graph_result * res, int il, ggml_tensor *& kq_mask, 
         bias = ggml_repeat_4d(ctx, bias, n, n_head/n_hkv*n_tokens, n_hkv, 1);
         kq_mask = ggml_add(ctx, ggml_reshape_3d(ctx, bias, n, n_tokens, n_head), kq_mask);
     }
+}
+
+// What the queries were made from, the input of the attention block: behind the first matrix product on the way back. Quantized
+// keys have queries mixed by a Hadamard matrix, a product of its own.
+static ggml_tensor * input_of(ggml_tensor * q) {
+    while (q && q->op != GGML_OP_NONE) {
+        if (q->op != GGML_OP_MUL_MAT) {
+            q = q->src[0];
+        } else if (strcmp(q->src[0]->name, "attn_inp_k_rot") == 0) {
+            q = q->src[1];
+        } else {
+            return q->src[1];
+        }
+    }
+    return nullptr;
 }
 
 void engine::build_tap(llm_graph_result * res, int il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cur,
@@ -152,6 +212,16 @@ void engine::build_tap(llm_graph_result * res, int il, ggml_tensor * q, ggml_ten
             ggml_set_input(rows);
             ggml_set_name(rows, "kvc_window_rows");
             res->add_input(std::make_unique<window_input>(this, rows, q->ne[2]));
+        }
+        if (t.inputs) {
+            auto * x = input_of(q);
+            if (!x || x->ne[1] != q->ne[2]) { // found out when the context is created: graphs are reserved there
+                throw std::invalid_argument(cfg->spec + " weighs queries by the input of their attention block, which is not found in this model (" +
+                        model.arch_name() + "): leave plus out");
+            }
+            auto * norm = ggml_sum_rows(ctx, ggml_sqr(ctx, x)); // F32 [1, n_tokens]
+            norm = ggml_cont(ctx, ggml_view_3d(ctx, norm, 1, n_row, n_seqs, norm->nb[1], n_tps*norm->nb[1], (n_tps - n_row)*norm->nb[1]));
+            ggml_build_forward_expand(gf, ggml_set_rows(ctx, t.inputs, ggml_reshape_2d(ctx, norm, 1, n_row*n_seqs), rows));
         }
         q = ggml_reshape_2d(ctx, ggml_is_contiguous(q) ? q : ggml_cont(ctx, q), q->ne[0]*q->ne[1], q->ne[2]);
         // of all sequences at once: nodes for each would be more than llama.cpp allows
@@ -190,17 +260,34 @@ ggml_tensor * engine::graph_dot(ggml_context * ctx, int32_t ikv, ggml_tensor * x
     return ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, x)), w);
 }
 
-// Only layers of one sequence have rows of their own.
 void engine::set_cache_rows(ggml_tensor * rows, const llama_ubatch * ubatch, int32_t ikv, bool trans) const {
-    const int64_t first = n_cells(0) - (int64_t) streams[0].tokens.size() - cell_begin(ikv); // row of position 0, were it there
     const int64_t n_embd = trans ? model.hparams.n_embd_v_gqa_max() : 1, stride = n_rows_max(ikv);
     std::vector<int64_t> data(n_embd*ubatch->n_tokens);
     for (int64_t i = 0; i < (int64_t) ubatch->n_tokens; ++i) {
+        const uint32_t s = kv.seq_to_stream[ubatch->seq_id[i][0]];
+        const int64_t  row = s*n_embd*stride + row_of_origin(s, ikv) + ubatch->pos[i];
         for (int64_t j = 0; j < n_embd; ++j) {
-            data[i*n_embd + j] = j*stride + first + ubatch->pos[i];
+            data[i*n_embd + j] = j*stride + row;
         }
     }
     ggml_backend_tensor_set(rows, data.data(), 0, ggml_nbytes(rows));
+}
+
+// Which rows of a layer each token sees: those up to its own. Rows are in the order of the tokens they hold.
+void engine::set_seen(ggml_tensor * mask, const llama_ubatch * ubatch, int32_t ikv) const {
+    const int64_t n = mask->ne[0];
+    const auto fill = [&](auto * data, auto inf) {
+        for (int64_t i = 0; i < (int64_t) ubatch->n_tokens; ++i) {
+            const int64_t n_seen = row_of_origin(kv.seq_to_stream[ubatch->seq_id[i][0]], ikv) + ubatch->pos[i] + 1;
+            std::fill(data + i*n + std::min(n_seen, n), data + (i + 1)*n, inf);
+        }
+        ggml_backend_tensor_set(mask, data, 0, ggml_nbytes(mask));
+    };
+    if (mask->type == GGML_TYPE_F16) {
+        fill(std::vector<ggml_fp16_t>(ggml_nelements(mask), 0).data(), ggml_fp32_to_fp16(-INFINITY));
+    } else {
+        fill(std::vector<float>(ggml_nelements(mask), 0.0f).data(), -INFINITY);
+    }
 }
 
 void engine::set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch) const {

@@ -66,34 +66,6 @@ void engine::make_room(llama_context * lctx, llama_seq_id seq_id, int32_t n_new)
     }
 }
 
-void engine::ask(llama_context * lctx, llama_seq_id seq_id, int32_t n_probe, llama_pos begin, llama_pos end) {
-    const uint32_t s = stream_of(seq_id);
-    auto & q = streams[s];
-    const llama_pos n_context = (llama_pos) q.tokens.size() - n_probe; // tokens before the probe
-    if (cfg->need.probe == probe::none || n_probe < 1 || n_context < 1) {
-        throw std::invalid_argument(cfg->spec + ": nothing to ask for");
-    }
-    std::vector<std::vector<float>> probed(n_layer());
-    in_update(lctx, [&]() {
-        for (int32_t l = 0; l < n_layer(); ++l) {
-            const auto pos  = slot_pos(s, l);
-            const auto attn = read_probe(lctx, s, l, n_probe);
-            const int32_t n = n_slots(s, l), n_old = (int32_t) q.probed[l].size()/n_hkv;
-            for (int32_t j = 0; j < n - n_probe; ++j) {
-                for (int32_t h = 0; h < n_hkv; ++h) {
-                    const llama_pos p = pos[(size_t) h*n + j];
-                    probed[l].push_back(p >= begin && p < end ? attn[(size_t) j*n_hkv + h] :
-                            j < n_old ? q.probed[l][(size_t) j*n_hkv + h] : INFINITY);
-                }
-            }
-        }
-    });
-    if (!llama_memory_seq_rm(llama_get_memory(lctx), seq_id, n_context, -1)) {
-        throw std::runtime_error("the probe cannot be taken out");
-    }
-    q.probed = std::move(probed);
-}
-
 std::vector<layer_signals> engine::signals(llama_context * lctx, llama_seq_id seq_id) {
     const uint32_t s = stream_of(seq_id);
     std::vector<layer_signals> res;

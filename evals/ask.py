@@ -90,9 +90,9 @@ def ms(begin: float) -> float:
 
 
 def side_by_side(case: Case) -> bool:
-    """Can a context of several sequences hold it? Not where layers or heads differ, nor a probe, which is evaluated in the first one."""
+    """Can a context of several sequences hold it? Not where heads differ, nor a probe, which is evaluated in the first one."""
     policy = next(p for p in _core.policies() if p["name"] == case.name)
-    return not (case.cells or policy["layers_differ"] or policy["heads_differ"] or policy["needs"]["probe"] != "none")
+    return not (case.cells or policy["heads_differ"] or "share=layer," in case.policy or "share=all" in case.policy or policy["needs"]["probe"] != "none")
 
 
 def ask_batch(llm: pykvc.LLM, asked: Jobs, protocol: str, n_parallel: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -112,7 +112,7 @@ def look(probe: Probe, subject: Subject, n_threads: int | None = None, n_gpu_lay
     evictions: Row = {}
     for case in probe.cases:
         llm, found = survivors(prompt.head, prompt.tail, spans=prompt.spans, span_unit="chars", kv_query=prompt.query if case.asks else None,
-                               **{**how, "n_ctx": n_ctx + 512*case.probes}, **{**case.settings(), "kv_decode_budget": None})
+                               **{**how, "n_ctx": n_ctx + case.n_probe(512)}, **{**case.settings(), "kv_decode_budget": None})
         evictions[_name(case)] = llm.stats()["n_evictions"]
         llm.close()
         kept[_name(case)] = np.stack([counts(layer, n).mean(axis=0) for layer in found]).astype(np.float16)  # [n_layer, n] share of heads

@@ -8,6 +8,7 @@ from pykvc import _core, options
 PROTOCOLS = ("question-in", "question-out")
 SAME = "same"
 
+N_REQUEST = 64  # tokens of kvzip's request to repeat a chunk, at most
 
 @dataclass(frozen=True)
 class Case:
@@ -37,6 +38,12 @@ class Case:
     def probes(self) -> bool:
         """Does it have something evaluated after the context, and taken out again?"""
         return self._probe != "none"
+
+    def n_probe(self, n_ubatch: int) -> int:
+        """Cells to leave behind a context for what is evaluated there. With kv_cells it has room of its own."""
+        if not self.probes or self.cells:
+            return 0
+        return max(n_ubatch, options.parameter(self.policy, "chunk") + N_REQUEST)
 
     @property
     def _probe(self) -> str:

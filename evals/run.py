@@ -63,7 +63,7 @@ def _ready(plans: Sequence[Plan], model: str | None) -> Iterator[tuple[Subject, 
 
 def _open(subject: Subject, work: Work, n_parallel: int = 1) -> pykvc.LLM:
     plan = work.plan
-    n_ctx = work.n_ctx + plan.n_ubatch*(work.case.probes and not work.case.cells)  # a probe is evaluated after the context
+    n_ctx = work.n_ctx + work.case.n_probe(plan.n_ubatch)
     return pykvc.LLM(subject.path, n_ctx=n_ctx, n_batch=plan.n_ubatch, n_ubatch=plan.n_ubatch, n_threads=plan.n_threads,
                      n_gpu_layers=plan.n_gpu_layers, n_seq_max=n_parallel, seed=plan.seed, **work.case.settings())
 

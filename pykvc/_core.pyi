@@ -125,14 +125,17 @@ class Context:
     def copy(self, src: int, dst: int) -> None: ...
 
     def check_budget(self, budget: str, decode_budget: str) -> None: """ValueError where set_budget() would refuse."""
+    def set_policy(self, policy: str, budget: str, decode_budget: str = "", seq: int = 0) -> None:
+        """Another policy of one sequence, until it is cleared: one that needs no more signals than the context's. ValueError: it does."""
     def set_budget(self, budget: str, decode_budget: str, seq: int = 0) -> None: """Of one sequence, until it is cleared."""
     def set_spans(self, spans: Sequence[tuple[int, int]], seq: int = 0) -> None: """original positions; ValueError where they overlap"""
     def begin_prompt(self, seq: int = 0) -> None: """Another prompt follows: what was generated belongs to it."""
     def end_prompt(self, seq: int = 0) -> None: """Tokens from here on are generated ones."""
     def evict(self, seq: int = 0, mask_only: bool = False) -> bool:
         """Prompt eviction now. False: nothing was over budget. mask_only (tests): the keep sets as a mask, nothing is freed."""
-    def ask(self, tokens: I32, seq: int = 0, begin: int = 0, end: int = -1) -> None:
-        """Evaluates a probe after the sequence, lets the policy see what it attends to of positions [begin, end), and takes it out."""
+    def ask(self, tokens: I32, seq: int = 0, begin: int = 0, end: int = -1, n_repeated: int = 0) -> tuple[float, int]:
+        """Evaluates a probe after the sequence, lets the policy see what it attends to of positions [begin, end), and takes it out.
+        Of its last n_repeated tokens up to 64: (sum of their log-probabilities, how many)."""
     def has_room(self, n: int, seq: int = 0) -> bool: ...
     def n_until_eviction(self, seq: int = 0) -> int: """tokens of an answer that can be evaluated at once as if one by one, 1 or more"""
     def make_room(self, n: int, seq: int = 0) -> None: """With kv_cells: evicts if n more tokens do not fit."""

@@ -18,7 +18,7 @@ class Generation:
     stop_reason: str          # "eos" | "stop" | "length" (max_tokens) | "context" (n_ctx is full)
     kv: dict[str, Any]        # cells: in use now; kept: [n_layer] cells each layer had when decoding began;
                               # bytes_allocated, bytes_used, bytes_full (without eviction); evictions: of this answer and of the prompt it took
-    timings: dict[str, float] # prefill_ms, evict_ms (at the prompt's end), decode_ms, prefill_tps, decode_tps
+    timings: dict[str, float] # prefill_ms, probe_ms (of a policy that asks), evict_ms (at the prompt's end), decode_ms, prefill_tps, decode_tps
 
 
 class Stream:
@@ -116,7 +116,7 @@ def answer(session: Session, request: Request) -> Iterator[str]:
 
 
 def timings_of(work: Work, decode_ms: float, n_decoded: int) -> dict[str, float]:
-    return {"prefill_ms": work.prefill_ms, "evict_ms": work.evict_ms, "decode_ms": decode_ms,
+    return {"prefill_ms": work.prefill_ms, "probe_ms": work.probe_ms, "evict_ms": work.evict_ms, "decode_ms": decode_ms,
             "prefill_tps": _per_second(work.n_prompt, work.prefill_ms), "decode_tps": _per_second(n_decoded, decode_ms)}
 
 

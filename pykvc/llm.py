@@ -65,7 +65,8 @@ class LLM:
                  "kv_policy": ctx.policy, "kv_budget": budget, "kv_decode_budget": decode_budget, "kv_cells": cells, "n_ctx": ctx.n_ctx,
                  "type_k": type_k, "type_v": type_v, "flash_attn": ctx.flash_attn, "n_seq_max": n_seq_max}
         needs = options.needs(policy)
-        self._opened: Session | None = Session(loaded, ctx, setup, policy != "full", needs["spans"], needs["probe"], options.window(ctx.policy))
+        self._opened: Session | None = Session(loaded, ctx, setup, policy != "full", needs["spans"], needs["probe"],
+                                              options.parameter(ctx.policy, "window"), options.parameter(ctx.policy, "chunk"))
 
     # -- text -------------------------------------------------------------------------------------------------------
 
@@ -312,9 +313,14 @@ class LLM:
 
     def stats(self) -> dict[str, Any]:
         """n_tokens; cells (in use), cells_allocated, kept [n_layer] (a layer's cells, those of its longest head); bytes_allocated, of
-        them bytes_signals (the window of queries, the sums), bytes_used, bytes_full (without eviction); n_evictions, n_evicted (cells of the mean layer); score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
-        stats = self._session.ctx.stats()
-        return {"n_tokens": self.n_tokens, "cells": int(stats["cells_used"][0]), **stats}
+        them bytes_signals (the window of queries, the sums), bytes_used, bytes_full (without eviction); n_evictions, n_evicted (cells of the mean layer); score_ms, plan_ms, compact_ms, prefill_ms, decode_ms.
+        Of a policy that asks: probe_ms since the last reset. Of kvzip: probe_chunk, the tokens of its largest chunk, and repeat_likelihood, the
+        geometric mean of the probabilities that the model gave to tokens it was to repeat (None: it has repeated nothing)."""
+        stats, probe = self._session.ctx.stats(), self._session.probe
+        asked = {"probe_ms": probe.ms} if probe.kind != "none" else {}
+        if probe.kind == "max":
+            asked |= {"probe_chunk": probe.n_chunk, "repeat_likelihood": probe.likelihood}
+        return {"n_tokens": self.n_tokens, "cells": int(stats["cells_used"][0]), **stats, **asked}
 
     def close(self) -> None:
         """Frees the cache and the model; every later call is a ValueError."""

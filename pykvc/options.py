@@ -95,10 +95,10 @@ def needs(policy: str | Policy) -> dict[str, Any]:
     return next(p["needs"] for p in _core.policies() if p["name"] == policy.partition(":")[0])
 
 
-def window(policy: str) -> int:
-    """The parameter of that name, of a canonical spec; 0 without one."""
+def parameter(policy: str, name: str) -> int:
+    """A number of tokens of a canonical spec; 0 without such a parameter."""
     values = dict(item.split("=") for item in policy.partition(":")[2].split(",") if "=" in item)
-    return int(values.get("window", 0))
+    return int(values.get(name, 0))
 
 
 def flash_attn(value: bool | str) -> str:

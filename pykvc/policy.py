@@ -40,6 +40,7 @@ class Layer:
     q_mean: F32 | None  # [n_head, head_dim] mean of the expected queries: keys . q_mean are logits; None unless future > 0
     q_cov: F32 | None   # [n_head, head_dim, head_dim] their covariance; None unless future > 0
     v_norm: F32 | None  # [n_head_kv, n_kv] L2 norm of each slot's value; None unless values
+    o_norm: F32 | None  # [n_head, n_kv] L2 norm of W_O^h v, W_O^h the head's slice of the output projection; None unless outputs
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,15 @@ class Policy:
     sums: bool = False        # attention summed over all queries; turns flash attention off
     keys: bool = False        # the keys themselves
     values: bool = False      # the norms of the values
+    outputs: bool = False     # the norms of what the values become behind the output projection
     spans: bool = False       # units given by the caller; sentences when none are given
     sinks: int = 0            # the first slots, always kept and counted in the budget
     recent: int = 0           # the last slots, always kept and counted in the budget
     decode: Literal["none", "whole", "generated"] = "none"
     # generated tokens: never evicted | all cells compete | only they compete, the prompt is frozen
+    share: Literal["head", "layers", "layer", "all"] = "head"
+    # how far one ranking of score() reaches: every head keeps as many | all layers' scores say how long each layer is | heads of a
+    # layer differ | all heads differ. Only where budgets() and keep() are not overridden; with "layer" and "all" as heads_differ.
     heads_differ: bool = False
     # KV heads of a layer may keep different numbers, request.budget on average. The layer takes the rows of its longest head, which is
     # what budgets() says; a shorter head's list in keep() begins with -1s, and what it lacks is masked. Needs decode "none", and the CPU.
@@ -114,13 +119,17 @@ class Policy:
             value = getattr(self, attribute)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 refuse(attribute, "a number of tokens >= 0")
-        for attribute in ("sums", "keys", "values", "spans", "heads_differ"):
+        for attribute in ("sums", "keys", "values", "outputs", "spans", "heads_differ"):
             if not isinstance(getattr(self, attribute), bool):
                 refuse(attribute, "True or False")
         if self.future > 0 and self.window == 0:
             refuse("window", "the number of queries that future = %d asks a fit of, > 0" % self.future)
         if not isinstance(self.newest, (int, float)) or not self.newest > 0:
             refuse("newest", "a weight > 0")
+        if self.share not in ("head", "layers", "layer", "all"):
+            refuse("share", "'head', 'layers', 'layer' or 'all'")
+        if self.share != "head" and self._overrides:
+            raise ValueError(f"{type(self).__name__} has {' and '.join(sorted(self._overrides))} of its own, so share is 'head'")
         if self.decode not in ("none", "whole", "generated"):
             refuse("decode", "'none', 'whole' or 'generated'")
         if type(self).score is Policy.score:

@@ -23,6 +23,7 @@ class Work:
     n_prompt: int = 0
     prefill_ms: float = 0.0
     evict_ms: float = 0.0
+    probe_ms: float = 0.0
     n_before: int = 0  # evictions of the context before it
 
 
@@ -30,11 +31,11 @@ class Session:
     """Sequence 0 of a context. setup: what a saved state must have the same of."""
 
     def __init__(self, model: "_core.Model", ctx: "_core.Context", setup: dict[str, Any], evicts: bool, needs_spans: bool,
-                 probe: str, window: int) -> None:
+                 probe: str, window: int, chunk: int) -> None:
         self.model, self.ctx, self.setup, self.evicts, self.needs_spans = model, ctx, setup, evicts, needs_spans
         self.turn = 0  # counts what makes a stream of before stale
+        self.probe = Probe(probe, window, chunk, self)
         self._forget()
-        self.probe = Probe(probe, window, self)
 
     def _forget(self) -> None:
         self.tokens: list[int] = []           # evaluated, by position
@@ -43,6 +44,7 @@ class Session:
         self.query: list[int] = []            # what a policy that asks is given
         self.own_budget = ("", "")            # kv_budget, kv_decode_budget instead of the context's
         self.n_probed = 0                     # tokens that have repeated themselves
+        self.probe.reset()
         self.compressed = False               # since the last clear()
         self.kept: list[int] = []             # [n_layer] cells when decoding began
         self.work = self.new_work()
@@ -83,9 +85,11 @@ class Session:
             self.ctx.set_spans(self.spans)
         if self.evicts and ids:
             self.ctx.begin_prompt()
-        begin = perf_counter()
+        begin, probed_ms = perf_counter(), self.probe.ms
         self._decode_prompt(pending + ids)
-        self.work.prefill_ms += 1e3*(perf_counter() - begin)
+        probed_ms = self.probe.ms - probed_ms
+        self.work.prefill_ms += 1e3*(perf_counter() - begin) - probed_ms
+        self.work.probe_ms += probed_ms
         self.work.n_prompt += len(ids)
 
     def _decode_prompt(self, ids: list[int]) -> None:
@@ -190,10 +194,12 @@ class Session:
 
     def compress(self) -> bool:
         self.check_compress()
-        begin = perf_counter()
         if self.probe.asks and self.n_tokens:
             self._logits, self._fresh = self.logits() if self.can_sample else None, False  # the probe leaves its own
+            probed_ms = self.probe.ms
             self.probe.ask()
+            self.work.probe_ms += self.probe.ms - probed_ms
+        begin = perf_counter()
         evicted = bool(self.evicts and self.ctx.evict())
         self.work.evict_ms += 1e3*(perf_counter() - begin)
         self.compressed, self.kept = True, self._kept_now()

@@ -120,6 +120,54 @@ class Policy:
         return self.plan([x["pos"] for x in layers], scores, n_keep, **how)
 
 
+def shared(policy, pos, scores, budget, over, count="rows"):
+    """What a policy keeps where one ranking decides for several heads (cpp/share.h): a layer [n_head_kv, n_keep], -1 first in a shorter head.
+
+    pos, scores: a layer [n_head_kv, n_kv]. over: "layers" | "layer" | "all"; count: "rows" (of a layer's longest head) | "cells"."""
+    n_layer, n_hkv = len(pos), len(pos[0])
+    always = [[{int(j) for j in np.flatnonzero(row >= 0) if _is_always(policy, row, j, budget)} for row in layer] for layer in pos]
+    rivals = sorted((-scores[il][h][j], j, il * n_hkv + h) for il in range(n_layer) for h in range(n_hkv)
+                    for j in np.flatnonzero(pos[il][h] >= 0) if j not in always[il][h])
+    n_heads = np.array([[len(head) for head in layer] for layer in always])
+    if over != "layers":  # a head keeps something
+        for empty in np.flatnonzero(n_heads.ravel() == 0):
+            n_heads.ravel()[empty] = 1
+            rivals.remove(next(x for x in rivals if x[2] == empty))
+    groups = [range(n_layer)] if over != "layer" else [[il] for il in range(n_layer)]
+    for layers in groups:
+        mine = [head for _, _, head in rivals if head // n_hkv in layers]
+        n_left = n_hkv * budget * len(layers) - n_heads[list(layers)].sum()
+        for head in mine[:max(0, n_left)]:
+            il, h = divmod(head, n_hkv)
+            n_heads[il, h] += 1
+            if over != "layers" and count == "rows" and n_heads[list(layers)].max(axis=1).sum() > budget * len(layers):
+                n_heads[il, h] -= 1
+                break
+    if over == "layers":
+        n_keep = np.maximum(n_heads.sum(axis=1) // n_hkv, 1)
+        while n_keep.sum() > n_layer * budget:  # those that would have had nothing
+            for il in reversed(range(n_layer)):
+                n_keep[il] -= n_keep[il] > 1 and n_keep.sum() > n_layer * budget
+        room = [len(row[0]) for row in pos]
+        while n_keep.sum() < min(n_layer * budget, sum(room)):
+            for il in range(n_layer):
+                n_keep[il] += n_keep[il] < room[il] and n_keep.sum() < n_layer * budget
+        n_heads = np.tile(n_keep[:, None], (1, n_hkv))
+    return [np.array([_head(policy, pos[il][h], scores[il][h], n_heads[il, h], n_heads[il].max()) for h in range(n_hkv)], dtype=np.int32)
+            for il in range(n_layer)]
+
+
+def _is_always(policy, row, j, n_keep):
+    first = int((row < 0).sum())
+    return j < first + policy.n_sink or j >= len(row) - policy.n_recent(n_keep)
+
+
+def _head(policy, row, score, n_keep, n_longest):
+    held = [int(j) for j in np.flatnonzero(row >= 0)]
+    always = {j for j in held if _is_always(policy, row, j, n_keep)}
+    return [-1] * (n_longest - n_keep) + sorted(always | set(best(score, set(held) - always, n_keep - len(always))))
+
+
 class full(Policy):
     def score(self, layer, il=0, n_layer=1):
         return np.full(layer["pos"].shape, np.nan)
@@ -302,7 +350,7 @@ class finch(Policy):
 
 class kvzip(Policy):
     """2505.23416: the most that any token of the repetition gives each cell. The most of them is the probe's own."""
-    def __init__(self, window=512, sinks=4, recent=32):
+    def __init__(self, chunk=2048, softmax="chunk", plus=0, window=256, sinks=4, recent=32):
         self.n_sink, self.recent = sinks, recent
 
     def n_recent(self, n_keep):

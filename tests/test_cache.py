@@ -25,11 +25,16 @@ SPECS = [  # spec, budget, decode budget
     ("shotkv:window=8,sinks=2,interval=8,recent=4", "32", "8"),
     ("random_shot:window=8,sinks=2,interval=8,recent=4", "32", "8"),
     ("random:seed=3,interval=8", "16", "16"),
+    ("keydiff:share=layers,interval=8", "24", "8"),
+    ("snapkv:window=8,kernel=3,share=layers", "50%", ""),
+    ("keydiff:share=all", "30%", ""),
+    ("snapkv:window=8,kernel=3,share=layer,count=cells", "20", ""),
 ]
 CACHES = [("f16", "on"), ("f16", "off"), ("q8_0", "on"), ("f32", "off"), ("bf16", "on"), ("q5_0", "on"), ("q4_1", "on")]  # type, flash attention
 
 
-ONE_SEQUENCE = ("adakv", "pyramid")  # layers differ in what they hold
+ONE_SEQUENCE = ("adakv", "keydiff:share=all", "snapkv:window=8,kernel=3,share=layer,")  # heads differ in what they hold
+POOLED = ("keydiff:share=layers", "keydiff:share=all", "snapkv:window=8,kernel=3,share")  # not with kv_cells
 SEQ = st.runner().flatmap(lambda machine: st.integers(0, machine.n_seq - 1))
 
 
@@ -66,6 +71,7 @@ class CacheMachine(RuleBasedStateMachine):
         name, budget, decode_budget = spec
         fa = "off" if name.startswith("h2o") else cache[1]
         kv = "f16" if name.startswith("h2o") and cache[0][0] == "q" else cache[0]
+        cells = "" if name.startswith(POOLED) else cells
         self.make = lambda n_seq: _core.Context(self.model, n_ctx=512, n_batch=32, n_ubatch=16, n_seq_max=n_seq, n_threads=1, type_k=kv,
                                                 type_v=kv, flash_attn=fa, policy=name, budget=budget, decode_budget=decode_budget, cells=cells)
         self.n_seq = 1 if name.startswith(ONE_SEQUENCE) else 2
@@ -153,7 +159,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.ctx.pos_max(seq) == self.length[seq] - 1
             for kept in self.ctx.kept(seq):
                 assert all((np.diff(head[head >= 0]) > 0).all() and (np.diff(head) >= 0).all() for head in kept)
-                assert kept.min(initial=0) >= 0 or self.ctx.policy.startswith("adakv")
+                assert kept.min(initial=0) >= 0 or self.ctx.policy.startswith(("adakv", "keydiff", "snapkv"))
                 assert self.may_lose_last(seq) or kept.size == 0 or (kept[:, -1] == self.length[seq] - 1).all()
 
     def may_lose_last(self, seq):

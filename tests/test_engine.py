@@ -32,7 +32,7 @@ def test_unsupported_models_are_refused(models, arch, why):
 
 
 @pytest.mark.parametrize("kwargs, why", [
-    (dict(policy="pyramidkv:window=8", n_seq_max=2), "n_seq_max 1"),
+    (dict(policy="keydiff:share=all", n_seq_max=2), "n_seq_max 1"),
     (dict(policy="adakv:window=8", n_seq_max=2), "n_seq_max 1"),
     (dict(policy="adakv:window=8", budget="8"), "at least 9"),
     (dict(policy="adakv:window=8", decode_budget="8"), "does not evict generated"),

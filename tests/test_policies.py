@@ -13,10 +13,11 @@ NAMES = list(TABLE)
 VARIANTS = ["h2o:recent=0.25", "streaming_llm:sinks=0", "snapkv:window=16,kernel=7,pool=max", "snapkv:kernel=1",
             "pyramidkv:window=8,beta=3", "pyramidkv:beta=1", "adakv:alpha=0", "adakv:alpha=0.95,window=16,pool=max",
             "pyramidinfer:recent=0.5,decay=0.5,sinks=2", "chunkkv:chunk=7,window=9",
-            "chunkkv:pool=avg,chunk=20", "chunkkv:pool=max,kernel=3", "chunkkv:reuse=2", "finch:pool=avg,kernel=7,recent=3", "finch:pool=none", "kvzip:sinks=0",
+            "chunkkv:pool=avg,chunk=20", "chunkkv:pool=max,kernel=3", "chunkkv:reuse=2", "finch:pool=avg,kernel=7,recent=3", "finch:pool=none", "kvzip:sinks=0,share=head",
             "expected_attention:epsilon=0.02,sinks=0,recent=0", "expected_attention:sinks=9,recent=3", "shotkv:fit=trim", "shotkv:queries=all",
             "shotkv:layers=shared", "random_shot:fit=trim,seed=3", "random:seed=7"]
-SPECS = NAMES + VARIANTS
+# each with heads that keep equally many: tests/test_share.py is about the others
+SPECS = [f"{name}:share=head" if TABLE[name]["share"] == "auto" else name for name in NAMES] + VARIANTS
 
 
 def params_of(spec):
@@ -28,7 +29,8 @@ def params_of(spec):
 
 def oracle_of(spec):
     params = params_of(spec)
-    params.pop("interval", None)  # how often the engine asks: not a matter of the method
+    for name in ("interval", "share", "count"):  # how often the engine asks, and what tests/test_share.py is about: no matters of the method
+        params.pop(name, None)
     return oracle.POLICIES[spec.partition(":")[0]](**params)
 
 

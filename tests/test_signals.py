@@ -34,10 +34,10 @@ def model(model_path):
     return _core.Model(str(model_path))
 
 
-NAMES = [p["name"] for p in _core.policies() if not p["name"].startswith(("full", "random"))]
+NAMES = [p["name"] + (":share=head" if p["share"] == "auto" else "") for p in _core.policies() if not p["name"].startswith(("full", "random"))]
 
 
-@pytest.mark.parametrize("name,type_k", [(name, "f16") for name in NAMES] + [("keydiff", "q8_0"), ("snapkv", "q8_0"), ("expected_attention", "q8_0")])
+@pytest.mark.parametrize("name,type_k", [(name, "f16") for name in NAMES] + [("keydiff:share=head", "q8_0"), ("snapkv", "q8_0"), ("expected_attention", "q8_0")])
 def test_evict_keeps_what_the_oracle_keeps(model, name, type_k):
     tokens = story_tokens(model)
     spans = [(b, b + 37) for b in range(11, 500, 37)]
@@ -45,6 +45,7 @@ def test_evict_keeps_what_the_oracle_keeps(model, name, type_k):
     if name == "shotkv":
         ctx.set_spans(spans)
     ctx.decode(tokens)
+    name = name.partition(":")[0]
     if name in ("finch", "kvzip"):
         ctx.ask(tokens[-30:])
     layers, scores = ctx.signals(), ctx.scores()

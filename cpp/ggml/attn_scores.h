@@ -220,14 +220,16 @@ void kvc_attn_tiles(ggml_tensor * dst, int ith, int nth, void *) {
     const ggml_tensor * k     = dst->src[0]; // any type [head_dim, n_head_kv, n_kv]
     const ggml_tensor * q     = dst->src[1]; // F32 [n_lane, head_dim, n_head_kv], scaled
     const ggml_tensor * range = dst->src[2]; // I32 [n_lane, 2, n_head_kv]: the cells that a lane sees, from and up to
-    const int64_t n_dim = k->ne[0], n_hkv = k->ne[1], n_kv = k->ne[2];
+    const ggml_tensor * rows  = dst->src[3]; // I32 [n_kv]: the cells that there are, of more; null: all
+    const int64_t n_dim = k->ne[0], n_hkv = k->ne[1], n_kv = rows ? rows->ne[0] : k->ne[2];
     const int64_t n_tile = (n_kv + KVC_ATTN_TILE - 1)/KVC_ATTN_TILE, n_item = n_hkv*n_tile;
 
     std::vector<float> keys(KVC_ATTN_TILE*n_dim); // [tile][head_dim]
     for (int64_t item = n_item*ith/nth; item < n_item*(ith + 1)/nth; ++item) {
         const int64_t h = item/n_tile, it = item % n_tile;
         for (int64_t j = it*KVC_ATTN_TILE; j < std::min((it + 1)*KVC_ATTN_TILE, n_kv); ++j) {
-            kvc::fa_to_f32(k->type, (const char *) k->data + h*k->nb[1] + j*k->nb[2], &keys[j % KVC_ATTN_TILE*n_dim], n_dim);
+            const int64_t row = rows ? ((const int32_t *) rows->data)[j] : j;
+            kvc::fa_to_f32(k->type, (const char *) k->data + h*k->nb[1] + row*k->nb[2], &keys[j % KVC_ATTN_TILE*n_dim], n_dim);
         }
         kvc::attn_tile(kvc::attn_slab(dst, n_kv, h), it, keys.data(), n_dim, (const float *) ((const char *) q->data + h*q->nb[2]),
                 (const int32_t *) ((const char *) range->data + h*range->nb[2]));

@@ -69,6 +69,7 @@ std::unique_ptr<policy> make(const params & p) {
 const policy_info finch_info = {
     "finch", "Asks the question (kv_query) after each chunk of the context, keeps the tokens it attends to most for each KV head, and "
     "takes it out again; evicts the prompt only.", "2408.00167", decode_mode::none, false, list_params, make,
+    "head",
 };
 
 } // namespace kvc

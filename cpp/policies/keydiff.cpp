@@ -2,7 +2,8 @@
 //
 //   score(j) = -cos(k_j, mean over the head's keys of k / ||k||)
 //
-// Variant: kvpress' KeyDiffPress. Needs no query, so it does not depend on what is asked later.
+// Variant: kvpress' KeyDiffPress with share=head. By default one ranking says how long each layer is (share.h): that keeps more of
+// what nobody has asked for (docs/benchmarks.md). Needs no query, so it does not depend on what is asked later.
 
 #include "policies.h"
 
@@ -64,6 +65,7 @@ std::unique_ptr<policy> make(const params & p) {
 const policy_info keydiff_info = {
     "keydiff", "Keeps the tokens whose keys are least like the mean key, for each KV head.", "2504.15364",
     decode_mode::whole, false, list_params, make,
+    "auto",
 };
 
 } // namespace kvc

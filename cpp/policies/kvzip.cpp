@@ -1,11 +1,13 @@
-// KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction, arXiv:2505.23416.
+// KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction, arXiv:2505.23416; KVzip+: 2601.07891.
 //
-//   score(j) = max over the group's query heads and the tokens i of the repetition of A_ij
+//   score(l, h, j) = max over the group's query heads and the queries i of the repetition of A_ij
+//   plus=1:          A_ij |W_O v_j| / |x_i| for A_ij, x_i what query i was made from (the input of the attention block)
 //
-// Variant: after each chunk the context is asked to repeat that chunk ("Repeat the previous context:" and the chunk
-// itself, as the authors' code does), and the repetition is taken out again; a cell keeps the score of its own chunk.
-// Every head keeps the same number; the paper also shares a layer's and the model's budget among heads. It costs a
-// second evaluation of the context.
+// The context is cut into chunks. Behind the whole context the model is shown a request to repeat a chunk, what its chat template
+// puts between a user's turn and the answer, and the chunk itself; then all of that is taken out again (pykvc/probe.py).
+// softmax=chunk, as published: A is over the first `sinks` cells, the chunk's cells and what was shown. softmax=all: over all cells.
+// A cell keeps the score of its own chunk. One ranking decides for all layers (share, share.h). It costs a second evaluation.
+// Variant: the last `recent` tokens are kept, too (the authors': 0); W_O v and x in the L2 norm, as kvpress 0.5.5 has them.
 
 #include "policies.h"
 
@@ -20,13 +22,18 @@ struct kvzip : policy {
     const int32_t window;
     const int32_t sinks;
     const int32_t recent;
+    const bool    chunk;
+    const bool    plus;
 
-    explicit kvzip(const params & p) : window(p.i("window")), sinks(p.i("sinks")), recent(p.i("recent")) {}
+    explicit kvzip(const params & p) : window(p.i("window")), sinks(p.i("sinks")), recent(p.i("recent")), chunk(p.s("softmax") == "chunk"),
+        plus(p.i("plus") == 1) {}
 
     needs need() const override {
         needs n;
         n.window = window;
         n.probe  = probe::max;
+        n.chunk  = chunk;
+        n.plus   = plus;
         return n;
     }
 
@@ -53,9 +60,13 @@ struct kvzip : policy {
 
 const std::vector<param_info> & list_params() {
     static const std::vector<param_info> list = {
-        { "window", "512", "tokens of one repetition, its prompt included", 64, 4096 },
-        { "sinks",  "4",   "first tokens always kept", 0, 4096 },
-        { "recent", "32",  "last tokens always kept", 1, 4096 },
+        { "chunk",   "2048",  "tokens of the context that one repetition repeats; fewer where n_ctx or kv_cells leave no room", 64, 1048576 },
+        { "softmax", "chunk", "what a repetition's attention is shared among: the first tokens, the chunk and itself, or all cells", 0, 0,
+            { "chunk", "all" } },
+        { "plus",    "0",     "1: KVzip+, attention times |W_O v| of the cell over the norm of what the query was made from", 0, 1 },
+        { "window",  "256",   "tokens of a repetition that are looked at together: memory against speed", 16, 4096 },
+        { "sinks",   "4",     "first tokens always kept", 0, 4096 },
+        { "recent",  "32",    "last tokens always kept", 0, 4096 },
     };
     return list;
 }
@@ -69,6 +80,7 @@ std::unique_ptr<policy> make(const params & p) {
 const policy_info kvzip_info = {
     "kvzip", "Asks the context to repeat itself and keeps, for each KV head, the tokens that the repetition attends to most, whatever is "
     "asked later; evicts the prompt only.", "2505.23416", decode_mode::none, false, list_params, make,
+    "auto",
 };
 
 } // namespace kvc

@@ -105,6 +105,7 @@ std::unique_ptr<policy> make(const params & p) {
 const policy_info snapkv_info = {
     "snapkv", "Keeps the tokens the last queries attend to most, pooled along the keys, for each KV head; evicts the prompt "
     "only.", "2404.14469", decode_mode::none, false, list_params, make,
+    "head",
 };
 
 } // namespace kvc

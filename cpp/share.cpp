@@ -1,0 +1,174 @@
+#include "share.h"
+
+#include "policy.h"
+#include "select.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+
+namespace kvc {
+
+static const std::vector<std::string> WORDS = { "head", "layers", "layer", "all" }; // in the order of share_over
+
+void settle_share(params & p, bool bounded) {
+    const auto it = p.values.find("share");
+    if (it != p.values.end() && it->second == "auto") {
+        it->second = bounded ? "head" : "layers";
+    }
+}
+
+std::vector<param_info> share_params(const std::string & over) {
+    auto words = WORDS;
+    if (over == "auto") {
+        words.push_back("auto");
+    }
+    return {
+        { "share", over,   "how far one ranking reaches that decides how much each head keeps" + std::string(over == "auto" ?
+            "; auto: layers, or head with kv_cells" : ""), 0, 0, words },
+        { "count", "rows", "what the budget counts where heads differ (share=layer, all): rows of a layer's longest head, or cells held",
+            0, 0, { "rows", "cells" } },
+    };
+}
+
+share_over share_from(const std::string & word) {
+    const auto it = std::find(WORDS.begin(), WORDS.end(), word);
+    if (it == WORDS.end()) {
+        throw std::invalid_argument("share is 'head', 'layers', 'layer' or 'all', not '" + word + "'");
+    }
+    return (share_over) (it - WORDS.begin());
+}
+
+sharing read_sharing(const params & p) {
+    params settled = p;
+    settle_share(settled, false);
+    return { share_from(settled.s("share")), p.s("count") == "rows" };
+}
+
+// A slot that competes. Of equal scores the older slot is first, then the lower layer, then the lower head.
+struct rival {
+    uint64_t key;  // rank_key()
+    int32_t  head; // layer*n_head_kv + head
+
+    bool operator<(const rival & other) const { return key != other.key ? key > other.key : head < other.head; }
+};
+
+// What a head keeps whatever its score.
+static int32_t n_always(const policy & pol, const request & r, const layer_plan & lp, int32_t h) {
+    const int32_t first = first_slot(lp.pos + (size_t) h*lp.n_kv, lp.n_kv);
+    const int32_t n     = lp.n_kv - first;
+    return std::min(n, std::max(pol.n_sink(), lp.n_frozen) + pol.n_recent(r.budget - lp.n_frozen));
+}
+
+static void add_rivals(const policy & pol, const request & r, int32_t il, std::vector<rival> & out) {
+    const layer_plan & lp = r.layers[il];
+    for (int32_t h = 0; h < r.n_head_kv; ++h) {
+        const size_t  at    = (size_t) h*lp.n_kv;
+        const int32_t begin = first_slot(lp.pos + at, lp.n_kv) + std::max(pol.n_sink(), lp.n_frozen);
+        const int32_t end   = lp.n_kv - pol.n_recent(r.budget - lp.n_frozen);
+        for (int32_t j = begin; j < end; ++j) {
+            out.push_back({ rank_key(lp.score[at + j], j), il*r.n_head_kv + h });
+        }
+    }
+}
+
+// Of heads that keep nothing whatever its score the best rival is kept already.
+static void drop_first(const std::vector<bool> & kept_already, std::vector<rival> & rivals) {
+    std::map<int32_t, rival> best;
+    for (const rival & x : rivals) {
+        if (kept_already[x.head]) {
+            const auto it = best.emplace(x.head, x).first;
+            it->second = std::min(it->second, x);
+        }
+    }
+    rivals.erase(std::remove_if(rivals.begin(), rivals.end(), [&](const rival & x) {
+        return kept_already[x.head] && best.at(x.head).key == x.key;
+    }), rivals.end());
+}
+
+static void check_least(const policy & pol, const request & r, bool fits) {
+    if (!fits) {
+        throw std::invalid_argument("a budget of " + std::to_string(r.budget) + " tokens does not hold what every head always keeps: the least "
+            "that works is " + std::to_string(pol.min_budget()));
+    }
+}
+
+// The n best, in order; all if there are no more.
+static void cut_rivals(std::vector<rival> & rivals, int64_t n, bool sorted) {
+    n = std::min<int64_t>(std::max<int64_t>(n, 0), (int64_t) rivals.size());
+    std::nth_element(rivals.begin(), rivals.begin() + n, rivals.end());
+    rivals.resize(n);
+    if (sorted) {
+        std::sort(rivals.begin(), rivals.end());
+    }
+}
+
+std::vector<int32_t> layer_lengths(const policy & pol, const request & r) {
+    const int32_t n_layer = (int32_t) r.layers.size();
+    std::vector<double> ideal(n_layer, 0);
+    std::vector<rival> rivals;
+    int64_t n_left = (int64_t) n_layer*r.n_head_kv*r.budget;
+    int32_t n_least = 1;
+    for (int32_t il = 0; il < n_layer; ++il) {
+        for (int32_t h = 0; h < r.n_head_kv; ++h) {
+            const int32_t n = n_always(pol, r, r.layers[il], h);
+            ideal[il] += (double) n/r.n_head_kv;
+            n_left    -= n;
+            n_least    = std::max(n_least, n);
+        }
+        add_rivals(pol, r, il, rivals);
+    }
+    check_least(pol, r, n_left >= 0);
+    cut_rivals(rivals, n_left, false);
+    for (const rival & x : rivals) {
+        ideal[x.head/r.n_head_kv] += 1.0/r.n_head_kv;
+    }
+    return whole_budgets(r, ideal, n_least);
+}
+
+// Of the heads of layers [first, last): their best scores until they hold n slots, or with rows until their layers' longest heads do.
+static void fill_heads(const policy & pol, const request & r, int32_t first, int32_t last, std::vector<std::vector<int32_t>> & heads) {
+    std::vector<rival> rivals;
+    std::vector<bool> kept_already((size_t) last*r.n_head_kv, false);
+    int64_t n_held = 0, n_rows = 0;
+    for (int32_t il = first; il < last; ++il) {
+        for (int32_t h = 0; h < r.n_head_kv; ++h) {
+            const int32_t n = n_always(pol, r, r.layers[il], h);
+            kept_already[(size_t) il*r.n_head_kv + h] = n == 0;
+            heads[il][h] = std::max(1, n); // attention needs something to look at
+            n_held += heads[il][h];
+        }
+        n_rows += *std::max_element(heads[il].begin(), heads[il].end());
+        add_rivals(pol, r, il, rivals);
+    }
+    drop_first(kept_already, rivals);
+    const int64_t n_mean = (int64_t) (last - first)*r.budget;
+    check_least(pol, r, pol.share.rows ? n_rows <= n_mean : n_held <= n_mean*r.n_head_kv);
+    cut_rivals(rivals, n_mean*r.n_head_kv - n_held, pol.share.rows);
+    for (const rival & x : rivals) {
+        auto & layer = heads[x.head/r.n_head_kv];
+        auto & head  = layer[x.head % r.n_head_kv];
+        const bool longest = head == *std::max_element(layer.begin(), layer.end());
+        if (pol.share.rows && longest && ++n_rows > n_mean) {
+            break; // nor those behind it, or it would be another ranking
+        }
+        ++head;
+    }
+}
+
+std::vector<std::vector<int32_t>> head_lengths(const policy & pol, const request & r) {
+    const int32_t n_layer = (int32_t) r.layers.size();
+    if (!pol.share.heads_differ()) {
+        return {};
+    }
+    std::vector<std::vector<int32_t>> heads(n_layer, std::vector<int32_t>(r.n_head_kv));
+    if (pol.share.over == share_over::all) {
+        fill_heads(pol, r, 0, n_layer, heads);
+    }
+    for (int32_t il = 0; pol.share.over == share_over::layer && il < n_layer; ++il) {
+        fill_heads(pol, r, il, il + 1, heads);
+    }
+    return heads;
+}
+
+} // namespace kvc

@@ -1,0 +1,50 @@
+#pragma once
+
+// Sharing: how far one ranking of scores reaches when it decides how much each head keeps. A choice of its own beside the
+// score (policy.h): "snapkv:share=layers" is snapkv's score, ranked over all layers.
+//
+//   head    every head of every layer keeps the same number: no ranking between heads
+//   layers  one ranking over all layers and heads says how long each layer is; its heads keep equally many
+//   layer   one ranking over the heads of each layer: heads differ (AdaKV 2407.11550, KVzip's "layerwise")
+//   all     one ranking over all heads of all layers: heads differ (KVzip 2505.23416)
+//   auto    layers, or head with kv_cells: there the layers' rows are allocated before anything is known of their lengths
+//
+// The mean over all heads is the budget, whatever the share. Where heads differ, a layer takes the rows of its longest head: with
+// count=rows those are what the budget counts, so that every share takes the same bytes; with count=cells, the papers' way, it
+// counts what heads hold, and a layer's bytes are more than its budget.
+
+#include "spec.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace kvc {
+
+class policy;
+struct request;
+
+enum class share_over { head, layers, layer, all };
+
+struct sharing {
+    share_over over = share_over::head;
+    bool       rows = true; // count=rows
+
+    bool heads_differ()  const { return over == share_over::layer || over == share_over::all; }
+    bool layers_differ() const { return over != share_over::head; }
+};
+
+// auto as head or layers.
+void settle_share(params & p, bool bounded);
+
+// The parameters of a policy that can share, with its own default.
+std::vector<param_info> share_params(const std::string & over);
+sharing read_sharing(const params & p); // of a policy that declares them
+share_over share_from(const std::string & word); // throws
+
+// share=layers: slots of each layer, their mean is r.budget exactly.
+std::vector<int32_t> layer_lengths(const policy & pol, const request & r);
+
+// share=layer and all: slots of each head of each layer, [n_layer][n_head_kv]. Empty for other shares.
+std::vector<std::vector<int32_t>> head_lengths(const policy & pol, const request & r);
+
+} // namespace kvc

@@ -1,0 +1,168 @@
+"""share=: one ranking over the heads of a layer, of all layers, or of each layer's length. Against the oracle, on made-up scores and a model."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import oracle
+import pykvc
+from pykvc import _core
+from test_policies import oracle_of
+
+N_LAYER, N_HEAD_KV = 5, 3
+SHARING = [p["name"] for p in _core.policies() if p["share"]]
+SHARES = ["layers", "layer,count=rows", "layer,count=cells", "all,count=rows", "all,count=cells"]
+
+
+def made_up(seed, n, sharp=3.0):
+    """Scores whose layers and heads deserve different numbers; quarters, so that many are equal."""
+    rng = np.random.default_rng(seed)
+    pos = [np.tile(np.arange(n, dtype=np.int32), (N_HEAD_KV, 1)) for _ in range(N_LAYER)]
+    scale = rng.gamma(1 / sharp, size=(N_LAYER, N_HEAD_KV, 1))
+    return pos, [(np.round(16 * scale[il] * rng.random((N_HEAD_KV, n))) / 4).astype(np.float32) for il in range(N_LAYER)]
+
+
+def expected(spec, pos, scores, budget, share):
+    over, _, rest = share.partition(",")
+    return oracle.shared(oracle_of(spec), pos, scores, budget, over, rest.partition("=")[2] or "rows")
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", SHARING)
+def test_plan_is_the_oracles(name, share):
+    for seed, n, budget in ((0, 90, 41), (1, 333, 70), (2, 200, 150)):
+        pos, scores = made_up(seed, n)
+        kept = _core.plan(f"{name}:share={share}", pos, scores, budget)
+        for il, (a, b) in enumerate(zip(kept, expected(name, pos, scores, budget, share))):
+            np.testing.assert_array_equal(a, b, err_msg=f"layer {il}")
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(60, 400), part=st.floats(0, 1), name=st.sampled_from(SHARING), share=st.sampled_from(SHARES),
+       sharp=st.sampled_from([0.5, 3.0, 20.0]))
+def test_every_share_takes_the_budget_and_no_more(seed, n, part, name, share, sharp):
+    pos, scores = made_up(seed, n, sharp)
+    budget = 40 + int(part * (n - 40))
+    kept = _core.plan(f"{name}:share={share}", pos, scores, budget)
+    n_rows, n_held = sum(x.shape[1] for x in kept), sum(int((x >= 0).sum()) for x in kept)
+    if share == "layers":
+        assert n_rows == N_LAYER * budget and n_held == n_rows * N_HEAD_KV
+    elif share.endswith("rows"):
+        assert n_rows <= N_LAYER * budget and all(x.shape[1] <= budget for x in kept if share.startswith("layer"))
+        assert n_rows == N_LAYER * budget or share.startswith("layer") or n_held < n_rows * N_HEAD_KV
+    else:
+        assert n_held == N_LAYER * N_HEAD_KV * budget
+    for layer in kept:
+        for head in layer:
+            assert (np.diff(head[head >= 0]) > 0).all() and head.max() < n
+
+
+def test_a_layer_gets_what_its_scores_deserve():
+    """Two layers of 100 tokens, a budget of 50: the second one's scores are above all of the first one's."""
+    pos, rng = [np.tile(np.arange(100, dtype=np.int32), (2, 1))] * 2, np.random.default_rng(0)
+    scores = [rng.random((2, 100)).astype(np.float32), 2 + rng.random((2, 100)).astype(np.float32)]
+    n_keep = lambda share: [x.shape[1] for x in _core.plan(f"kvzip:share={share},sinks=0,recent=0", pos, scores, 50)]
+    assert n_keep("head") == [50, 50] and n_keep("layers") == [1, 99]  # min_budget: no layer is left without a token
+    assert n_keep("all") == [1, 99] and n_keep("layer") == [50, 50]
+
+
+def test_what_is_empty_is_passed_over():
+    """A head that lost slots at an earlier eviction cannot keep them again, and its first tokens are those that it holds."""
+    pos, scores = made_up(5, 120)
+    for il in range(N_LAYER):
+        pos[il][1, :60], scores[il][1, :60] = -1, -np.inf
+    for share in SHARES[1:]:
+        kept = _core.plan(f"kvzip:share={share},sinks=2,recent=4", pos, scores, 40)
+        assert all((x[1][x[1] >= 0] >= 60).all() and set(x[1]) >= {60, 61} for x in kept)
+        for a, b in zip(kept, oracle.shared(oracle.kvzip(sinks=2, recent=4), pos, scores, 40, *share.replace("count=", "").split(","))):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("spec,named", [
+    ("kvzip:share=heads", ["share", "head", "layers", "layer", "all"]), ("kvzip:count=bytes", ["count", "rows", "cells"]),
+    ("streaming_llm:share=layers", ["streaming_llm", "cannot share", "kvzip", "snapkv"]), ("random:share=all", ["random", "cannot share"]),
+    ("shotkv:share=layer", ["cannot share"]), ("pyramidkv:share=layers", ["cannot share"]),
+])
+def test_a_share_that_cannot_be_is_refused(spec, named):
+    with pytest.raises(ValueError) as error:
+        _core.parse_spec(spec)
+    assert [word for word in named if word not in str(error.value)] == []
+
+
+def test_a_budget_below_what_every_head_keeps():
+    pos, scores = made_up(0, 90)
+    for share in SHARES:
+        with pytest.raises(ValueError, match="least that works is 37"):
+            _core.plan(f"kvzip:share={share}", pos, scores, 30)
+
+
+# -- on a model -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def model(model_path):
+    return _core.Model(str(model_path))
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", ["snapkv", "keydiff"])
+def test_evict_keeps_what_the_oracle_keeps(model, name, share):
+    tokens = np.random.default_rng(3).integers(0, 40000, 400, dtype=np.int32)
+    ctx = _core.Context(model, n_ctx=512, policy=f"{name}:share={share}", budget="100")
+    for step in range(2):  # the second time heads and layers hold different tokens already
+        ctx.decode(tokens[250*step:250*step + 200])
+        pos, scores = ctx.kept(), ctx.scores()
+        assert ctx.evict()
+        for il, (kept, slots) in enumerate(zip(ctx.kept(), expected(name, pos, scores, 100, share))):
+            by_slot = np.take_along_axis(pos[il], np.maximum(slots, 0), axis=1)
+            np.testing.assert_array_equal(kept, np.where(slots < 0, -1, by_slot), err_msg=f"step {step}, layer {il}")
+    assert not ctx.evict()  # it holds its budget
+    n_rows = sum(x.shape[1] for x in ctx.kept())
+    assert n_rows == 100*len(pos) if share == "layers" else n_rows <= 100*len(pos) or share.endswith("cells")
+    ctx.decode(tokens[:5])
+    assert np.isfinite(ctx.logits()).all()
+
+
+def test_share_of_a_policy_in_python(model_path):
+    class Keys(pykvc.Policy):
+        name, keys, share = "keys_apart", True, "layers"
+
+        def score(self, layer):
+            return -np.linalg.norm(layer.keys, axis=-1)
+
+    with pykvc.LLM(model_path, n_ctx=512, kv_policy=Keys(), kv_budget=60) as llm:
+        llm.prefill(tokens=list(range(1000, 1300)))
+        llm.compress()
+        lengths = [x.shape[1] for x in llm.kept()]
+        assert sum(lengths) == 60*len(lengths) and len(set(lengths)) > 3
+        pos = [np.tile(np.arange(300, dtype=np.int32), (x.shape[0], 1)) for x in llm.kept()]
+    with pykvc.LLM(model_path, n_ctx=512, kv_policy="knorm:share=layers", kv_budget=60) as llm:
+        llm.prefill(tokens=list(range(1000, 1300)))
+        llm.compress()
+        assert [x.shape[1] for x in llm.kept()] == lengths and len(pos) == len(lengths)
+
+
+def test_a_python_policy_with_rules_of_its_own_cannot_share():
+    class Own(pykvc.Policy):
+        name, share = "own_rule", "layers"
+
+        def score(self, layer):
+            return np.zeros((layer.n_head_kv, layer.n_kv), np.float32)
+
+        def budgets(self, request):
+            return [request.budget]*len(request.layers)
+
+    with pytest.raises(ValueError, match="budgets.*share"):
+        pykvc.LLM(kv_policy=Own(), kv_budget=60)
+
+
+def test_generated_tokens_stay_where_heads_differ(model):
+    with pytest.raises(ValueError, match="share=all.*share=head and layers"):
+        _core.Context(model, n_ctx=256, policy="keydiff:share=all", budget="64", decode_budget="32")
+    ctx = _core.Context(model, n_ctx=256, policy="keydiff:share=layers,interval=8", budget="64", decode_budget="16")
+    ctx.decode(np.arange(2000, 2150, dtype=np.int32))
+    ctx.evict()
+    ctx.end_prompt()
+    for i in range(60):
+        ctx.decode(np.array([3000 + i], np.int32))
+    n = [x.shape[1] for x in ctx.kept()]
+    assert 64 + 16 <= sum(n)/len(n) <= 64 + 16 + 8 and len(set(n)) > 3
