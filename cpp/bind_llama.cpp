@@ -202,7 +202,7 @@ void bind_llama(py::module_ & m) {
         }, "budget"_a, "decode_budget"_a)
         .def("set_policy", [](Context & c, const std::string & policy, const std::string & budget, const std::string & decode, int32_t seq) {
             c.check_seq(seq);
-            c.evictor().set_policy(seq, policy.c_str(), budget.c_str(), decode.c_str());
+            c.evictor().set_policy(seq, policy.empty() ? nullptr : policy.c_str(), budget.c_str(), decode.c_str());
         }, "policy"_a, "budget"_a, "decode_budget"_a = "", "seq"_a = 0)
         .def("set_budget", [](Context & c, const std::string & b, const std::string & d, int32_t seq) {
             c.evictor().set_budget(seq, kvc::parse_budget(b, "kv_budget"), kvc::parse_budget(d, "kv_decode_budget"));

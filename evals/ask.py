@@ -6,8 +6,6 @@ question-out: the context is evaluated and evicted; then each question is asked 
 Either way a context is evaluated once for all its questions and all budgets of a policy, and the text of a prompt is tokenized in these two parts.
 """
 import itertools
-import tempfile
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -15,6 +13,7 @@ from typing import Any, Iterator
 
 import pykvc
 from pykvc import _core
+from pykvc.context import Mark
 
 from .cases import Case
 from .items import Item
@@ -60,19 +59,19 @@ def contexts(llm: pykvc.LLM, asked: Jobs, protocol: str) -> Iterator[tuple[Case,
     prompt, begin, start = asked[0][1], perf_counter(), llm.stats()["n_evictions"]
     n_tokens = llm.prefill(prompt.head, **_spans(prompt), **_query(prompt, asked[0][2])) if prompt.head else 0
     prefill_ms, n_before = ms(begin), llm.stats()["n_evictions"] - start
-    with Mark(llm, asked[0][2], again=len(asked) > 1) as whole:
-        for k, (case, of_case) in enumerate(itertools.groupby(asked, key=lambda one: one[2])):
-            part = list(of_case)
-            if k:
-                whole.return_to()
-            kept, n_evictions, evict_ms = evict(llm, case if protocol == "question-out" else None)
-            context = Context(n_tokens, kept, n_before + n_evictions, prefill_ms*(k == 0), evict_ms)
-            with nullcontext(whole) if protocol == "question-in" else Mark(llm, case, again=len(part) > 1) as mark:
-                for i, (item, prompt, _) in enumerate(part):
-                    if i:
-                        mark.return_to()
-                        context = replace(context, prefill_ms=0.0, evict_ms=0.0)
-                    yield case, item, prompt, context
+    whole = Mark(llm._session) if len(asked) > 1 else None
+    for k, (case, of_case) in enumerate(itertools.groupby(asked, key=lambda one: one[2])):
+        part = list(of_case)
+        if k:
+            whole.return_to()
+        kept, n_evictions, evict_ms = evict(llm, case if protocol == "question-out" else None)
+        context = Context(n_tokens, kept, n_before + n_evictions, prefill_ms*(k == 0), evict_ms)
+        mark = whole if protocol == "question-in" or len(part) == 1 else Mark(llm._session)
+        for i, (item, prompt, _) in enumerate(part):
+            if i:
+                mark.return_to()
+                context = replace(context, prefill_ms=0.0, evict_ms=0.0)
+            yield case, item, prompt, context
 
 
 def evict(llm: pykvc.LLM, case: Case | None) -> tuple[list[int], int, float]:
@@ -116,29 +115,6 @@ def ask_batch(llm: pykvc.LLM, asked: Jobs, protocol: str, n_parallel: int) -> It
                                answer.kv.get("prefix_evictions", 0) + answer.kv["evictions"], llm.stats()["cells_allocated"])
             yield i + j, {**figures, "bytes_allocated": figures["bytes_allocated"]//n_parallel}
         i += len(part)
-
-
-class Mark:
-    """A state to come back to. What was evicted since, or added to sums, is only undone by a file; a whole cache is cut."""
-
-    def __init__(self, llm: pykvc.LLM, case: Case, again: bool) -> None:
-        self.llm, self.n_tokens = llm, llm.n_tokens
-        self.folder = tempfile.TemporaryDirectory(prefix="pykvc-evals-") if again and case.name != "full" else None
-        if self.folder:
-            llm.save(Path(self.folder.name)/"state")
-
-    def return_to(self) -> None:
-        if self.folder:
-            self.llm.load(Path(self.folder.name)/"state")
-        else:
-            self.llm.truncate(self.n_tokens)
-
-    def __enter__(self) -> "Mark":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self.folder:
-            self.folder.cleanup()
 
 
 def _spans(prompt: Prompt) -> dict[str, Any]:

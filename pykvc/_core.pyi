@@ -126,7 +126,7 @@ class Context:
 
     def check_budget(self, budget: str, decode_budget: str) -> None: """ValueError where set_budget() would refuse."""
     def set_policy(self, policy: str, budget: str, decode_budget: str = "", seq: int = 0) -> None:
-        """Another policy of one sequence, until it is cleared: one that needs no more signals than the context's. ValueError: it does."""
+        """Another policy of one sequence ("": the context's own), until it is cleared: one that needs no more signals than the context's. ValueError: it does."""
     def set_budget(self, budget: str, decode_budget: str, seq: int = 0) -> None: """Of one sequence, until it is cleared."""
     def set_spans(self, spans: Sequence[tuple[int, int]], seq: int = 0) -> None: """original positions; ValueError where they overlap"""
     def begin_prompt(self, seq: int = 0) -> None: """Another prompt follows: what was generated belongs to it."""

@@ -17,6 +17,7 @@ from typing import Any, Iterator, Sequence
 from . import _core, chat, models, options, prompts as prompts_of, spans as units, state, weights
 from .batch import Prefix, answers
 from .chat import Message
+from .context import Context
 from .generation import Generation, Request, Stream, answer
 from .messages import message_spans
 from .policy import F32, I32, Policy
@@ -124,6 +125,13 @@ class LLM:
         if budget:
             self._session.set_budget(*budget)
         return self._session.compress()
+
+    def context(self, text: str | None = None, *, tokens: Sequence[int] | None = None, spans: Sequence[units.Span] | None = None,
+                span_unit: str = "tokens", segment: str | None = None, kv_query: str | None = None) -> Context:
+        """Evaluates a context that is to be asked several times, compressed by several policies and budgets: pykvc/context.py.
+        The conversation before is over. Arguments as prefill()."""
+        self.reset()
+        return Context(self, self.prefill(text, tokens=tokens, spans=spans, span_unit=span_unit, segment=segment, kv_query=kv_query))
 
     def reset(self) -> None:
         """Empties the cache."""

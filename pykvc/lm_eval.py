@@ -7,8 +7,6 @@ or generated. The first token of an answer is then predicted before the eviction
 change; hold_back=N evaluates the last N tokens of every context after the eviction instead.
 """
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
@@ -19,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from . import chat, command, options
+from .context import Mark
 from .llm import LLM
 from .policy import F32
 
@@ -36,10 +35,6 @@ class PykvcLM(TemplateLM):
         self.llm = LLM(model, **how)
         self.session = self.llm._session
         self.evicts = self.session.evicts and self.session.has_budget
-        generated = bool(self.session.setup["kv_decode_budget"])
-        # what was evicted since, or added to sums, is only undone by a file; else the tail is cut
-        self.needs_file = self.session.evicts and (
-            generated or bool(self.session.setup["kv_cells"]) or options.needs(how.get("kv_policy", "full"))["sums"])
 
     # -- text -----------------------------------------------------------------------------------------------------------
 
@@ -76,22 +71,16 @@ class PykvcLM(TemplateLM):
         scored: list[Scored] = []
         context: list[int] = []
         n_before = self.llm.stats()["n_evictions"]
-        with tempfile.TemporaryDirectory(prefix="pykvc-lm-eval-") as folder:
-            state = Path(folder)/"state"
-            for given, ids, continuation in tqdm(requests, desc="loglikelihood", disable=disable_tqdm):
-                ids = self._fit(ids, len(continuation) - 1)
-                if ids != context:  # choices of one question have the same
-                    self._evaluate(ids)
-                    context, first = ids, self.llm.logits()
-                    if self.needs_file:
-                        self.llm.save(state)
-                elif self.needs_file:
-                    self.llm.load(state)
-                else:
-                    self.llm.truncate(len(context))
-                scored.append(self._score(first, continuation))
-                if given is not None:
-                    self.cache_hook.add_partial("loglikelihood", given, scored[-1])
+        for given, ids, continuation in tqdm(requests, desc="loglikelihood", disable=disable_tqdm):
+            ids = self._fit(ids, len(continuation) - 1)
+            if ids != context:  # choices of one question have the same
+                self._evaluate(ids)
+                context, first, mark = ids, self.llm.logits(), Mark(self.session)
+            else:
+                mark.return_to()
+            scored.append(self._score(first, continuation))
+            if given is not None:
+                self.cache_hook.add_partial("loglikelihood", given, scored[-1])
         self._report(len(requests), n_before)
         return scored
 

@@ -17,6 +17,15 @@ from .spans import Span
 N_ANSWER = 32  # tokens of an answer between two evictions of a policy that asks, at least
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a session is at a moment."""
+    about: dict[str, Any]   # tokens, pending, spans, ...: what the header of a file holds
+    logits: F32 | None      # [n_vocab] of the last token
+    cells: bytes | None     # llama.cpp's state; None: the cache is not in it
+    own: tuple[str, str, str] = ("", "", "")  # policy, kv_budget, kv_decode_budget instead of the context's; a file has none
+
+
 @dataclass
 class Work:
     """What was done for the next answer so far."""
@@ -34,6 +43,7 @@ class Session:
                  probe: str, window: int, chunk: int) -> None:
         self.model, self.ctx, self.setup, self.evicts, self.needs_spans = model, ctx, setup, evicts, needs_spans
         self.turn = 0  # counts what makes a stream of before stale
+        self._n_fresh = 0  # how often the cache was emptied or replaced
         self.probe = Probe(probe, window, chunk, self)
         self._forget()
 
@@ -42,7 +52,7 @@ class Session:
         self.pending: int | None = None       # sampled, to be evaluated first
         self.spans: list[Span] = []           # by position
         self.query: list[int] = []            # what a policy that asks is given
-        self.own_budget = ("", "")            # kv_budget, kv_decode_budget instead of the context's
+        self.own = ("", "", "")               # policy, kv_budget, kv_decode_budget instead of the context's
         self.n_probed = 0                     # tokens that have repeated themselves
         self.probe.reset()
         self.compressed = False               # since the last clear()
@@ -62,8 +72,14 @@ class Session:
     def n_ctx(self) -> int:
         return self.setup["n_ctx"]
 
+    @property
+    def moment(self) -> tuple[int, int]:
+        """Another one where cells were evicted or replaced since, and not only added or cut from the end."""
+        return self._n_fresh, self.ctx.n_evictions() if self.evicts else 0
+
     def clear(self) -> None:
         self.ctx.clear()
+        self._n_fresh += 1
         self._forget()
 
     def check_room(self, n_new: int, n_before: int, spare: int) -> None:
@@ -185,20 +201,30 @@ class Session:
 
     @property
     def has_budget(self) -> bool:
-        return bool(self.setup["kv_budget"] or self.setup["kv_cells"] or self.own_budget[0])
+        return bool(self.setup["kv_budget"] or self.setup["kv_cells"] or self.own[1])
 
     def set_budget(self, budget: str, decode_budget: str) -> None:
         """Checked ones, until the next clear()."""
         self.ctx.set_budget(budget, decode_budget)
-        self.own_budget = budget, decode_budget
+        self.own = self.own[0], budget, decode_budget
 
-    def compress(self) -> bool:
+    def set_policy(self, policy: str, budget: str, decode_budget: str) -> None:
+        """Another policy, until the next clear(); "" the context's. ValueError: it needs signals that this context does not have."""
+        self.ctx.set_policy(policy, budget, decode_budget)
+        self.own = policy, budget, decode_budget
+
+    def ask(self) -> None:
+        """Has a policy that asks see what its probe attends to."""
+        self._logits, self._fresh = self.logits() if self.can_sample else None, False  # the probe leaves its own
+        self._n_fresh += 1  # and takes the place of the last queries
+        probed_ms = self.probe.ms
+        self.probe.ask()
+        self.work.probe_ms += self.probe.ms - probed_ms
+
+    def compress(self, ask: bool = True) -> bool:
         self.check_compress()
-        if self.probe.asks and self.n_tokens:
-            self._logits, self._fresh = self.logits() if self.can_sample else None, False  # the probe leaves its own
-            probed_ms = self.probe.ms
-            self.probe.ask()
-            self.work.probe_ms += self.probe.ms - probed_ms
+        if ask and self.probe.asks and self.n_tokens:
+            self.ask()
         begin = perf_counter()
         evicted = bool(self.evicts and self.ctx.evict())
         self.work.evict_ms += 1e3*(perf_counter() - begin)
@@ -220,35 +246,61 @@ class Session:
     def truncate(self, n_tokens: int) -> None:
         if n_tokens == 0:
             self.clear()
-        elif n_tokens < self.n_tokens:
+        elif not self.cut(n_tokens):
+            raise ValueError(f"the cache was compressed: it can be truncated to {self.ctx.pos_floor()} tokens or more, "
+                             f"or to 0, not to {n_tokens}")
+
+    def cut(self, n_tokens: int) -> bool:
+        """Removes the tail, down to at least one token. False: that is below what can be removed, and nothing has changed."""
+        if n_tokens < self.n_tokens:
             if not self.ctx.remove_tail(n_tokens):
-                raise ValueError(f"the cache was compressed: it can be truncated to {self.ctx.pos_floor()} tokens or more, "
-                                 f"or to 0, not to {n_tokens}")
+                return False
             self._cut(n_tokens, fresh=False)
             self.n_probed = min(self.n_probed, n_tokens)
             self.spans = [span for span in self.spans if span[1] <= n_tokens]
         self.pending = None
+        return True
 
-    # -- files ------------------------------------------------------------------------------------------------------
+    # -- states: of pykvc/context.py, and files ------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike) -> None:
-        session = {"tokens": self.tokens, "pending": self.pending, "spans": self.spans,
-                   "compressed": self.compressed, "kept": self.kept, "query": self.query, "n_probed": self.n_probed}
-        state.write(path, self.setup, session, self.logits() if self.can_sample else None, self.ctx.save())
+    def snapshot(self, cells: bool = True) -> Snapshot:
+        about = {"tokens": list(self.tokens), "pending": self.pending, "spans": list(self.spans), "compressed": self.compressed,
+                 "kept": self.kept, "query": self.query, "n_probed": self.n_probed}
+        return Snapshot(about, self.logits() if self.can_sample else None, self.ctx.save() if cells else None, self.own)
 
-    def load(self, path: str | os.PathLike) -> None:
-        session, logits, cells = state.read(path, self.setup)
+    def restore(self, there: Snapshot) -> None:
+        """ValueError: llama.cpp cannot read its state; the cache is then empty."""
         self.clear()
         try:
-            self.ctx.load(cells)
-            if self.ctx.pos_max() + 1 != len(session["tokens"]):
-                raise ValueError(f"it holds {self.ctx.pos_max() + 1} tokens, its header says {len(session['tokens'])}")
-        except (ValueError, RuntimeError) as error:
+            self.ctx.load(there.cells)
+            if self.ctx.pos_max() + 1 != len(there.about["tokens"]):
+                raise ValueError(f"it holds {self.ctx.pos_max() + 1} tokens, its header says {len(there.about['tokens'])}")
+        except (ValueError, RuntimeError):
             self.clear()
-            raise ValueError(f"the state {path} cannot be restored: {error}") from None
-        self.tokens, self.pending, self._logits = session["tokens"], session["pending"], logits
-        self.spans = [tuple(span) for span in session["spans"]]
-        self.compressed, self.kept = session["compressed"], session["kept"]
-        self.query, self.n_probed = session["query"], session["n_probed"]
+            raise
+        self.recall(there)
+
+    def recall(self, there: Snapshot) -> None:
+        """What is beside the cells, which are there."""
+        self.tokens, self.pending, self._logits = list(there.about["tokens"]), there.about["pending"], there.logits
+        self._fresh = False
+        self.spans = [tuple(span) for span in there.about["spans"]]
+        self.compressed, self.kept = there.about["compressed"], there.about["kept"]
+        self.query, self.n_probed = there.about["query"], there.about["n_probed"]
+        if there.own != self.own:
+            policy, budget, decode_budget = there.own
+            self.ctx.set_policy(policy, budget or self.setup["kv_budget"], decode_budget or self.setup["kv_decode_budget"])
+            self.own = there.own
         if self.needs_spans and self.spans:
             self.ctx.set_spans(self.spans)
+
+    def save(self, path: str | os.PathLike) -> None:
+        now = self.snapshot()
+        state.write(path, self.setup, now.about, now.logits, now.cells)
+
+    def load(self, path: str | os.PathLike) -> None:
+        there = Snapshot(*state.read(path, self.setup))
+        try:
+            self.restore(there)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"the state {path} cannot be restored: {error}") from None

@@ -56,7 +56,7 @@ def test_generate_json_is_one_object(model_path):
     answer = json.loads(result.stdout)
     assert list(answer) == ["text", "tokens", "model", "policy", "n_prompt", "n_predicted", "kv", "timings"]
     assert list(answer["kv"]) == ["cells", "kept", "bytes_allocated", "bytes_used", "bytes_full"]
-    assert list(answer["timings"]) == ["prefill_ms", "evict_ms", "decode_ms", "prefill_tps", "decode_tps"]
+    assert list(answer["timings"]) == ["prefill_ms", "probe_ms", "evict_ms", "decode_ms", "prefill_tps", "decode_tps"]
     assert answer["policy"].startswith("streaming_llm:sinks=2") and set(answer["kv"]["kept"]) == {64}
     assert answer["n_predicted"] == len(answer["tokens"]) and answer["kv"]["bytes_used"] < answer["kv"]["bytes_full"]
 

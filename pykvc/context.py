@@ -1,0 +1,101 @@
+"""A context that is asked several times: evaluated once, compressed once for each policy and budget, and asked from there.
+
+    ctx = llm.context(report, spans=[(0, 310), (310, 655)])
+    ctx.compress(policy="kvzip", budget=0.25)
+    print(ctx.ask("Who signed it?").text, ctx.ask("When?").text)
+    ctx.compress(policy="keydiff", budget=0.25)   # from the whole context, without evaluating it again
+    print(ctx.ask("Who signed it?").text)
+
+Every question is asked from the same state, and does not see the others. Nothing else in this package goes back to a state.
+"""
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from . import _core, options
+from .session import Session
+
+if TYPE_CHECKING:
+    from .generation import Generation, Stream
+    from .llm import LLM
+
+
+class Mark:
+    """Where a session is now, to come back to. In memory, a copy of what the cache holds; a cache that is whole is cut instead."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.n_tokens, self.moment = weakref.proxy(session), session.n_tokens, session.moment  # close() frees it at once
+        self.snapshot = session.snapshot(cells=session.evicts)
+
+    def return_to(self) -> None:
+        """ValueError: a whole cache was emptied since, or holds other tokens."""
+        session, about = self.session, self.snapshot.about
+        there = session.moment == self.moment and session.tokens[:self.n_tokens] == about["tokens"]
+        if there and session.cut(self.n_tokens):  # nothing was evicted since: what came after is all that is to go
+            session.recall(self.snapshot)
+        elif self.snapshot.cells is not None:
+            session.restore(self.snapshot)
+            self.moment = session.moment
+        else:
+            raise ValueError("the LLM was used for something else meanwhile, and a whole cache is not copied: make the context again")
+
+
+class Context:
+    """llm.context() makes it; pykvc.LLM says what the arguments are. The conversation of the LLM is this context's until the LLM is used for
+    something else: then an evicting one is restored at the next question, and a whole one is a ValueError."""
+
+    def __init__(self, llm: "LLM", n_tokens: int) -> None:
+        self._llm = llm
+        self.n_tokens = n_tokens
+        self.kept: list[int] = self._session._kept_now()  # [n_layer] cells a layer holds where questions are asked from
+        self._whole = self._now = Mark(self._session)
+        self._asked: Mark | None = None                   # once the policy's repetition (kvzip) has scored every cell
+
+    @property
+    def _session(self) -> Session:
+        return self._llm._session
+
+    def compress(self, policy: str | None = None, budget: int | float | str | None = None, decode_budget: int | float | str | None = None) -> bool:
+        """Evicts the whole context down to a budget; questions are then asked from there. False: nothing was over it.
+
+        policy: another one, which needs no more signals than the LLM's own: "keydiff" or "snapkv" under LLM(kv_policy="kvzip"),
+        "kvzip:share=layers" under "kvzip:share=all". Variants of kvzip share one repetition, but for softmax and plus.
+        budget, decode_budget: as LLM's kv_budget and kv_decode_budget, whose own hold if they are None. ValueError names what is valid."""
+        session = self._session
+        if not session.evicts:
+            raise ValueError("there is nothing to compress with: make the LLM with a kv_policy")
+        (own,) = options.budgets(budget, decode_budget, 1, session)
+        chosen = _core.parse_spec(policy) if policy is not None else None
+        if not (own and own[0]):
+            session.check_compress()
+        asks = session.probe.asks and (chosen is None or options.needs(chosen)["probe"] != "none")
+        start = self._asked if asks and self._asked else self._whole
+        session.turn += 1
+        start.return_to()
+        try:
+            if chosen is not None:
+                session.set_policy(chosen, *(own or (session.setup["kv_budget"], "")))
+            elif own:
+                session.set_budget(*own)
+            if asks and self._asked is None:
+                session.ask()
+                if session.probe.kind == "max":
+                    self._asked = Mark(session)
+            evicted = session.compress(ask=False)
+        except BaseException:
+            self._now = start
+            start.return_to()
+            raise
+        self.kept, self._now = session.kept, Mark(session)
+        return evicted
+
+    def ask(self, question: str | None = None, **how: Any) -> "Generation | Stream":
+        """LLM.generate() from the context as it is now, whole or compressed. how: max_tokens, stop, stream, tokens= instead of a question ..."""
+        self._session.turn += 1
+        self._now.return_to()
+        return self._llm.generate(question, **{"spans": () if question is not None else None, **how, "reset": False, "compress": False})
+
+    def stats(self) -> dict[str, Any]:
+        """LLM.stats() of the context, without the last question."""
+        self._session.turn += 1
+        self._now.return_to()
+        return self._llm.stats()
