@@ -182,6 +182,15 @@ class random(Policy):
         pass
 
 
+class random_head(Policy):
+    """2609.03430's control: a hash of layer, head and position."""
+    def __init__(self, seed=0, recent=1):
+        self.recent = recent
+
+    def n_recent(self, n_keep):
+        return min(n_keep, self.recent)
+
+
 class streaming_llm(Policy):
     """2309.17453: the first `sinks`, then the newest. No score."""
     def __init__(self, sinks=4):
@@ -433,5 +442,5 @@ class random_shot(shotkv):
         return None
 
 
-POLICIES = {c.__name__: c for c in (full, random, streaming_llm, h2o, tova, knorm, keydiff, snapkv, pyramidkv, adakv, pyramidinfer, chunkkv, finch,
+POLICIES = {c.__name__: c for c in (full, random, random_head, streaming_llm, h2o, tova, knorm, keydiff, snapkv, pyramidkv, adakv, pyramidinfer, chunkkv, finch,
                                     kvzip, expected_attention, shotkv, random_shot)}

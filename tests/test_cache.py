@@ -25,6 +25,7 @@ SPECS = [  # spec, budget, decode budget
     ("shotkv:window=8,sinks=2,interval=8,recent=4", "32", "8"),
     ("random_shot:window=8,sinks=2,interval=8,recent=4", "32", "8"),
     ("random:seed=3,interval=8", "16", "16"),
+    ("random_head:seed=3,interval=8", "", "16"),
     ("keydiff:share=layers,interval=8", "24", "8"),
     ("snapkv:window=8,kernel=3,share=layers", "50%", ""),
     ("keydiff:share=all", "30%", ""),

@@ -221,6 +221,18 @@ def test_random_depends_on_its_seed_alone():
     assert 130 < np.mean(draw("random", 0)) < 270  # the mean of 100 of 0..399, at 6 standard errors
 
 
+def test_random_head_draws_for_each_head():
+    """Every head and layer has a draw of its own, the same every time, and all positions are as likely."""
+    pos = [np.tile(np.arange(400, dtype=np.int32), (N_HEAD_KV, 1))] * N_LAYER
+    scores = [_core.score("random_head:seed=2", p, il=il) for il, p in enumerate(pos)]
+    kept = _core.plan("random_head:seed=2", pos, scores, 100)
+    heads = [tuple(row) for layer in kept for row in layer]
+    assert len(set(heads)) == len(heads) and all(row[-1] == 399 for row in heads)
+    assert abs(np.mean(heads) - 199.5) < 15 and np.mean([len(set(a) & set(b)) for a, b in zip(heads, heads[1:])]) < 35
+    assert_same(kept, _core.plan("random_head:seed=2", pos, [_core.score("random_head:seed=2", p, il=il) for il, p in enumerate(pos)], 100))
+    assert not np.array_equal(scores[0], _core.score("random_head:seed=3", pos[0]))
+
+
 def test_random_shot():
     """What shotkv always keeps, whole shots, one in part at most; another seed, other shots."""
     n, budget, spans = 600, 300, make_spans(1, 600)

@@ -102,7 +102,8 @@ std::unique_ptr<policy> make(const params & p) {
 
 const policy_info adakv_info = {
     "adakv", "Scores as snapkv, with a budget that the KV heads of a layer share, the best scores of all of them first. Frees all "
-    "rows beyond the layer's longest head; what shorter heads lack of those that stay is only masked. Evicts the prompt only.",
+    "rows beyond the layer's longest head; what shorter heads lack of those that stay is only masked. Loses facts that are asked for later. "
+    "Evicts the prompt only.",
     "2407.11550", decode_mode::none, true, list_params, make,
 };
 

@@ -138,7 +138,7 @@ std::unique_ptr<policy> make(const params & p) {
 
 const policy_info expected_attention_info = {
     "expected_attention", "Keeps, for each KV head, the tokens that queries like the last ones, at the next positions, are expected to attend "
-    "to, weighted by the norms of their values; evicts the prompt only.", "2510.00636", decode_mode::none, false, list_params, make,
+    "to, weighted by the norms of their values; loses facts that are asked for later. Evicts the prompt only.", "2510.00636", decode_mode::none, false, list_params, make,
     "head",
 };
 

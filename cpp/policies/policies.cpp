@@ -7,6 +7,7 @@ const std::vector<policy_info> & policy_table() {
     static const std::vector<policy_info> table = {
         full_info,
         random_info,
+        random_head_info,
         streaming_llm_info,
         h2o_info,
         tova_info,

@@ -9,6 +9,7 @@ namespace kvc {
 
 extern const policy_info full_info;
 extern const policy_info random_info;
+extern const policy_info random_head_info;
 extern const policy_info streaming_llm_info;
 extern const policy_info h2o_info;
 extern const policy_info tova_info;
