@@ -198,7 +198,7 @@ def test_metrics_of_a_sleeping_server(model_path, tmp_path):
 
 @pytest.mark.parametrize("fields, says", [
     ({"kv_policy": "snapvk"}, "snapkv"), ({"kv_policy": 3}, "name of a policy"), ({"kv_policy": "snapkv:window=64"}, "keeps 32"),
-    ({"kv_policy": "h2o", "kv_budget": 64}, "summed over all queries"), ({"kv_policy": "pyramidkv"}, "several sequences"),
+    ({"kv_policy": "h2o", "kv_budget": 64}, "summed over all queries"), ({"kv_policy": "adakv"}, "heads different"),
     ({"kv_policy": "finch", "kv_budget": 64}, "queries"), ({"kv_policy": "full", "kv_budget": 64}, "full"),
     ({"kv_budget": 0}, "kv_budget"), ({"kv_budget": -5}, "kv_budget"), ({"kv_budget": "150%"}, "kv_budget"), ({"kv_budget": 1.5}, "(0, 1]"),
     ({"kv_budget": [1]}, "25%"), ({"kv_budget": 8}, "at least"), ({"kv_budget": "much"}, "kv_budget"),

@@ -166,3 +166,46 @@ def test_generated_tokens_stay_where_heads_differ(model):
         ctx.decode(np.array([3000 + i], np.int32))
     n = [x.shape[1] for x in ctx.kept()]
     assert 64 + 16 <= sum(n)/len(n) <= 64 + 16 + 8 and len(set(n)) > 3
+
+
+def test_cells_are_shared_by_heads_alone(model):
+    """With kv_cells the layers' rows are allocated first: auto is head there, and says so; another share is refused."""
+    how = dict(n_ctx=2048, n_ubatch=128, n_threads=1)
+    assert "share=layers" in _core.Context(model, policy="keydiff", budget="64", **how).policy
+    assert "share=head" in _core.Context(model, policy="keydiff", budget="64", cells="512", **how).policy
+    for share in ("layers", "layer", "all"):
+        with pytest.raises(ValueError, match="kv_cells.*share=head"):
+            _core.Context(model, policy=f"keydiff:share={share}", budget="64", cells="512", **how)
+
+
+@pytest.mark.parametrize("policy", ["keydiff", "snapkv:share=layers", "pyramidkv"])
+def test_sequences_whose_layers_differ_are_as_if_alone(model_path, policy):
+    """Several at once, of different lengths and budgets: the cells of each are those of one alone, and so are the logits of one token."""
+    model = _core.Model(str(model_path))
+    rng = np.random.default_rng(6)
+    prompts = [rng.integers(0, 40000, n, dtype=np.int32) for n in (310, 150, 260)]
+    together = _core.Context(model, n_ctx=512, n_threads=1, n_seq_max=3, policy=policy, budget="80")
+    for seq, (prompt, budget) in enumerate(zip(prompts, ("80", "60", "120"))):
+        together.set_budget(budget, "", seq)
+        together.decode(prompt, seq)
+        together.evict(seq)
+        together.end_prompt(seq)
+    token = np.array([77], np.int32)
+    for seq, (prompt, budget) in enumerate(zip(prompts, ("80", "60", "120"))):
+        alone = _core.Context(model, n_ctx=512, n_threads=1, policy=policy, budget=budget)
+        alone.decode(prompt)
+        alone.evict()
+        assert all(map(np.array_equal, together.kept(seq), alone.kept()))
+        assert together.seq_stats(seq)["bytes_used"] == alone.seq_stats(0)["bytes_used"]
+        alone.decode(token)
+        together.decode(token, seq)
+        assert np.array_equal(together.logits(), alone.logits())
+    together.decode_batch(np.array([5, 6, 7], np.int32), np.arange(3, dtype=np.int32))  # in one view, each with its own mask
+    for seq, prompt in enumerate(prompts):
+        alone = _core.Context(model, n_ctx=512, n_threads=1, policy=policy, budget=("80", "60", "120")[seq])
+        alone.decode(prompt)
+        alone.evict()
+        alone.decode(token)
+        alone.decode(np.array([5 + seq], np.int32))
+        ours, theirs = together.logits()[seq], alone.logits()[-1]
+        assert abs(ours - theirs).max() < 0.05*abs(theirs).max() and ours.argmax() == theirs.argmax()  # products of other shapes round differently
