@@ -9,7 +9,7 @@ F32 = npt.NDArray[np.float32]
 # -- the policy table and the host half of the engine: no model needed ---------------------------------------------
 
 def policies() -> list[dict[str, Any]]:
-    """The table: name, title, paper, decode ('none' | 'whole' | 'generated'), layers_differ, heads_differ, needs (of the default
+    """The table: name, title, paper, decode ('none' | 'whole' | 'generated'), layers_differ, heads_differ, share (its default, None: it cannot share), needs (of the default
     parameters: window, newest, sums, keys, spans), params [{name, value, doc, min, max, choices, integer}]."""
 
 def parse_spec(spec: str) -> str:
@@ -20,9 +20,9 @@ def parse_budget(text: str, name: str = "kv_budget") -> tuple[str, float]:
 
 def score(spec: str, pos: I32, *, il: int = 0, n_layer: int = 1, n_head: int = ..., n_query: int = ..., head_dim: int = ...,
           attn: F32 | None = None, sums: F32 | None = None, keys: F32 | None = None, probed: F32 | None = None,
-          q_mean: F32 | None = None, q_cov: F32 | None = None, v_norm: F32 | None = None) -> F32:
+          q_mean: F32 | None = None, q_cov: F32 | None = None, v_norm: F32 | None = None, o_norm: F32 | None = None) -> F32:
     """score() of a policy: pos [n_head_kv, n_kv], attn [n_head, n_kv], sums [n_head_kv, n_kv], keys [n_head_kv, n_kv, head_dim],
-    probed, v_norm [n_head_kv, n_kv], q_mean [n_head, head_dim], q_cov [n_head, head_dim, head_dim] -> [n_head_kv, n_kv]."""
+    probed, v_norm [n_head_kv, n_kv], o_norm [n_head, n_kv], q_mean [n_head, head_dim], q_cov [n_head, head_dim, head_dim] -> [n_head_kv, n_kv]."""
 
 def plan(spec: str, pos: Sequence[I32], score: Sequence[F32], budget: int, *, prompt: bool = True,
          n_frozen: Sequence[int] | None = None, spans: Sequence[tuple[int, int]] = (), room: bool = False) -> list[I32]:

@@ -24,6 +24,7 @@ class Snapshot:
     logits: F32 | None      # [n_vocab] of the last token
     cells: bytes | None     # llama.cpp's state; None: the cache is not in it
     own: tuple[str, str, str] = ("", "", "")  # policy, kv_budget, kv_decode_budget instead of the context's; a file has none
+    n_prompt: int = -1      # tokens when the last prompt ended, -1: it has not
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Session:
         self.compressed = False               # since the last clear()
         self.kept: list[int] = []             # [n_layer] cells when decoding began
         self.work = self.new_work()
+        self._n_prompt = -1                   # tokens when the last prompt ended, -1: it has not
         self._fresh = False                   # the context has the logits of the last token
         self._logits: F32 | None = None       # [n_vocab], from a file
 
@@ -101,6 +103,7 @@ class Session:
             self.ctx.set_spans(self.spans)
         if self.evicts and ids:
             self.ctx.begin_prompt()
+            self._n_prompt = -1
         begin, probed_ms = perf_counter(), self.probe.ms
         self._decode_prompt(pending + ids)
         probed_ms = self.probe.ms - probed_ms
@@ -164,6 +167,7 @@ class Session:
             self.end_prompt(compress=False)
         elif self.evicts and ids:
             self.ctx.begin_prompt()
+            self._n_prompt = -1
         return np.concatenate([np.empty((0, self.model.n_vocab), np.float32), *map(np.array, self.each_logits(ids, generated))])
 
     def each_logits(self, ids: list[int], generated: bool) -> Iterator[F32]:
@@ -239,6 +243,7 @@ class Session:
             self.kept = self._kept_now()
         if self.evicts:
             self.ctx.end_prompt()
+            self._n_prompt = self.n_tokens
 
     def _kept_now(self) -> list[int]:
         return [int(n) for n in self.ctx.stats()["kept"]]
@@ -266,7 +271,8 @@ class Session:
     def snapshot(self, cells: bool = True) -> Snapshot:
         about = {"tokens": list(self.tokens), "pending": self.pending, "spans": list(self.spans), "compressed": self.compressed,
                  "kept": self.kept, "query": self.query, "n_probed": self.n_probed}
-        return Snapshot(about, self.logits() if self.can_sample else None, self.ctx.save() if cells else None, self.own)
+        return Snapshot(about, self.logits() if self.can_sample else None, self.ctx.save() if cells else None, self.own,
+                        self._n_prompt)
 
     def restore(self, there: Snapshot) -> None:
         """ValueError: llama.cpp cannot read its state; the cache is then empty."""
@@ -287,6 +293,9 @@ class Session:
         self.spans = [tuple(span) for span in there.about["spans"]]
         self.compressed, self.kept = there.about["compressed"], there.about["kept"]
         self.query, self.n_probed = there.about["query"], there.about["n_probed"]
+        self._n_prompt = there.n_prompt
+        if self.evicts and there.n_prompt == self.n_tokens:
+            self.ctx.end_prompt()  # cut to its end, the engine takes the prompt for unfinished
         if there.own != self.own:
             policy, budget, decode_budget = there.own
             self.ctx.set_policy(policy, budget or self.setup["kv_budget"], decode_budget or self.setup["kv_decode_budget"])
