@@ -274,8 +274,7 @@ def test_no_shots_on_a_model(tmp_path, folder, chat, n_parallel):
     """Before the question there is nothing to evict but a chat template's own words, its system message; behind it there is."""
     several, settings = [Case(), Case(_core.parse_spec("snapkv:window=4"), "0.5")], {name: {"shots": 0} for name in ("gsm8k", "commonsense_qa")}
     plan = Plan(list(settings), several, ["question-out", "question-in"], tmp_path, folder, 2, n_threads=2, n_parallel=n_parallel, chat=chat, settings=settings)
-    problems = run.run(plan, None)
-    assert all("nothing was evicted" in problem and "question-out" in problem for problem in problems) and bool(problems) != chat
+    assert run.run(plan, None) == []
     rows = report.scored(tmp_path)
     assert len(rows) == 2*2*2*2 and all(row["evictions"] == (row["policy"] != "full" and (chat or row["protocol"] == "question-in")) for row in rows)
     assert all(row["score"] is not None and row["n_prompt"] > row["n_context"] for row in rows)
