@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any, Iterator
 
 import pykvc
-from pykvc import _core
+from pykvc import _core, options
 from pykvc.context import Mark
 
 from .cases import Case
@@ -91,7 +91,8 @@ def ms(begin: float) -> float:
 def side_by_side(case: Case) -> bool:
     """Can a context of several sequences hold it? Not where heads differ, nor a probe, which is evaluated in the first one."""
     policy = next(p for p in _core.policies() if p["name"] == case.name)
-    return not (case.cells or policy["heads_differ"] or "share=layer," in case.policy or "share=all" in case.policy or policy["needs"]["probe"] != "none")
+    heads_differ = policy["heads_differ"] or options.parameters(case.policy).get("share") in ("layer", "all")
+    return not (case.cells or heads_differ or policy["needs"]["probe"] != "none")
 
 
 def ask_batch(llm: pykvc.LLM, asked: Jobs, protocol: str, n_parallel: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -95,10 +95,14 @@ def needs(policy: str | Policy) -> dict[str, Any]:
     return next(p["needs"] for p in _core.policies() if p["name"] == policy.partition(":")[0])
 
 
+def parameters(policy: str) -> dict[str, str]:
+    """Those that a canonical spec names: all but a share that is the policy's own."""
+    return dict(item.split("=") for item in policy.partition(":")[2].split(",") if "=" in item)
+
+
 def parameter(policy: str, name: str) -> int:
     """A number of tokens of a canonical spec; 0 without such a parameter."""
-    values = dict(item.split("=") for item in policy.partition(":")[2].split(",") if "=" in item)
-    return int(values.get(name, 0))
+    return int(parameters(policy).get(name, 0))
 
 
 def flash_attn(value: bool | str) -> str:

@@ -463,3 +463,9 @@ def test_a_label_says_what_differs():
 def test_list_names_every_task():
     text = CliRunner().invoke(app, ["list"]).stdout
     assert all(f"{name}: " in text for name in TASKS)
+
+
+@pytest.mark.parametrize("spec, expected", [("snapkv", True), ("snapkv:share=layers", True), ("keydiff", True), ("pyramidkv", True), ("adakv", False),
+                                            ("snapkv:share=layer", False), ("snapkv:share=all,count=cells", False), ("kvzip", False)])
+def test_several_sequences_hold_layers_that_differ_and_not_heads(spec, expected):
+    assert asking.side_by_side(Case(pykvc._core.parse_spec(spec), "0.5")) == expected
