@@ -6,7 +6,8 @@
     ctx.compress(policy="keydiff", budget=0.25)   # from the whole context, without evaluating it again
     print(ctx.ask("Who signed it?").text)
 
-Every question is asked from the same state, and does not see the others. Nothing else in this package goes back to a state.
+Every question is asked from the same state, and does not see the others. The evals and lm_eval
+go back by it, too; generate_batch() copies states between sequences itself.
 """
 import weakref
 from typing import TYPE_CHECKING, Any
