@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from typing import Sequence
 
 from pykvc import _core, options
+from pykvc.probe import N_REQUEST
 
 PROTOCOLS = ("question-in", "question-out")
 SAME = "same"
 
-N_REQUEST = 64  # tokens of kvzip's request to repeat a chunk, at most
 
 @dataclass(frozen=True)
 class Case:

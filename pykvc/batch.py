@@ -10,7 +10,7 @@ from typing import Iterator
 
 import numpy as np
 
-from . import _core
+from .context import Fork
 from .generation import Generation, Request, timings_of
 from .session import Session, Work
 from .spans import Span
@@ -28,9 +28,9 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Start:
-    """An evaluated prefix, as the state of a sequence."""
+    """An evaluated prefix, for sequences to begin with."""
     compressed: bool
-    state: bytes
+    fork: Fork
     kept: list[int]         # [n_layer]
     n_evictions: int
 
@@ -134,7 +134,7 @@ class Starts:
             self.whole = self._take(prefix, seq)
         if not (prefix.compress and _can_evict(self.session, budget)):
             return self.whole
-        ctx.load_seq(self.whole.state, seq)
+        self.whole.fork.begin(seq)
         if budget:
             ctx.set_budget(*budget, seq)
         ctx.evict(seq)
@@ -156,7 +156,7 @@ class Starts:
     def _take(self, prefix: Prefix, seq: int, n_evictions: int = 0) -> Start:
         ctx = self.session.ctx
         stats = ctx.seq_stats(seq)
-        start = Start(prefix.compress, ctx.save_seq(seq), stats["kept"], n_evictions + stats["n_evictions"])
+        start = Start(prefix.compress, Fork(ctx, seq), stats["kept"], n_evictions + stats["n_evictions"])
         ctx.clear(seq)
         return start
 
@@ -179,7 +179,7 @@ def _begin(session: Session, index: int, request: Request, budget: tuple[str, st
     ctx, run = session.ctx, Running(index, seq, request, TextStream(request.stop), [request.echo], start=start)
     begin = perf_counter()
     if start is not None:
-        ctx.load_seq(start.state, seq)
+        start.fork.begin(seq)
     if budget:
         ctx.set_budget(*budget, seq)
     _evaluate(session, seq, request.ids, request.spans, ctx.pos_max(seq) + 1)

@@ -38,8 +38,10 @@ def cases(**lists: Sequence[Any]) -> list[Case]:
     todo = [Case(**dict(zip(values, chosen))) for chosen in itertools.product(*values.values())]
     for case in todo:
         options.policy(case.kv_policy, case.kv_budget, case.kv_decode_budget, case.kv_cells)
-        if case.evicts and options.needs(case.kv_policy)["probe"] != "none":
-            raise ValueError(f"{case.kv_policy} evaluates questions of its own, which bench does not time: name another policy")
+        if case.evicts and options.needs(case.kv_policy)["probe"] == "mean":
+            raise ValueError(f"{case.kv_policy} is told a question, and bench has none: name another policy")
+        if case.evicts and case.repeats and (case.kv_cells or case.n_parallel > 1):
+            raise ValueError(f"{case.kv_policy} repeats the context: bench times that with n_parallel 1 and without kv_cells")
         options.whole("n_parallel", case.n_parallel, 1, case.n_batch)  # a call takes a token of each
     todo = [case if case.evicts else replace(case, kv_budget="", kv_decode_budget="", kv_cells="") for case in todo]
     todo = [case for case in dict.fromkeys(todo) if case.n_prompt or case.n_gen]

@@ -6,8 +6,8 @@
     ctx.compress(policy="keydiff", budget=0.25)   # from the whole context, without evaluating it again
     print(ctx.ask("Who signed it?").text)
 
-Every question is asked from the same state, and does not see the others. The evals and lm_eval
-go back by it, too; generate_batch() copies states between sequences itself.
+Every question is asked from the same state, and does not see the others. Whatever else goes back to a state does so by
+this file, too: evals, lm_eval, and generate_batch(), whose sequences begin with a copy of their prefix.
 """
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,17 @@ class Mark:
             self.moment = session.moment
         else:
             raise ValueError("the LLM was used for something else meanwhile, and a whole cache is not copied: make the context again")
+
+
+class Fork:
+    """What a sequence holds now, for others to begin with. In memory, a copy of its cells."""
+
+    def __init__(self, ctx: "_core.Context", seq: int) -> None:
+        self._ctx, self._cells = ctx, ctx.save_seq(seq)
+
+    def begin(self, seq: int) -> None:
+        """Has sequence `seq` hold it, instead of what it holds."""
+        self._ctx.load_seq(self._cells, seq)
 
 
 class Context:

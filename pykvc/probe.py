@@ -21,6 +21,7 @@ REPEAT = "\n\nRepeat the previous context exactly."
 REPEAT_PART = "\n\nRepeat the part of the previous context exactly, starting with"
 N_LEAD = 8           # tokens before the part that the request quotes
 N_REPEAT_MIN = 64    # tokens of a chunk below which the request would outweigh it
+N_REQUEST = 64       # cells to leave for a request, before it is known of the model: at most that many tokens
 LIKELY_MIN = 0.1     # geometric mean of the probabilities of repeated tokens below which a model plainly does not repeat
 
 

@@ -12,9 +12,11 @@ from typing import Any, Callable, Sequence
 
 import numpy as np
 
-from . import _core
+from . import _core, options
 from .figures import Row, median_interval, peak_rss, rates, reset_peak_rss, spread
 from .policy import I32
+from .probe import N_REQUEST
+from .session import Session
 
 Tick = Callable[[int], None]  # so many more tokens were evaluated
 
@@ -47,6 +49,11 @@ class Case:
     def evicts(self) -> bool:
         return self.kv_policy != "full"
 
+    @property
+    def repeats(self) -> bool:
+        """Does the policy have the context evaluated once more?"""
+        return options.needs(self.kv_policy)["probe"] == "max"
+
 
 class Cache:
     """A context whose sequences all evaluate the same. What takes time returns ns."""
@@ -55,11 +62,24 @@ class Cache:
         policy = dict(policy=case.kv_policy, budget=case.kv_budget, decode_budget=case.kv_decode_budget) if evicts else dict(policy="full")
         if evicts:
             policy["cells"] = case.kv_cells
-        n_ctx = -(-(n_past + 1 + case.n_gen)//256)*256
+        chunk = options.parameter(case.kv_policy, "chunk") if evicts and case.repeats else 0
+        n_ctx = -(-(n_past + max(1 + case.n_gen, chunk and chunk + N_REQUEST))//256)*256
         self.ctx = _core.Context(model, n_ctx=n_ctx, n_batch=case.n_batch, n_ubatch=case.n_ubatch, n_seq_max=case.n_parallel,
                                  n_threads=case.n_threads, type_k=case.type_k, type_v=case.type_v, flash_attn=case.flash_attn, **policy)
         self.n_past, self.seqs = n_past, range(case.n_parallel)
         self.evicts, self.has_budget = evicts, bool(evicts and (case.kv_budget or case.kv_cells))
+        self.session: Session | None = None  # that a repetition is evaluated in
+        if chunk:
+            setup = {"kv_cells": "", "kv_budget": case.kv_budget, "n_ctx": self.ctx.n_ctx}
+            self.session = Session(model, self.ctx, setup, True, False, "max", options.parameter(case.kv_policy, "window"), chunk)
+
+    def probe(self, tokens: I32) -> int:
+        """Has a policy that asks see what a repetition of the evaluated tokens attends to."""
+        begin = perf_counter_ns()
+        if self.session is not None:
+            self.session.tokens, self.session.n_probed = [int(token) for token in tokens], 0
+            self.session.probe.ask()
+        return perf_counter_ns() - begin
 
     def end_prompt(self) -> int:
         """Evicts down to the budget."""
@@ -117,6 +137,8 @@ class Race:
         self.prefill_ns: dict[str, list[int]] = {"ours": [], "full": []}              # a repetition
         self.decode_ns: dict[str, list[int]] = {"ours": [], "full": [], "short": []}
         self.call_costs: list[float] = []      # % that ours takes longer, a call of the timed prompt
+        self.probe_ms: list[float] = []
+        self.probe_pcts: list[float] = []      # of whole_ns
         self.evict_ms: list[float] = []
         self.evict_pcts: list[float] = []      # of whole_ns
         self.parts_ms: dict[str, list[float]] = {"score_ms": [], "plan_ms": [], "compact_ms": []}
@@ -126,6 +148,7 @@ class Race:
         watched = reset_peak_rss()
         ours = self.caches["ours"] = Cache(self.model, self.case, self.case.n_past, self.case.evicts)
         fill([ours], self.tokens, self.case.n_batch, self.tick)
+        ours.probe(self.tokens)
         ours.end_prompt()
         self._generate(ours)
         self.peak_rss = peak_rss() if watched else None
@@ -150,8 +173,12 @@ class Race:
 
     def evict(self) -> None:
         ours = self.caches["ours"]
+        probed = ours.probe(self.tokens)
         took = ours.end_prompt()
         self.stats = ours.ctx.stats()
+        if ours.session is not None:
+            self.probe_ms.append(probed/1e6)
+            self.probe_pcts.append(100*probed/max(1, self.whole_ns))
         if self.case.evicts:
             self.evict_ms.append(took/1e6)
             self.evict_pcts.append(100*took/max(1, self.whole_ns))
@@ -198,6 +225,7 @@ class Race:
             **spread("decode_ratio_short", [b/a for a, b in zip(decode["ours"], decode["short"])]),
             "prefill_cost_pct": median(self.call_costs) if self.call_costs else None,
             "prefill_cost_pct_low": cost[0], "prefill_cost_pct_high": cost[1], "prefill_cost_pct_samples": self.call_costs,
+            **spread("probe_ms", self.probe_ms), **spread("probe_pct", self.probe_pcts),
             **spread("evict_ms", self.evict_ms), **spread("evict_pct", self.evict_pcts),
             **{part: median(ms) if ms else None for part, ms in self.parts_ms.items()},
             "n_evictions": stats["n_evictions"] - self.before["n_evictions"],

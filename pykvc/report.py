@@ -64,7 +64,7 @@ FORMATS = {"md": markdown, "csv": comma_separated, "json": json_list, "jsonl": j
 def _columns(todo: Sequence[Case]) -> list[Column]:
     """Parameters where any row has another value than the default, and what any row measures."""
     shown = [name for name in PARAMETERS if name == "n_threads" or any(getattr(case, name) != (DEFAULTS[name] or _none(name)) for case in todo)]
-    asked = {"e": any(c.evicts for c in todo), "p": any(c.n_prompt for c in todo), "g": any(c.n_gen for c in todo)}
+    asked = {"e": any(c.evicts for c in todo), "r": any(c.evicts and c.repeats for c in todo), "p": any(c.n_prompt for c in todo), "g": any(c.n_gen for c in todo)}
     return ([("model", 20, lambda row: row["model_type"]), ("size", 11, lambda row: _mib(row["model_size"])),
              ("params", 10, lambda row: f"{row['model_n_params']/1e6:.2f} M"), *(_parameter(name, todo) for name in shown), ("test", 14, _test)]
             + [(name, width, show) for name, width, needs, show in MEASURED if all(asked[need] for need in needs)])
@@ -103,9 +103,11 @@ def _figure(name: str, spec: str, unit: str = "") -> Callable[[Row], str]:
 
 PARAMETERS = ("n_threads", "n_gpu_layers", "n_batch", "n_ubatch", "type_k", "type_v", "flash_attn", "n_parallel", "kv_policy", "kv_budget",
               "kv_decode_budget", "kv_cells")
-MEASURED = (  # shown where any row evicts (e), has a prompt (p), generates (g)
+MEASURED = (  # shown where any row evicts (e), repeats the context (r), has a prompt (p), generates (g)
     ("prefill t/s", 16, "p", lambda row: _rate(row, "prefill")),
     ("policy costs", 26, "pe", _cost),
+    ("probe ms", 8, "r", _figure("probe_ms", ".0f")),
+    ("of prefill ", 11, "r", _figure("probe_pct", ".0f", " %")),
     ("evict ms", 8, "e", _figure("evict_ms", ".1f")),
     ("of prefill", 10, "e", _figure("evict_pct", ".2f", " %")),
     ("decode t/s", 14, "g", lambda row: _rate(row, "decode")),

@@ -95,10 +95,17 @@ def test_full_has_no_reference(path):
     assert row["full_decode_samples_ns"] == []
 
 
-@pytest.mark.parametrize("policy", ["finch", "kvzip"])
-def test_policies_that_ask_are_refused(policy):
-    with pytest.raises(ValueError, match="does not time"):
-        bench.cases(kv_policy=[policy], kv_budget=["25%"])
+def test_a_repetition_is_timed_apart(model_path):
+    row, = rows(model_path, 2, n_prompt=[100], n_gen=[4], kv_policy=["kvzip:window=16,chunk=64"], kv_budget=[60])
+    assert len(set(row["kept"])) > 1 and row["n_kept"] == row["n_short"] == 60 and row["n_evictions"] == 1  # share=layers
+    assert row["probe_ms"] > 0 and row["probe_pct"] > 0 and row["decode_ratio_short"] > 0
+
+
+@pytest.mark.parametrize("policy, more, says", [
+    ("finch", {}, "told a question"), ("kvzip", {"n_parallel": [2]}, "n_parallel 1"), ("kvzip", {"kv_cells": ["256"]}, "without kv_cells")])
+def test_what_cannot_be_asked_is_refused(policy, more, says):
+    with pytest.raises(ValueError, match=says):
+        bench.cases(kv_policy=[policy], kv_budget=["25%"], **more)
 
 
 def test_rows_have_the_same_fields(path):
