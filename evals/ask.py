@@ -4,16 +4,16 @@ question-in:  the context and the question are evaluated, then evicted.
 question-out: the context is evaluated and evicted; then each question is asked from that very state.
 
 Either way a context is evaluated once for all its questions and all budgets of a policy, and the text of a prompt is tokenized in these two parts.
+With question-out that evaluation, and kvzip's repetition, serve all shares of the policy, too.
 """
 import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Iterator
+from typing import Any, Iterable, Iterator
 
 import pykvc
-from pykvc import _core, options
-from pykvc.context import Mark
+from pykvc.context import Context
 
 from .cases import Case
 from .items import Item
@@ -31,20 +31,21 @@ def shared(item: Item, prompt: Prompt, protocol: str, case: Case) -> str:
 
 
 def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None = None, out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
-    """(item, figures and answer), one after the other, of one context; cases differ in their budgets alone, and follow one another.
+    """(item, figures and answer), one after the other, of one context; cases differ in their budgets, with question-out in their shares, and
+    follow one another.
     prefill_ms of the context counts in the first row, evict_ms in the first of each case."""
     question_in = protocol == "question-in"
-    for case, item, prompt, context in contexts(llm, asked, protocol):
-        before = llm.stats()["n_evictions"]
-        answer = llm.generate(prompt.tail, spans=(), reset=False, compress=question_in and case.compresses, kv_budget=case.budget or None,
-                              kv_decode_budget=case.decode_budget or None, **_length(item))
-        n_prompt = context.n_tokens + len(llm.tokenize(prompt.tail, add_special=False))
-        yield item, _figures(answer, 0 if question_in else context.n_tokens, n_prompt, answer.kv["kept"] if question_in else context.kept,
-                             context.n_evictions + llm.stats()["n_evictions"] - before, llm.stats()["cells_allocated"])
+    for case, item, prompt, before in contexts(llm, asked, protocol):
+        n_before = llm.stats()["n_evictions"]
+        budgets = {} if not question_in and case.compresses else dict(kv_budget=case.budget or None, kv_decode_budget=case.decode_budget or None)
+        answer = llm.generate(prompt.tail, spans=(), reset=False, compress=question_in and case.compresses, **budgets, **_length(item))
+        n_prompt = before.n_tokens + len(llm.tokenize(prompt.tail, add_special=False))
+        yield item, _figures(answer, 0 if question_in else before.n_tokens, n_prompt, answer.kv["kept"] if question_in else before.kept,
+                             before.n_evictions + llm.stats()["n_evictions"] - n_before, llm.stats()["cells_allocated"])
 
 
 @dataclass(frozen=True)
-class Context:
+class Before:
     """What stands before a question."""
     n_tokens: int
     kept: list[int]             # [n_layer]
@@ -53,25 +54,32 @@ class Context:
     evict_ms: float
 
 
-def contexts(llm: pykvc.LLM, asked: Jobs, protocol: str) -> Iterator[tuple[Case, Item, Prompt, Context]]:
+def contexts(llm: pykvc.LLM, asked: Jobs, protocol: str) -> Iterator[tuple[Case, Item, Prompt, Before]]:
     """For each question leaves `llm` at the end of its context: evaluated once, evicted (question-out) once for each case."""
     llm.reset()
     prompt, begin, start = asked[0][1], perf_counter(), llm.stats()["n_evictions"]
     n_tokens = llm.prefill(prompt.head, **_spans(prompt), **_query(prompt, asked[0][2])) if prompt.head else 0
     prefill_ms, n_before = ms(begin), llm.stats()["n_evictions"] - start
-    whole = Mark(llm._session) if len(asked) > 1 else None
+    context = Context(llm, n_tokens)
     for k, (case, of_case) in enumerate(itertools.groupby(asked, key=lambda one: one[2])):
-        part = list(of_case)
-        if k:
-            whole.return_to()
-        kept, n_evictions, evict_ms = evict(llm, case if protocol == "question-out" else None)
-        context = Context(n_tokens, kept, n_before + n_evictions, prefill_ms*(k == 0), evict_ms)
-        mark = whole if protocol == "question-in" or len(part) == 1 else Mark(llm._session)
-        for i, (item, prompt, _) in enumerate(part):
+        n_evictions, evict_ms = 0, 0.0
+        if protocol == "question-out" and case.compresses:
+            n_evictions, evict_ms = _compress(llm, context, case)
+        elif k:
+            context.go_back()
+        before = Before(n_tokens, context.kept, n_before + n_evictions, prefill_ms*(k == 0), evict_ms)
+        for i, (item, prompt, _) in enumerate(of_case):
             if i:
-                mark.return_to()
-                context = replace(context, prefill_ms=0.0, evict_ms=0.0)
-            yield case, item, prompt, context
+                context.go_back()
+                before = replace(before, prefill_ms=0.0, evict_ms=0.0)
+            yield case, item, prompt, before
+
+
+def _compress(llm: pykvc.LLM, context: Context, case: Case) -> tuple[int, float]:
+    """(evictions, ms)"""
+    n_before, spent = llm.stats()["n_evictions"], _spent_ms(llm)
+    context.compress(case.policy if case.policy != llm.policy else None, case.budget or None, case.decode_budget or None)
+    return llm.stats()["n_evictions"] - n_before, round(_spent_ms(llm) - spent, 1)
 
 
 def evict(llm: pykvc.LLM, case: Case | None) -> tuple[list[int], int, float]:
@@ -83,16 +91,24 @@ def evict(llm: pykvc.LLM, case: Case | None) -> tuple[list[int], int, float]:
     return [int(n) for n in stats["kept"]], stats["n_evictions"] - before, ms(begin)
 
 
+def _spent_ms(llm: pykvc.LLM) -> float:
+    """With evictions and what is asked for them, since the last answer."""
+    return llm._session.work.evict_ms + llm._session.work.probe_ms
+
+
 def ms(begin: float) -> float:
     """Since perf_counter() was `begin`."""
     return round(1e3*(perf_counter() - begin), 1)
 
 
+def together(cases: Iterable[Case]) -> bool:
+    """Can they be asked in one context of several sequences? Its sequences have one policy."""
+    return len({case.policy for case in cases}) == 1 and all(side_by_side(case) for case in cases)
+
+
 def side_by_side(case: Case) -> bool:
     """Can a context of several sequences hold it? Not where heads differ, nor a probe, which is evaluated in the first one."""
-    policy = next(p for p in _core.policies() if p["name"] == case.name)
-    heads_differ = policy["heads_differ"] or options.parameters(case.policy).get("share") in ("layer", "all")
-    return not (case.cells or heads_differ or policy["needs"]["probe"] != "none")
+    return not (case.cells or case.heads_differ or case.probes)
 
 
 def ask_batch(llm: pykvc.LLM, asked: Jobs, protocol: str, n_parallel: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -46,6 +46,12 @@ class Case:
         return max(n_ubatch, options.parameter(self.policy, "chunk") + N_REQUEST)
 
     @property
+    def heads_differ(self) -> bool:
+        """May heads of a layer keep different numbers?"""
+        policy = next(p for p in _core.policies() if p["name"] == self.name)
+        return policy["heads_differ"] or options.parameters(self.policy).get("share") in ("layer", "all")
+
+    @property
     def _probe(self) -> str:
         return next(p["needs"]["probe"] for p in _core.policies() if p["name"] == self.name)
 

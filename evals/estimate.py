@@ -5,7 +5,7 @@ from typing import Sequence
 import pykvc
 from pykvc.prose import prose
 
-from .ask import shared, side_by_side
+from .ask import shared, together
 from .prompts import count
 from .store import Row, key, read
 from .tasks import task
@@ -28,7 +28,7 @@ def sentence(plans: Sequence[Plan], model: str | None) -> str:
         n_rows += len(todo)
         n_prefill += sum(count(subject.vocabulary, head) for head in {shared(*one, protocol, case): one[1].head for one in todo}.values())
         n_prefill += sum(count(subject.vocabulary, prompt.tail) + item.max_tokens*asks for item, prompt in todo)  # teacher-forced
-        n_decode[plans[0].n_parallel > 1 and side_by_side(case)] += sum(min(item.max_tokens, lengths.get(sweep[0].task, item.max_tokens))
+        n_decode[plans[0].n_parallel > 1 and together(work.case for work in sweep)] += sum(min(item.max_tokens, lengths.get(sweep[0].task, item.max_tokens))
                                                                         for item, _ in todo if not asks)
     if not n_rows:
         return f"{subject.name}: nothing is left to do of {sum(len(work.asked) for work in works)} rows"

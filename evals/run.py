@@ -8,7 +8,7 @@ from typing import Callable, Iterator, Sequence
 import pykvc
 from pykvc import _core
 
-from .ask import Asked, ask, ask_batch, shared, side_by_side
+from .ask import Asked, ask, ask_batch, shared, together
 from .cases import exceeds
 from .items import Item
 from .prompts import Prompt
@@ -122,7 +122,8 @@ def _answer(subject: Subject, records: list[Record], watch: Watch) -> None:
         return
     what = _name(work, records)
     watch(0, what)
-    if work.plan.n_parallel > 1 and len(todo) > 1 and not hasattr(task(work.task), "ask") and side_by_side(work.case):
+    several = [record.work.case for record, *_ in todo]
+    if work.plan.n_parallel > 1 and len(todo) > 1 and not hasattr(task(work.task), "ask") and together(several):
         _together(subject, todo, what, watch)
     _one_by_one(subject, _left(records), what, watch)
 
@@ -150,14 +151,15 @@ def _together(subject: Subject, todo: list[tuple[Record, Item, Prompt]], what: s
 
 
 def _one_by_one(subject: Subject, todo: list[tuple[Record, Item, Prompt]], what: str, watch: Watch) -> None:
-    llm = None
+    llm, works = None, [record.work for record, *_ in todo]
+    first = next((work for work in works if work.case.heads_differ), None)  # the others are variants of it
     try:
-        for _, together in itertools.groupby(todo, key=lambda one: shared(*one[1:], one[0].work.protocol, one[0].work.case)):
-            left = list(together)
+        for _, of_context in itertools.groupby(todo, key=lambda one: shared(*one[1:], one[0].work.protocol, one[0].work.case)):
+            left = list(of_context)
             while left:
                 work = left[0][0].work
                 try:
-                    llm = llm or _open(subject, work)
+                    llm = llm or _open(subject, first or work)
                     jobs = [(item, prompt, record.work.case) for record, item, prompt in left]
                     for item, figures in getattr(task(work.task), "ask", ask)(llm, jobs, work.protocol, work.plan.n_threads, work.plan.out):
                         record, _, prompt = left[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Sequence
 
-from pykvc import __version__, _core, models, weights
+from pykvc import __version__, _core, models, options, weights
 
 from .ask import Asked
 from .cases import Case
@@ -119,14 +119,17 @@ def all_works(plans: Sequence[Plan], subject: Subject, rows: dict[tuple, Row]) -
 
 def sweeps(works: Sequence[Work]) -> list[list[Work]]:
     """Works that differ in their budgets alone, so that one model holds them, one evaluated context begins them, and a sequence that is
-    done makes room for the next budget's question. With kv_cells the budget counts while a context is evaluated."""
+    done makes room for the next budget's question; with question-out in their shares, too, those first of which others can be variants.
+    With kv_cells the budget counts while a context is evaluated."""
     found: dict[tuple, list[Work]] = {}
     for work in works:
         case, budgets = work.case, (bool(work.case.budget), bool(work.case.decode_budget))
         if not case.cells:
             case = replace(case, budget="", decode_budget="" if case.budget else case.decode_budget)
+        if not case.cells and work.case.budget and work.protocol == "question-out":
+            case = replace(case, policy=options.unshared(case.policy))
         found.setdefault((id(work.plan), work.task, work.protocol, budgets, case), []).append(work)
-    return list(found.values())
+    return [sorted(sweep, key=lambda work: not work.case.heads_differ) for sweep in found.values()]
 
 
 def _works(plan: Plan, subject: Subject, name: str, rows: dict[tuple, Row]) -> list[Work]:

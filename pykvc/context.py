@@ -102,12 +102,15 @@ class Context:
 
     def ask(self, question: str | None = None, **how: Any) -> "Generation | Stream":
         """LLM.generate() from the context as it is now, whole or compressed. how: max_tokens, stop, stream, tokens= instead of a question ..."""
+        self.go_back()
+        return self._llm.generate(question, **{"spans": () if question is not None else None, **how, "reset": False, "compress": False})
+
+    def go_back(self) -> None:
+        """Has the LLM hold the context as it is now, whole or compressed, and nothing after it."""
         self._session.turn += 1
         self._now.return_to()
-        return self._llm.generate(question, **{"spans": () if question is not None else None, **how, "reset": False, "compress": False})
 
     def stats(self) -> dict[str, Any]:
         """LLM.stats() of the context, without the last question."""
-        self._session.turn += 1
-        self._now.return_to()
+        self.go_back()
         return self._llm.stats()

@@ -92,16 +92,16 @@ def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None, out: 
     item, _, case = asked[0]
     types = ("f16", "f16") if item.id.endswith("/f16") else (case.type_k, case.type_v)
     references = REFERENCES.of(llm, [(item, prompt) for item, prompt, _ in asked], types, item.max_tokens - SPARE, n_threads, out)  # not while ours is timed
-    for case, item, prompt, context in contexts(llm, asked, protocol):
+    for case, item, prompt, before in contexts(llm, asked, protocol):
         begin = perf_counter()
-        n_prompt, first = context.n_tokens + llm.prefill(prompt.tail, spans=()), llm.logits()
-        prefill_ms, kept, n_evictions, evict_ms = context.prefill_ms + ms(begin), context.kept, 0, context.evict_ms
+        n_prompt, first = before.n_tokens + llm.prefill(prompt.tail, spans=()), llm.logits()
+        prefill_ms, kept, n_evictions, evict_ms = before.prefill_ms + ms(begin), before.kept, 0, before.evict_ms
         if protocol == "question-in":
             kept, n_evictions, evict_ms = evict(llm, case)
-        before = llm.stats()["n_evictions"]
+        n_before = llm.stats()["n_evictions"]
         figures = _compare(llm, references[item.id], first)
-        yield item, {"n_context": context.n_tokens*(protocol == "question-out"), "n_prompt": n_prompt, "kept": kept,
-                     "evictions": context.n_evictions + n_evictions + llm.stats()["n_evictions"] - before,
+        yield item, {"n_context": before.n_tokens*(protocol == "question-out"), "n_prompt": n_prompt, "kept": kept,
+                     "evictions": before.n_evictions + n_evictions + llm.stats()["n_evictions"] - n_before,
                      "prefill_ms": round(prefill_ms, 1), "evict_ms": evict_ms, **figures}
 
 
