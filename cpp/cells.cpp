@@ -1,8 +1,9 @@
 // kv_cells: a cache of fewer cells than the context has tokens. Evictions make room before each ubatch.
 //
 // Layers whose budgets differ are allocated at their own length: a layer of budget B_l has B_l + n_ubatch rows, and all
-// of them together n_layer * kv_cells. A layer's rows begin at 0, so row = cell - cell_begin(layer). Where heads differ,
-// nobody knows yet which layer will have the longest: all are allocated alike, and no head keeps more than its layer holds.
+// of them together n_layer * kv_cells. A layer's rows begin at 0, so row = cell - cell_begin(layer). Where layers share a
+// budget, they draw their rows from a pool (pool.cpp). Where heads differ, nobody knows yet which layer will have the longest:
+// all are allocated alike, and no head keeps more than its layer holds.
 
 #include "engine.h"
 
@@ -11,13 +12,16 @@
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
+#include "ggml-backend.h"
+
 #include <algorithm>
 #include <limits>
 #include <stdexcept>
 
 namespace kvc {
 
-static const uint32_t N_PAD = 256; // as llama.cpp pads n_ctx
+static const uint32_t N_PAD     = 256; // as llama.cpp pads n_ctx
+static const uint32_t N_LONGEST = 4;   // times kv_cells: what a layer may draw from the pool, and llama.cpp's cell table holds
 
 static thread_local std::vector<uint32_t> next_rows; // [n_layer] of the context that is being created, 0: as llama.cpp wants
 
@@ -76,10 +80,25 @@ std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, c
                 "the budget of " + std::to_string(n_budget) + " tokens and n_ubatch " + std::to_string(cparams.n_ubatch) + " new ones");
     }
 
-    if (cfg->pol->share.layers_differ()) {
-        throw std::invalid_argument(cfg->spec + ": with kv_cells the rows of each layer are allocated before their lengths are known: give share=head");
+    std::string why; // layers cannot draw their rows from a pool
+    for (uint32_t il : layers) {
+        if (on_gpu(model, cparams, il)) {
+            why = "on the CPU";
+        }
+    }
+    why = cfg->pol->share.heads_differ() ? "while the heads of a layer keep equally many" : cparams.n_seq_max > 1 ? "of one sequence" :
+        !cparams.flash_attn ? "with flash attention" : why;
+    if (cfg->pol->share.layers_differ() && !why.empty()) {
+        if (cfg->own_share) {
+            throw std::invalid_argument(cfg->spec + ": with kv_cells layers share their rows only " + why + ": give share=head");
+        }
+        LLAMA_LOG_WARN("%s: share=head, since with kv_cells layers share their rows only %s\n", cfg->spec.c_str(), why.c_str());
+        spec sp = parse_spec(cfg->spec);
+        sp.p.values["share"] = "head";
+        cfg = make_config(sp.canonical(), cfg->prompt_budget.str(), cfg->decode_budget.str(), cfg->cells_text, cfg->guess);
     }
     auto c = std::make_shared<config>(*cfg);
+    c->pooled = cfg->pol->share.layers_differ();
     c->n_cells  = (int32_t) n_cells;
     c->n_reserve = (int32_t) cparams.n_ubatch;
     if (c->prompt_budget.kind == budget::none) {
@@ -92,7 +111,7 @@ std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, c
     for (size_t i = 0; i < layers.size(); ++i) {
         r.layers.push_back({ (int32_t) cparams.n_ctx_seq, 0, nullptr, nullptr });
     }
-    const bool own_length = c->layers_differ && !c->pol->heads_differ();
+    const bool own_length = c->layers_differ && !c->pol->heads_differ() && !c->pooled;
     const auto n_keep = own_length ? c->pol->budgets(r) : std::vector<int32_t>(layers.size(), r.budget);
 
     next_rows.resize(hp.n_layer(), 0);
@@ -114,7 +133,8 @@ std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, c
 llama_cparams engine::memory_cparams(const std::shared_ptr<const config> & cfg, const llama_cparams & cparams) {
     llama_cparams res = cparams;
     if (cfg && cfg->n_cells > 0) {
-        res.n_ctx_seq = *std::max_element(next_rows.begin(), next_rows.end());
+        const uint32_t n_most = *std::max_element(next_rows.begin(), next_rows.end());
+        res.n_ctx_seq = cfg->pooled ? std::min(cparams.n_ctx_seq, N_LONGEST*n_most) : n_most;
     }
     return res;
 }
@@ -174,7 +194,10 @@ bool engine::has_room(const llama_ubatch & ubatch) const {
 int32_t engine::n_to_free(uint32_t s, int32_t n_new) const {
     const auto & q = streams[s];
     const int32_t n_left = std::max((cfg->n_cells - q.n_prompt)/2, q.cfg->interval);
-    return std::max(q.gen < 0 ? cfg->n_reserve : std::min(n_left, cfg->n_reserve), n_new);
+    const auto & layer = kv.layers[0];
+    const size_t alignment = ggml_backend_buffer_get_alignment(layer.k->buffer);
+    const int32_t n_lost = is_pooled() && (layer.k->nb[1] % alignment > 0 || layer.v->nb[1] % alignment > 0); // to where tensors may begin
+    return std::max(q.gen < 0 ? cfg->n_reserve : std::min(n_left, cfg->n_reserve), n_new) + n_lost;
 }
 
 // Evictions between the ubatches of one llama_decode(). Every ubatch comes by here, before it is computed.

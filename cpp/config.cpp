@@ -67,9 +67,10 @@ std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, con
 }
 
 std::shared_ptr<const config> make_config(const std::string & text, const std::string & kv_budget, const std::string & kv_decode_budget,
-        const std::string & kv_cells, bool guess) {
+        const std::string & kv_cells, bool guess, bool pool) {
     spec sp = parse_spec(text);
-    settle_share(sp.p, !kv_cells.empty());
+    const bool own_share = sp.p.values.count("share") && sp.p.s("share") != "auto";
+    settle_share(sp.p, kv_cells.empty() || pool);
     const std::string name = sp.info->name;
     if (name == "full") {
         if (!kv_budget.empty() || !kv_decode_budget.empty() || !kv_cells.empty()) {
@@ -90,6 +91,7 @@ std::shared_ptr<const config> make_config(const std::string & text, const std::s
     cfg->layers_differ = cfg->layers_differ || sp.info->layers_differ;
     cfg->interval      = sp.p.values.count("interval") ? sp.p.i("interval") : cfg->interval;
     cfg->guess         = guess;
+    cfg->own_share     = own_share;
     return cfg;
 }
 
@@ -126,7 +128,7 @@ std::shared_ptr<const config> engine::variant(const char * policy, const char * 
         return res;
     }
     if (policy) {
-        const auto own = make_config(text, "", "", is_bounded() ? cfg->cells_text : "", cfg->guess);
+        const auto own = make_config(text, "", "", is_bounded() ? cfg->cells_text : "", cfg->guess, is_pooled());
         const auto & has = cfg->need, & wants = own->need;
         const std::string why =
             wants.window > has.window ? "needs the last " + std::to_string(wants.window) + " queries, and this context keeps " + std::to_string(has.window) :
@@ -136,7 +138,7 @@ std::shared_ptr<const config> engine::variant(const char * policy, const char * 
             wants.probe != probe::none && (wants.chunk != has.chunk || wants.plus != has.plus) ? "hears the repetition in another way (softmax, plus)" :
             wants.outputs && !has.outputs                  ? "needs the norms of what values become behind the output projection" :
             own->pol->heads_differ() && !cfg->pol->heads_differ() ? "gives heads different budgets" :
-            own->spec != cfg->spec && is_bounded() && (own->layers_differ || cfg->layers_differ) ? "does not fit the cells of " + cfg->spec : "";
+            own->spec != cfg->spec && is_bounded() && !is_pooled() && (own->layers_differ || cfg->layers_differ) ? "does not fit the cells of " + cfg->spec : "";
         if (!why.empty()) {
             throw std::invalid_argument("kv_policy " + own->spec + " " + why + ": this context was created with " + cfg->spec +
                     ", and takes policies that need no more than that one");

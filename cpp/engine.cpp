@@ -32,6 +32,9 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
                     "CPU's attention has been tested with one, so use n_gpu_layers 0, or offload_kqv off");
         }
     }
+    if (is_pooled()) {
+        find_pool();
+    }
     streams.resize(kv.n_stream);
     for (auto & q : streams) {
         reset(q);

@@ -15,6 +15,7 @@
 //   hooks.cpp   what happened to the cache
 //   due.cpp     budgets, and when an eviction is due
 //   cells.cpp   fewer cells than tokens: how many rows a layer gets, and room before each ubatch
+//   pool.cpp    fewer cells than tokens, and layers whose lengths are only known at an eviction
 //   update.cpp  where evictions run
 //   device.cpp  what the device that holds a layer can run
 //   tap.cpp     the model's graph: query window, attention sums, mask views
@@ -58,6 +59,8 @@ struct config {
     budget      decode_budget;
     bool        guess = true;      // a caller that knows nothing of us: find the prompt's end from the batches
     std::string cells_text;        // kv_cells as it was given
+    bool        own_share = true;  // the spec named its share; false: auto
+    bool        pooled    = false; // with kv_cells: layers draw their rows from one pool
     int32_t     n_cells   = 0;     // cells of the mean layer and a sequence; 0: as many as the context has tokens
     int32_t     n_reserve = 0;     // of them, those that an eviction of the prompt leaves free: n_ubatch
 };
@@ -126,6 +129,7 @@ public:
     bool is_due(const std::vector<llama_ubatch> & ubatches); // of a batch
     bool lacks_room(const llama_ubatch & ubatch);            // between two ubatches
     bool is_bounded() const;
+    bool is_pooled() const { return cfg->pooled; }
     bool has_room(const llama_ubatch & ubatch) const;
     bool wants_update() const { return stale || !jobs.empty() || !due.empty(); }
     static void before_ubatch(llama_context * lctx, const llama_ubatch & ubatch);
@@ -224,6 +228,12 @@ private:
     int64_t n_room(uint32_t s) const;
     bool    has_room(uint32_t s, int32_t n_new) const;
     int32_t n_to_free(uint32_t s, int32_t n_new) const;
+
+    // pool.cpp
+    void     find_pool() const; // throws where layers cannot draw from one
+    int32_t  n_to_share(const std::vector<int32_t> & n_held) const;
+    void     lay_out(const std::vector<int32_t> & n_held);
+    void     even_out();
 
     // hooks.cpp
     void     synchronize() const;
@@ -347,7 +357,7 @@ void forget_next_context(); // the environment says it again
 
 void check_budgets(const policy & pol, const std::string & name, decode_mode mode, const budget & prompt, const budget & decode);
 std::shared_ptr<const config> make_config(const std::string & spec, const std::string & budget, const std::string & decode_budget,
-        const std::string & cells, bool guess);
+        const std::string & cells, bool guess, bool pool = true); // pool: what share=auto may count on, with kv_cells
 std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, const std::string & name, decode_mode decode,
         const std::string & budget, const std::string & decode_budget, const std::string & cells);
 

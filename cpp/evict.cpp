@@ -38,6 +38,23 @@ static void check_plan(const std::string & who, int32_t il, const layer_plan & l
     }
 }
 
+// A prompt that was never compressed leaves no room beside it: it is not frozen.
+static void unfreeze(request & r) {
+    for (auto & layer : r.layers) {
+        layer.n_frozen = 0;
+    }
+    r.prompt = true;
+}
+
+// Does the budget hold a frozen prompt and what is always kept beside it?
+static bool holds_frozen(const request & r, const policy & pol) {
+    int64_t n = 0;
+    for (const auto & layer : r.layers) {
+        n += layer.n_frozen;
+    }
+    return n <= (int64_t) r.layers.size()*std::max(0, r.budget - pol.min_budget());
+}
+
 bool engine::run(llama_context * lctx, const job & j) {
     const uint32_t s = j.s;
     auto & q = streams[s];
@@ -76,24 +93,26 @@ bool engine::run(llama_context * lctx, const job & j) {
     if (conf.need.spans) {
         r.spans = q.spans.empty() ? sentences(q) : q.spans;
     }
-    r.heads = j.why == cause::room ? std::vector<std::vector<int32_t>>() : head_lengths(*conf.pol, r);
-    std::vector<int32_t> n_keep = j.why == cause::room ? std::vector<int32_t>(n_layer(), n_target) : conf.pol->budgets(r);
+    const bool alike = j.why == cause::room && !is_pooled(); // room is then a matter of each layer's own rows
+    if (j.why == cause::room && is_pooled() && !holds_frozen(r, *conf.pol)) {
+        unfreeze(r);
+    }
+    r.heads = alike ? std::vector<std::vector<int32_t>>() : head_lengths(*conf.pol, r);
+    std::vector<int32_t> n_keep = alike ? std::vector<int32_t>(n_layer(), n_target) : conf.pol->budgets(r);
     if ((int32_t) n_keep.size() != n_layer()) {
         throw std::invalid_argument(conf.spec + ": budgets() must give one number per layer, " + std::to_string(n_layer()));
     }
     const int32_t n_block = ggml_backend_buffer_is_host(kv.layers[0].k->buffer) ? 1 : 256;
     for (int32_t l = 0; is_bounded() && l < n_layer(); ++l) {
-        const int32_t n_most = n_rows_max(l) - n_to_free(s, j.n_new) - (conf.layers_differ ? n_block - 1 : 0);
+        const int32_t n_rows = is_pooled() ? (int32_t) kv.get_size() : n_rows_max(l);
+        const int32_t n_most = n_rows - n_to_free(s, j.n_new) - (conf.layers_differ ? n_block - 1 : 0);
         if (j.why != cause::room && !conf.layers_differ && n_keep[l] > n_most) {
             throw std::invalid_argument(conf.spec + ": budgets() gives layer " + std::to_string(l) + " " + std::to_string(n_keep[l]) +
                     " slots, kv_cells leaves it " + std::to_string(n_most));
         }
-        n_keep[l] = std::min(j.why == cause::room ? n_most : std::min(n_keep[l], n_most), r.layers[l].n_kv);
-        if (r.layers[l].n_frozen > n_keep[l]) { // a prompt that was never compressed leaves no room beside it: it is not frozen
-            for (auto & layer : r.layers) {
-                layer.n_frozen = 0;
-            }
-            r.prompt = true;
+        n_keep[l] = std::min(alike ? n_most : std::min(n_keep[l], n_most), r.layers[l].n_kv);
+        if (r.layers[l].n_frozen > n_keep[l]) {
+            unfreeze(r);
         }
     }
     // GPU kernels want views of K, V and mask of whole blocks: keep a little more
@@ -180,6 +199,9 @@ void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots
     q.n_kept = n_keep;
     q.n_base = n_base;
     q.floor  = last + 1 - n_exact;
+    if (is_pooled()) {
+        lay_out(n_keep);
+    }
 
     // the cells below the exact tail stand for different tokens in each head: positions that only say "before it"
     auto & cells = kv.v_cells[s];

@@ -36,6 +36,7 @@ void engine::on_clear() {
     due.clear();
     mask_only = false;
     stale = true;
+    even_out();
 }
 
 bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -50,6 +51,7 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         if (last < 0) {
             clear_sums(s);     // of a state that was read in part
             reset(streams[s]); // spans may have been set
+            even_out();
             continue;
         }
         if (p0 > last || p1 <= p0) {
@@ -71,6 +73,7 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         if (r.end == 0) {
             clear_sums(r.s);
             reset(q);
+            even_out();
             continue;
         }
         // cells of the compacted part that hold removed positions: every head has them last, in order

@@ -11,10 +11,10 @@ namespace kvc {
 
 static const std::vector<std::string> WORDS = { "head", "layers", "layer", "all" }; // in the order of share_over
 
-void settle_share(params & p, bool bounded) {
+void settle_share(params & p, bool layers) {
     const auto it = p.values.find("share");
     if (it != p.values.end() && it->second == "auto") {
-        it->second = bounded ? "head" : "layers";
+        it->second = layers ? "layers" : "head";
     }
 }
 
@@ -25,7 +25,7 @@ std::vector<param_info> share_params(const std::string & over) {
     }
     return {
         { "share", over,   "how far one ranking reaches that decides how much each head keeps" + std::string(over == "auto" ?
-            "; auto: layers, or head with kv_cells" : ""), 0, 0, words },
+            "; auto: layers, with kv_cells where that can be, else head" : ""), 0, 0, words },
         { "count", "rows", "what the budget counts where heads differ (share=layer, all): rows of a layer's longest head, or cells held",
             0, 0, { "rows", "cells" } },
     };
@@ -41,7 +41,7 @@ share_over share_from(const std::string & word) {
 
 sharing read_sharing(const params & p) {
     params settled = p;
-    settle_share(settled, false);
+    settle_share(settled, true);
     return { share_from(settled.s("share")), p.s("count") == "rows" };
 }
 
@@ -53,11 +53,16 @@ struct rival {
     bool operator<(const rival & other) const { return key != other.key ? key > other.key : head < other.head; }
 };
 
+// The last slots of a layer that are always kept, beside a frozen prompt.
+static int32_t n_last(const policy & pol, const request & r, const layer_plan & lp) {
+    return pol.n_recent(std::max(0, r.budget - lp.n_frozen));
+}
+
 // What a head keeps whatever its score.
 static int32_t n_always(const policy & pol, const request & r, const layer_plan & lp, int32_t h) {
     const int32_t first = first_slot(lp.pos + (size_t) h*lp.n_kv, lp.n_kv);
     const int32_t n     = lp.n_kv - first;
-    return std::min(n, std::max(pol.n_sink(), lp.n_frozen) + pol.n_recent(r.budget - lp.n_frozen));
+    return std::min(n, std::max(pol.n_sink(), lp.n_frozen) + n_last(pol, r, lp));
 }
 
 static void add_rivals(const policy & pol, const request & r, int32_t il, std::vector<rival> & out) {
@@ -65,7 +70,7 @@ static void add_rivals(const policy & pol, const request & r, int32_t il, std::v
     for (int32_t h = 0; h < r.n_head_kv; ++h) {
         const size_t  at    = (size_t) h*lp.n_kv;
         const int32_t begin = first_slot(lp.pos + at, lp.n_kv) + std::max(pol.n_sink(), lp.n_frozen);
-        const int32_t end   = lp.n_kv - pol.n_recent(r.budget - lp.n_frozen);
+        const int32_t end   = lp.n_kv - n_last(pol, r, lp);
         for (int32_t j = begin; j < end; ++j) {
             out.push_back({ rank_key(lp.score[at + j], j), il*r.n_head_kv + h });
         }

@@ -7,7 +7,7 @@
 //   layers  one ranking over all layers and heads says how long each layer is; its heads keep equally many
 //   layer   one ranking over the heads of each layer: heads differ (AdaKV 2407.11550, KVzip's "layerwise")
 //   all     one ranking over all heads of all layers: heads differ (KVzip 2505.23416)
-//   auto    layers, or head with kv_cells: there the layers' rows are allocated before anything is known of their lengths
+//   auto    layers; head where kv_cells has no pool that layers draw their rows from (pool.cpp)
 //
 // The mean over all heads is the budget, whatever the share. Where heads differ, a layer takes the rows of its longest head: with
 // count=rows those are what the budget counts, so that every share takes the same bytes; with count=cells, the papers' way, it
@@ -34,7 +34,7 @@ struct sharing {
 };
 
 // auto as head or layers.
-void settle_share(params & p, bool bounded);
+void settle_share(params & p, bool layers);
 
 // The parameters of a policy that can share, with its own default.
 std::vector<param_info> share_params(const std::string & over);

@@ -8,12 +8,13 @@
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace kvc {
 
 static const uint32_t STATE_TAG     = 0x4b560000; // "KV"
-static const uint32_t STATE_VERSION = 4;
+static const uint32_t STATE_VERSION = 5;
 static const uint64_t N_MAX         = 1u << 28;   // no array of a real state is longer
 
 uint32_t engine::state_tag(uint32_t n_stream) const {
@@ -63,9 +64,13 @@ static void get_part(llama_io_read_i & io, ggml_tensor * t, size_t offset, size_
 
 // K and V of a stream, where llama.cpp writes rows by cell: each layer has a number of its own.
 void engine::state_write_rows(llama_io_write_i & io, uint32_t s) const {
+    std::vector<int32_t> n_rows;
     for (int32_t l = 0; l < n_layer(); ++l) {
-        const uint32_t n = n_slots(s, l);
-        io.write(&n, sizeof(n));
+        n_rows.push_back(n_slots(s, l));
+    }
+    put(io, n_rows);
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        const int32_t n = n_rows[l];
         for (ggml_tensor * t : { kv.layers[l].k_stream[s], kv.layers[l].v_stream[s] }) {
             const bool trans = kv.v_trans && t == kv.layers[l].v_stream[s];
             const int32_t head[] = { t->type, (int32_t) t->ne[0], trans };
@@ -82,9 +87,18 @@ void engine::state_write_rows(llama_io_write_i & io, uint32_t s) const {
 }
 
 bool engine::state_read_rows(llama_io_read_i & io, uint32_t s) {
+    std::vector<int32_t> n_rows;
+    get(io, n_rows);
+    const bool fits = (int32_t) n_rows.size() == n_layer() && *std::min_element(n_rows.begin(), n_rows.end()) >= 0;
+    if (!fits || (is_pooled() && n_to_share(n_rows) < 0)) {
+        LLAMA_LOG_ERROR("%s: the state has other layers than this context, or more rows\n", __func__);
+        return false;
+    }
+    if (is_pooled()) {
+        lay_out(n_rows);
+    }
     for (int32_t l = 0; l < n_layer(); ++l) {
-        uint32_t n;
-        io.read(&n, sizeof(n));
+        const int32_t n = n_rows[l];
         for (ggml_tensor * t : { kv.layers[l].k_stream[s], kv.layers[l].v_stream[s] }) {
             const bool trans = kv.v_trans && t == kv.layers[l].v_stream[s];
             int32_t head[3];

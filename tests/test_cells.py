@@ -53,6 +53,75 @@ def test_any_prompt_fits(models, policy, kwargs):
     assert c.pos_max() == 1399 and np.mean(rows(c)) <= 256 and np.isfinite(c.logits()).all()
 
 
+SHARED = ["keydiff", "snapkv:window=8,kernel=3,share=layers", "knorm:share=layers", "expected_attention:share=layers,window=16"]
+
+
+@pytest.mark.parametrize("types", ["f16", "q8_0"])
+@pytest.mark.parametrize("policy", SHARED)
+def test_layers_draw_their_rows_from_a_pool(models, policy, types):
+    """They hold different numbers of cells, never more than the pool has together, and a row for each next token is free in all."""
+    c, seen = context(models["llama"], policy, type_k=types, type_v=types), set()
+    for i in range(0, 1800, 100):
+        c.decode(ids(1800)[i:i + 100])
+        assert np.mean(rows(c)) <= 256 and max(rows(c)) - min(rows(c)) < 1024
+        seen.add(tuple(rows(c)))
+    assert any(len(set(n)) > 1 for n in seen)
+    assert all(is_ascending(k) for k in c.kept()) and np.isfinite(c.logits()).all()
+    c.end_prompt()
+    for t in ids(240, 1):
+        c.decode(np.array([t], np.int32))
+    assert c.pos_max() == 2039 and np.mean(rows(c)) <= 256 and np.isfinite(c.logits()).all()
+    c.clear()
+    assert rows(c) == [0]*n_layer(c)
+
+
+@pytest.mark.parametrize("types", ["f16", "q8_0"])
+@pytest.mark.parametrize("policy", SHARED)
+def test_a_pool_changes_nothing(models, policy, types):
+    """Cells, bytes and logits are those of a cache with a cell for each token, evicted at the same moments to the same budgets."""
+    how = dict(type_k=types, type_v=types, n_ctx=1024)
+    bounded, free = context(models["llama"], policy, budget="100", **how), context(models["llama"], policy, "", budget="100", **how)
+    for turn in range(3):
+        for c in (bounded, free):
+            c.decode(ids(60 if turn else 250, turn))
+            c.evict()
+            c.end_prompt()
+            for t in ids(20, turn):
+                c.decode(np.array([t], np.int32))
+        assert all(map(np.array_equal, bounded.kept(), free.kept())) and len(set(rows(free))) > 1
+        assert bounded.stats()["n_evictions"] == free.stats()["n_evictions"] == turn + 1
+        assert np.array_equal(bounded.logits(), free.logits())
+    assert bounded.stats()["bytes_used"] == free.stats()["bytes_used"]
+
+
+@pytest.mark.parametrize("types", ["f16", "q8_0"])
+def test_a_pool_is_saved_and_restored(models, types):
+    one, other = (context(models["llama"], "keydiff", "512", type_k=types, type_v=types) for _ in range(2))
+    one.decode(ids(1000))
+    one.end_prompt()
+    other.decode(ids(600, 5))  # lies differently
+    state = one.save()
+    other.load(state)
+    assert all(map(np.array_equal, one.kept(), other.kept()))
+    for t in ids(300, 2):
+        for c in (one, other):
+            c.decode(np.array([t], np.int32))
+        assert np.array_equal(one.logits(), other.logits())
+    assert all(map(np.array_equal, one.kept(), other.kept())) and one.stats()["n_evictions"] > 8
+    small = context(models["llama"], "keydiff", type_k=types, type_v=types)
+    with pytest.raises((ValueError, RuntimeError)):
+        small.load(state)
+    small.decode(ids(100))  # and goes on
+    assert rows(small) == [100]*n_layer(small)
+
+
+def test_where_there_is_no_pool_auto_is_head_and_layers_is_refused(models):
+    for how, says in ({"n_seq_max": 2}, "one sequence"), ({"flash_attn": "off"}, "flash attention"):
+        assert "share=head" in context(models["llama"], "keydiff", **how).policy
+        with pytest.raises(ValueError, match=f"{says}.*share=head"):
+            context(models["llama"], "keydiff:share=layers", **how)
+
+
 @pytest.mark.parametrize("policy", ["snapkv:window=8", "pyramidkv:window=8", "adakv:window=8", "h2o", "shotkv:window=8"])
 def test_a_prompt_that_fits_is_as_without(models, policy):
     n_fit = 80 if policy.startswith("pyramidkv") else 192  # its smallest layer has as many rows

@@ -168,12 +168,12 @@ def test_generated_tokens_stay_where_heads_differ(model):
     assert 64 + 16 <= sum(n)/len(n) <= 64 + 16 + 8 and len(set(n)) > 3
 
 
-def test_cells_are_shared_by_heads_alone(model):
-    """With kv_cells the layers' rows are allocated first: auto is head there, and says so; another share is refused."""
+def test_heads_do_not_differ_in_a_pool(model):
+    """With kv_cells layers draw their rows from a pool; heads of a layer keep equally many there."""
     how = dict(n_ctx=2048, n_ubatch=128, n_threads=1)
     assert "share=layers" in _core.Context(model, policy="keydiff", budget="64", **how).policy
-    assert "share=head" in _core.Context(model, policy="keydiff", budget="64", cells="512", **how).policy
-    for share in ("layers", "layer", "all"):
+    assert "share=layers" in _core.Context(model, policy="keydiff", budget="64", cells="512", **how).policy
+    for share in ("layer", "all"):
         with pytest.raises(ValueError, match="kv_cells.*share=head"):
             _core.Context(model, policy=f"keydiff:share={share}", budget="64", cells="512", **how)
 
