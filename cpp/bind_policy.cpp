@@ -2,6 +2,8 @@
 
 #include "bind_policy.h"
 
+#include "select.h"
+
 #include <pybind11/stl.h>
 
 #include <stdexcept>
@@ -219,7 +221,7 @@ static py::array_t<float> score(const std::string & text, const i32_array & pos,
 }
 
 static py::list plan(const std::string & text, const std::vector<i32_array> & pos, const std::vector<f32_array> & score, int32_t budget, bool prompt,
-        const py::object & n_frozen, const std::vector<std::pair<int32_t, int32_t>> & spans, bool room) {
+        const py::object & n_frozen, const std::vector<std::pair<int32_t, int32_t>> & spans, bool room, int32_t n_block) {
     const auto sp = parse_spec(text);
     const auto pol = sp.info->make_policy(sp.p);
     if (pos.empty() || pos.size() != score.size()) {
@@ -244,7 +246,7 @@ static py::list plan(const std::string & text, const std::vector<i32_array> & po
     }
     py::list res;
     r.heads = head_lengths(*pol, r);
-    const auto n_keep = pol->budgets(r);
+    const auto n_keep = in_blocks(r, pol->budgets(r), n_block, pol->min_budget());
     for (size_t l = 0; l < pos.size(); ++l) {
         i32_array slots({ (py::ssize_t) r.n_head_kv, (py::ssize_t) n_keep[l] });
         pol->keep(r, (int32_t) l, n_keep[l], slots.mutable_data());
@@ -269,5 +271,7 @@ void bind_policy(py::module_ & m) {
             "attn"_a = py::none(), "sums"_a = py::none(), "keys"_a = py::none(), "probed"_a = py::none(),
             "q_mean"_a = py::none(), "q_cov"_a = py::none(), "v_norm"_a = py::none(), "o_norm"_a = py::none(), "score() of a policy over host arrays: F32 [n_head_kv, n_kv].");
     m.def("plan", &plan, "spec"_a, "pos"_a, "score"_a, "budget"_a, py::kw_only(), "prompt"_a = true, "n_frozen"_a = py::none(),
-            "spans"_a = std::vector<std::pair<int32_t, int32_t>>(), "room"_a = false, "budgets() and keep() of a policy: slots kept a layer, I32 [n_head_kv, n_keep], -1 where a head keeps fewer.");
+            "spans"_a = std::vector<std::pair<int32_t, int32_t>>(), "room"_a = false, "n_block"_a = 1,
+            "budgets() and keep() of a policy: slots kept a layer, I32 [n_head_kv, n_keep], -1 where a head keeps fewer. n_block: layers differ by "
+            "whole blocks of so many slots, 256 on a GPU.");
 }

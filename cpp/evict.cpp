@@ -115,11 +115,7 @@ bool engine::run(llama_context * lctx, const job & j) {
             unfreeze(r);
         }
     }
-    // GPU kernels want views of K, V and mask of whole blocks: keep a little more
-    const int32_t n_base = *std::max_element(n_keep.begin(), n_keep.end());
-    for (int32_t l = 0; l < n_layer(); ++l) {
-        n_keep[l] = std::min(r.layers[l].n_kv, n_base - (n_base - n_keep[l])/n_block*n_block);
-    }
+    n_keep = in_blocks(r, n_keep, n_block, conf.pol->min_budget());
     std::vector<std::vector<int32_t>> slots(n_layer());
     for (int32_t l = 0; l < n_layer(); ++l) {
         if (n_keep[l] < 1 || n_keep[l] > r.layers[l].n_kv) {

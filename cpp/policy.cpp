@@ -243,6 +243,38 @@ std::vector<int32_t> whole_budgets(const request & r, const std::vector<double> 
     return n_keep;
 }
 
+std::vector<int32_t> in_blocks(const request & r, const std::vector<int32_t> & n_keep, int32_t n_block, int32_t n_least) {
+    const int32_t n_layer = (int32_t) n_keep.size();
+    const int32_t n_base  = *std::max_element(n_keep.begin(), n_keep.end());
+    const auto least = [&](int32_t il) {
+        return std::min(n_keep[il], std::max(1, r.layers[il].n_frozen + n_least));
+    };
+    std::vector<int32_t> res(n_layer);
+    std::vector<int32_t> order(n_layer); // those that round down lose least first
+    int64_t n_more = 0; // than n_keep
+    for (int32_t il = 0; il < n_layer; ++il) {
+        const int32_t gap = n_base - n_keep[il], need = n_base - r.layers[il].n_kv;
+        res[il]   = n_base - std::max(gap/n_block, (need + n_block - 1)/n_block)*n_block;
+        order[il] = il;
+        n_more += res[il] - n_keep[il];
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return res[a] - n_keep[a] > res[b] - n_keep[b]; });
+    for (const int32_t il : order) {
+        if (n_more >= n_block && res[il] - n_block >= least(il)) {
+            res[il] -= n_block;
+            n_more  -= n_block;
+        }
+    }
+    int64_t n_all = (std::max<int64_t>(n_more, 0) + n_layer - 1)/n_layer; // what is left is less of every layer
+    for (int32_t il = 0; il < n_layer; ++il) {
+        n_all = std::min<int64_t>(n_all, std::max(0, res[il] - least(il)));
+    }
+    for (int32_t & n : res) {
+        n -= (int32_t) n_all;
+    }
+    return res;
+}
+
 void mean_over_group(const layer_view & v, float * out) {
     const int32_t n_group = v.n_head / v.n_head_kv;
 

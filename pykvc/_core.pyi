@@ -25,9 +25,10 @@ def score(spec: str, pos: I32, *, il: int = 0, n_layer: int = 1, n_head: int = .
     probed, v_norm [n_head_kv, n_kv], o_norm [n_head, n_kv], q_mean [n_head, head_dim], q_cov [n_head, head_dim, head_dim] -> [n_head_kv, n_kv]."""
 
 def plan(spec: str, pos: Sequence[I32], score: Sequence[F32], budget: int, *, prompt: bool = True,
-         n_frozen: Sequence[int] | None = None, spans: Sequence[tuple[int, int]] = (), room: bool = False) -> list[I32]:
+         n_frozen: Sequence[int] | None = None, spans: Sequence[tuple[int, int]] = (), room: bool = False,
+         n_block: int = 1) -> list[I32]:
     """budgets() and keep() of a policy: pos, score a layer [n_head_kv, n_kv] -> slots kept a layer, I32 [n_head_kv, n_keep],
-    -1 where a head keeps fewer."""
+    -1 where a head keeps fewer. n_block: layers differ by whole blocks of so many slots, 256 on a GPU."""
 
 # -- units of a UTF-8 text, spans of bytes: pykvc/spans.py has them in characters --------------------------------------
 

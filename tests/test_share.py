@@ -141,6 +141,23 @@ def test_share_of_a_policy_in_python(model_path):
         assert [x.shape[1] for x in llm.kept()] == lengths and len(pos) == len(lengths)
 
 
+@pytest.mark.parametrize("n_block", [16, 64, 256])
+@pytest.mark.parametrize("budget", [100, 300, 700])
+def test_whole_blocks_take_no_more_than_the_budget(n_block, budget):
+    """A GPU's layers differ by whole blocks; together they hold what layers of any length do, but for less than a slot a layer."""
+    rng, n_layer, n_kv = np.random.default_rng(budget + n_block), 9, 1000
+    pos = [np.tile(np.arange(n_kv, dtype=np.int32), (2, 1))]*n_layer
+    scores = [(rng.random((2, n_kv))*rng.uniform(0.5, 2)).astype(np.float32) for _ in range(n_layer)]
+    spec = "snapkv:share=layers,window=8"
+    exact = np.array([x.shape[1] for x in _core.plan(spec, pos, scores, budget)])
+    blocks = np.array([x.shape[1] for x in _core.plan(spec, pos, scores, budget, n_block=n_block)])
+    assert len(set(exact)) > 2 and exact.sum() == n_layer*budget
+    assert not ((blocks.max() - blocks) % n_block).any() and blocks.min() >= min(exact.min(), 9)
+    if blocks.min() > 9 + n_block:  # nothing stands in the way of rounding down
+        assert n_layer*budget - 2*n_layer < blocks.sum() <= n_layer*budget
+    assert blocks.sum() <= n_layer*(budget + n_block) and (abs(blocks - exact) < 2*n_block).all()
+
+
 def test_a_python_policy_with_rules_of_its_own_cannot_share():
     class Own(pykvc.Policy):
         name, share = "own_rule", "layers"
