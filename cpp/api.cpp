@@ -79,6 +79,10 @@ int32_t kvc_next_context(const char * policy, const char * budget, const char * 
     });
 }
 
+const char * kvc_recommended_policy(void) {
+    return recommended;
+}
+
 int32_t kvc_check_config(const char * policy, const char * budget, const char * decode_budget, const char * cells) {
     return guarded([&]() {
         const auto text = [](const char * s) { return std::string(s ? s : ""); };

@@ -170,7 +170,8 @@ static py::list table() {
             params.append(x);
         }
         d["name"] = info.name; d["title"] = info.title; d["paper"] = info.paper; d["decode"] = decode_name(info.decode);
-        d["layers_differ"] = info.layers_differ || pol->share.layers_differ(); d["share"] = info.share ? py::object(py::str(info.share)) : py::none();
+        d["layers_differ"] = info.layers_differ || pol->share.layers_differ(); d["recommended"] = std::string(info.name) == recommended;
+        d["share"] = info.share ? py::object(py::str(info.share)) : py::none();
         d["heads_differ"] = pol->heads_differ(); d["needs"] = n; d["params"] = params;
         res.append(d);
     }

@@ -133,6 +133,9 @@ struct policy_info {
 };
 
 const std::vector<policy_info> & policy_table();
+
+// Of the table: what a budget without a policy gets. It works on every device and knows no question; docs/results.md says what it is worth.
+extern const char * const recommended;
 const policy_info & find_policy(const std::string & name); // throws, listing the names
 
 } // namespace kvc

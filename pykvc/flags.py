@@ -27,7 +27,8 @@ Threads = Annotated[Optional[int], flag("-t", "--threads", env="THREADS", help="
 GpuLayers = Annotated[int, flag("-ngl", "--gpu-layers", "--n-gpu-layers", env="N_GPU_LAYERS", help="Layers on the GPU.")]
 TypeK = Annotated[str, flag("-ctk", "--cache-type-k", env="CACHE_TYPE_K", help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.")]
 TypeV = Annotated[str, flag("-ctv", "--cache-type-v", env="CACHE_TYPE_V", help="As -ctk.")]
-KvPolicy = Annotated[str, flag("--kv-policy", env="KV_POLICY", help="NAME[:key=value,...]; `pykvc policies` lists them.")]
+KvPolicy = Annotated[Optional[str], flag("--kv-policy", env="KV_POLICY",
+                                         help="NAME[:key=value,...]; `pykvc policies` lists them. Default: full, with a budget the recommended one.")]
 KvBudget = Annotated[Optional[str], flag("--kv-budget", env="KV_BUDGET", help="Cells a layer keeps of the prompt: 512, 25% or 0.25.")]
 KvCells = Annotated[Optional[str], flag("--kv-cells", env="KV_CELLS", help="Allocate this many cells, or bytes (512MiB), and evict whenever they are full.")]
 KvQuery = Annotated[Optional[str], flag("--kv-query", help="What finch asks after each chunk of the prompt. Default: --question.")]

@@ -133,7 +133,7 @@ class Llama(theirs.Llama):
     A prompt that extends what was evaluated goes on from it. One that branches before the last eviction is evaluated from
     its beginning, and so is the same prompt again: the answer is that of a new Llama. ValueError names what is valid."""
 
-    def __init__(self, model_path: str, *, kv_policy: str | Policy = "full", kv_budget: int | float | str | None = None,
+    def __init__(self, model_path: str, *, kv_policy: str | Policy | None = None, kv_budget: int | float | str | None = None,
                  kv_decode_budget: int | float | str | None = None, kv_cells: int | str | None = None, **kwargs: Any) -> None:
         budget, decode_budget = options.budget("kv_budget", kv_budget), options.budget("kv_decode_budget", kv_decode_budget)
         cells = options.cells(kv_cells)

@@ -28,7 +28,8 @@ from .text import check_stop
 class LLM:
     """model: a .gguf file, a name, user/repo[:quant], or None for the default model, fetched on the first use.
 
-    kv_policy: "name:key=value,..." (`pykvc policies` lists them) or an instance of pykvc.Policy.
+    kv_policy: "name:key=value,..." (`pykvc policies` lists them) or an instance of pykvc.Policy. None: "full", or with a budget the
+    recommended one, which is told on stderr.
     kv_budget, kv_decode_budget: cells a layer keeps of the prompt and of the generated tokens: an int is tokens, a
     float in (0, 1] the retained ratio (of generated tokens: of the answer so far, which is little at its beginning), a
     string either ("512", "25%"). n_ctx 0: the model's own, at most 8192.
@@ -42,7 +43,7 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike | None = None, *, n_ctx: int = 0, n_batch: int = 512, n_ubatch: int = 512,
                  n_threads: int | None = None, n_gpu_layers: int = 0, type_k: str = "f16", type_v: str = "f16",
-                 flash_attn: bool | str = "auto", n_seq_max: int = 1, seed: int = 0, kv_policy: str | Policy = "full",
+                 flash_attn: bool | str = "auto", n_seq_max: int = 1, seed: int = 0, kv_policy: str | Policy | None = None,
                  kv_budget: int | float | str | None = None, kv_decode_budget: int | float | str | None = None,
                  kv_cells: int | str | None = None, chat_template: str | None = None, verbose: bool = False) -> None:
         budget = options.budget("kv_budget", kv_budget)

@@ -1,5 +1,6 @@
 """What LLM and generate() accept, checked once at the door. Every function raises ValueError naming what is valid."""
 import math
+import sys
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,14 @@ def cells(value: int | str | None) -> str:
     return str(whole("kv_cells", value, 1))
 
 
-def policy(value: str | Policy, kv_budget: str, kv_decode_budget: str, kv_cells: str = "") -> str | Policy:
-    """The canonical spec, or the instance. A policy that no budget would ever let evict is refused."""
+def policy(value: str | Policy | None, kv_budget: str, kv_decode_budget: str, kv_cells: str = "") -> str | Policy:
+    """The canonical spec, or the instance. None: full, or with a budget the recommended one. A policy that no budget would ever let evict
+    is refused."""
+    if value is None and (kv_budget or kv_decode_budget or kv_cells):
+        value = next(p["name"] for p in _core.policies() if p["recommended"])
+        print(f"kv_policy: {value}, the recommended one for a budget without a policy", file=sys.stderr)
+    elif value is None:
+        value = "full"
     if isinstance(value, str):
         checked = _core.parse_spec(value)
         name = checked.partition(":")[0]

@@ -161,6 +161,17 @@ def test_compress_is_once_per_prompt(half):
     assert half.stats()["cells"] == half.n_tokens
 
 
+def test_a_budget_without_a_policy_takes_the_recommended_one(model_path, capsys):
+    recommended = next(p["name"] for p in _core.policies() if p["recommended"])
+    for how in ({"kv_budget": 0.5}, {"kv_decode_budget": 64}, {"kv_cells": 256, "n_ubatch": 64}):
+        with pykvc.LLM(model_path, n_ctx=512, **how) as llm:
+            assert llm.policy.startswith(recommended) and f"kv_policy: {recommended}" in capsys.readouterr().err
+    with pykvc.LLM(model_path, n_ctx=512) as llm:
+        assert llm.policy == "full" and not capsys.readouterr().err
+    with pytest.raises(ValueError, match="the policy is full"):
+        pykvc.LLM(model_path, kv_policy="full", kv_budget=0.5)
+
+
 def test_a_budget_of_one_prompt(half, full, tmp_path):
     """Until the next reset or load."""
     n = len(half.tokenize(PROMPT))

@@ -500,7 +500,7 @@ def test_flags_are_in_the_help():
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--kv-policy", "snapvk"], "snapkv"), (["--kv-policy", "snapkv", "--kv-budget", "150%"], "kv_budget"), (["--kv-budget", "25%"], "full"),
+    (["--kv-policy", "snapvk"], "snapkv"), (["--kv-policy", "snapkv", "--kv-budget", "150%"], "kv_budget"), (["--kv-policy", "full", "--kv-budget", "25%"], "full"),
     (["--kv-policy", "snapkv", "--kv-budget", "8"], "at least"), (["--kv-policy", "kvzip", "--kv-budget", "50%"], "keydiff"),
     (["--kv-policy", "snapkv", "--embeddings"], "--embeddings"), (["--kv-policy", "snapkv", "--kv-unified", "-np", "2"], "--kv-unified"),
     (["-m"], "-m needs a value"), (["-m", "no/such/model.gguf"], "does not exist"), (["-m", "x", "-hf", "y/z"], "one -m or -hf"),
@@ -509,6 +509,11 @@ def test_mistakes_are_one_sentence(model_path, tmp_path, args, says):
     server = Server(tmp_path/"log", *([] if "-m" in args else ["-m", model_path]), *args)
     assert server.process.wait(timeout=60) == 2
     assert says in server.log.read_text() and len(server.log.read_text().strip().splitlines()) == 1
+
+
+def test_a_budget_without_a_policy_takes_the_recommended_one(model_path, tmp_path):
+    with Server(tmp_path/"log", "-m", model_path, "-c", "512", "--kv-budget", "50%") as server:
+        assert server.ok("/props")["kv"] == {"policy": "keydiff", "budget": "50%", "decode_budget": None, "cells": 512}
 
 
 def test_where_the_model_comes_from(model_path, monkeypatch):

@@ -60,6 +60,9 @@ LLAMA_API int32_t      kvc_set_budget(struct llama_context * ctx, llama_seq_id s
 // Are these what kvc_next_context() takes? Changes nothing. 1: the policy evicts, 0: it is full.
 LLAMA_API int32_t kvc_check_config(const char * policy, const char * budget, const char * decode_budget, const char * cells);
 
+// The policy for a budget without one.
+LLAMA_API const char * kvc_recommended_policy(void);
+
 // guess_prompt_end of a context that exists, for callers that cannot be there when it is created.
 LLAMA_API int32_t kvc_guess_prompt_end(struct llama_context * ctx, bool guess);
 

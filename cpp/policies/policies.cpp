@@ -2,6 +2,8 @@
 
 namespace kvc {
 
+const char * const recommended = "keydiff";
+
 // Named here one by one: a linker drops self-registering objects of a static library.
 const std::vector<policy_info> & policy_table() {
     static const std::vector<policy_info> table = {

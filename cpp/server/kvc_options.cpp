@@ -17,7 +17,12 @@ kvc_options kvc_options::of_environment() {
 }
 
 std::string kvc_prepare(common_params & params) {
-    const auto opt = kvc_options::of_environment();
+    auto opt = kvc_options::of_environment();
+    if (opt.policy.empty() && !(opt.budget.empty() && opt.decode_budget.empty() && opt.cells.empty())) {
+        opt.policy = kvc_recommended_policy();
+        setenv("LLAMA_ARG_KV_POLICY", opt.policy.c_str(), 1);
+        LOG_INF("kvc: --kv-policy %s, the recommended one for a budget without a policy\n", opt.policy.c_str());
+    }
     const std::string policy = opt.policy.empty() ? "full" : opt.policy;
     if (kvc_check_config(policy.c_str(), opt.budget.c_str(), opt.decode_budget.c_str(), opt.cells.c_str()) < 0) {
         return kvc_last_error();
