@@ -273,7 +273,7 @@ def test_below_the_floor(fresh):
 @pytest.mark.parametrize("how, match", [
     (dict(kv_policy="snapvk", kv_budget=64), "did you mean 'snapkv'"), (dict(kv_policy="snapkv", kv_budget=3), "at least 33 tokens"),
     (dict(kv_policy="snapkv"), "evicts nothing without a budget"), (dict(kv_policy="snapkv", kv_budget=1.5), "retained ratio in"),
-    (dict(kv_budget=64), "the policy is full"), (dict(kv_policy="snapkv", kv_budget=64, kv_decode_budget=8), "does not evict generated tokens"),
+    (dict(kv_policy="full", kv_budget=64), "the policy is full"), (dict(kv_policy="snapkv", kv_budget=64, kv_decode_budget=8), "does not evict generated tokens"),
     (dict(kv_policy="finch", kv_budget=100), "only pykvc.LLM"), (dict(kv_policy="snapkv", kv_budget=64, embedding=True), "embedding context"),
     (dict(kv_policy="h2o", kv_budget=64, flash_attn=True), "use flash_attn off"), (dict(kv_policy="h2o", kv_budget=64, draft_model=print), "draft_model"),
     (dict(kv_policy="snapkv", kv_budget=64, kv_cells=100), "n_ubatch")], ids=str)

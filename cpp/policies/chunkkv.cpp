@@ -70,8 +70,8 @@ std::unique_ptr<policy> make(const params & p) {
 } // namespace
 
 const policy_info chunkkv_info = {
-    "chunkkv", "Keeps the chunks of consecutive tokens the last queries attend to most, one set per layer; evicts the prompt "
-    "only.", "2502.00299", decode_mode::none, false, list_params, make,
+    "chunkkv", "Keeps the chunks of consecutive tokens the last queries attend to most, one set per layer; loses facts that are asked for later. "
+    "Evicts the prompt only.", "2502.00299", decode_mode::none, false, list_params, make,
 };
 
 } // namespace kvc

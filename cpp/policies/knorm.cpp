@@ -42,7 +42,7 @@ std::unique_ptr<policy> make(const params & p) {
 } // namespace
 
 const policy_info knorm_info = {
-    "knorm", "Keeps the tokens whose keys have the smallest L2 norm, for each KV head.", "2406.11430",
+    "knorm", "Keeps the tokens whose keys have the smallest L2 norm, for each KV head; loses facts that are asked for later.", "2406.11430",
     decode_mode::whole, false, list_params, make,
     "head",
 };

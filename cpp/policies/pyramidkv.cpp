@@ -66,8 +66,8 @@ std::unique_ptr<policy> make(const params & p) {
 } // namespace
 
 const policy_info pyramidkv_info = {
-    "pyramidkv", "Scores as snapkv, with a budget that falls linearly from the first layer to the last; evicts the prompt "
-    "only.", "2406.02069", decode_mode::none, true, list_params, make,
+    "pyramidkv", "Scores as snapkv, with a budget that falls linearly from the first layer to the last; loses facts that are asked for later. "
+    "Evicts the prompt only.", "2406.02069", decode_mode::none, true, list_params, make,
 };
 
 } // namespace kvc

@@ -58,7 +58,7 @@ std::unique_ptr<policy> make(const params & p) {
 } // namespace
 
 const policy_info streaming_llm_info = {
-    "streaming_llm", "Keeps the first and the last tokens, at their original positions.", "2309.17453",
+    "streaming_llm", "Keeps the first and the last tokens, at their original positions; loses facts that are asked for later.", "2309.17453",
     decode_mode::whole, false, list_params, make,
 };
 
