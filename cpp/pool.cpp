@@ -97,7 +97,7 @@ void engine::lay_out(const std::vector<int32_t> & n_held) {
 
 // Of an empty cache: as many rows for each layer.
 void engine::even_out() {
-    if (is_pooled()) {
+    if (is_pooled() && ggml_backend_buffer_get_size(kv.layers[0].k->buffer) > 0) { // 0: only measured, by llama.cpp's --fit
         lay_out(std::vector<int32_t>(n_layer(), 0));
     }
 }
