@@ -21,11 +21,11 @@ def test_a_context_is_compressed_and_goes_on(policy, cells):
         n = llm.prefill(CONTEXT, kv_query=query)
         assert n > 2000 and llm.n_tokens == n
         if cells:
-            assert llm.stats()["cells"] <= 1024 and llm.stats()["n_evictions"] > 3
+            assert np.mean(llm.stats()["kept"]) <= 1024 and llm.stats()["n_evictions"] > 3
         logits = llm.logits()
         assert llm.compress() and llm.n_tokens == n
         kept = llm.stats()["kept"]
-        assert sum(kept) == 512*len(kept) and (max(kept) > 512) == (policy == "kvzip" and not cells)  # its layers differ
+        assert sum(kept) == 512*len(kept) and (max(kept) > 512) == (policy == "kvzip")  # its layers differ
         assert (llm.logits() == logits).all()  # of the context's last token, not of the probe's
         assert llm.kept()[0].max() == n - 1
         answer = llm.generate(QUESTION, reset=False, max_tokens=4)
@@ -46,7 +46,8 @@ def test_a_long_answer_does_not_drive_out_the_context(policy, asks, monkeypatch)
         llm.compress()
         before = sum(len(set(k[k < n])) for k in llm.kept())
         answer = llm.generate("\nA long story:", reset=False, max_tokens=700)
-        assert answer.n_predicted == 700 and answer.kv["cells"] <= 512  # the answer alone would fill them
+        held = [k.shape[1] for k in llm.kept()]
+        assert answer.n_predicted == 700 and np.mean(held) <= 512  # the answer alone would fill them
         assert sum(len(set(k[k < n])) for k in llm.kept()) > before/5
         assert policy.startswith("finch") or all((k[:, :4] == range(4)).all() for k in llm.kept())
 
