@@ -250,7 +250,7 @@ def test_a_killed_run_goes_on(tmp_path, data):
 
 
 def test_a_policy_that_evicts_nothing_is_a_failure(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(pykvc.LLM, "compress", lambda self, **_: False)
+    monkeypatch.setattr(pykvc.context.Context, "compress", lambda self, *_: False)
     [problem] = run.run(plan(tmp_path, data, Case(SNAPKV, "0.25")), None)
     assert "nothing was evicted" in problem
     monkeypatch.undo()
