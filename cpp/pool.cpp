@@ -1,9 +1,9 @@
-// kv_cells, and layers that share a budget: nobody knows their lengths before an eviction, so layers draw their rows from one
-// pool, the memory that n_layer * kv_cells rows take. An eviction says how long each layer is, and what is free is free in every
-// layer alike: the next token takes a row of each.
+// kv_cells, and layers that share a budget. Nobody knows their lengths before an eviction. So layers draw their rows from
+// one pool: the memory that n_layer * kv_cells rows take. An eviction says how long each layer is. All layers have as many
+// free rows, since the next token takes one of each.
 //
-// The pool is the buffer that llama.cpp allocated. A layer's tensors are moved in it by their `data`, and so are the views of
-// them that llama.cpp made; graphs of before are dropped, as at every eviction. On the host, one sequence, V not transposed.
+// The pool is the buffer that llama.cpp allocated. A layer's tensors are moved in it by their `data`, and so are the views
+// of them that llama.cpp made. Graphs of before are dropped, as at every eviction. On the host, one sequence, V not transposed.
 
 #include "engine.h"
 

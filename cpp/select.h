@@ -51,8 +51,9 @@ void write_marked(const slot_marks & marks, int32_t n_keep, int32_t * out);
 // with room, again and again; what is too much is taken one slot each from the last layers.
 std::vector<int32_t> whole_budgets(const request & r, const std::vector<double> & ideal, int32_t n_min);
 
-// GPU kernels want views of whole blocks, so that layers differ by whole blocks of slots: the nearest numbers to n_keep that do, of
-// no more slots together. A layer keeps n_least at least and no more than it has; if both cannot be, layers keep more than n_keep.
+// GPU kernels want views of whole blocks, so layers have to differ by whole blocks of slots. These are the nearest numbers
+// to n_keep that do, with no more slots together. A layer keeps n_least at least, and no more than it has. Where that cannot
+// be, layers keep more than n_keep.
 std::vector<int32_t> in_blocks(const request & r, const std::vector<int32_t> & n_keep, int32_t n_block, int32_t n_least);
 
 // Reductions of the window's attention.

@@ -31,13 +31,15 @@ def shared(item: Item, prompt: Prompt, protocol: str, case: Case) -> str:
 
 
 def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None = None, out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
-    """(item, figures and answer), one after the other, of one context; cases differ in their budgets, with question-out in their shares, and
-    follow one another.
+    """(item, figures and answer), one after the other, of one context. Cases follow one another; they differ in their budgets, with
+    question-out in their shares, too.
     prefill_ms of the context counts in the first row, evict_ms in the first of each case."""
     question_in = protocol == "question-in"
     for case, item, prompt, before in contexts(llm, asked, protocol):
         n_before = llm.stats()["n_evictions"]
-        budgets = {} if not question_in and case.compresses else dict(kv_budget=case.budget or None, kv_decode_budget=case.decode_budget or None)
+        budgets = dict(kv_budget=case.budget or None, kv_decode_budget=case.decode_budget or None)
+        if not question_in and case.compresses:  # its context was compressed to them
+            budgets = {}
         answer = llm.generate(prompt.tail, spans=(), reset=False, compress=question_in and case.compresses, **budgets, **_length(item))
         n_prompt = before.n_tokens + len(llm.tokenize(prompt.tail, add_special=False))
         yield item, _figures(answer, 0 if question_in else before.n_tokens, n_prompt, answer.kv["kept"] if question_in else before.kept,
@@ -82,10 +84,10 @@ def _compress(llm: pykvc.LLM, context: Context, case: Case) -> tuple[int, float]
     return llm.stats()["n_evictions"] - n_before, round(_spent_ms(llm) - spent, 1)
 
 
-def evict(llm: pykvc.LLM, case: Case | None) -> tuple[list[int], int, float]:
-    """(cells a layer has now, evictions, ms); None: evicts nothing."""
+def evict(llm: pykvc.LLM, case: Case) -> tuple[list[int], int, float]:
+    """(cells a layer has now, evictions, ms)"""
     begin, before = perf_counter(), llm.stats()["n_evictions"]
-    if case and case.compresses:
+    if case.compresses:
         llm.compress(kv_budget=case.budget or None, kv_decode_budget=case.decode_budget or None)
     stats = llm.stats()
     return [int(n) for n in stats["kept"]], stats["n_evictions"] - before, ms(begin)

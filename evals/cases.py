@@ -48,12 +48,16 @@ class Case:
     @property
     def heads_differ(self) -> bool:
         """May heads of a layer keep different numbers?"""
-        policy = next(p for p in _core.policies() if p["name"] == self.name)
-        return policy["heads_differ"] or options.parameters(self.policy).get("share") in ("layer", "all")
+        return self._line["heads_differ"] or options.parameters(self.policy).get("share") in ("layer", "all")
 
     @property
     def _probe(self) -> str:
-        return next(p["needs"]["probe"] for p in _core.policies() if p["name"] == self.name)
+        return self._line["needs"]["probe"]
+
+    @property
+    def _line(self) -> dict:
+        """Of the policy table."""
+        return next(p for p in _core.policies() if p["name"] == self.name)
 
     def settings(self) -> dict:
         """Keywords of LLM."""

@@ -119,8 +119,8 @@ def all_works(plans: Sequence[Plan], subject: Subject, rows: dict[tuple, Row]) -
 
 def sweeps(works: Sequence[Work]) -> list[list[Work]]:
     """Works that differ in their budgets alone, so that one model holds them, one evaluated context begins them, and a sequence that is
-    done makes room for the next budget's question; with question-out in their shares, too, those first of which others can be variants.
-    With kv_cells the budget counts while a context is evaluated."""
+    done makes room for the next budget's question. With question-out they may differ in their shares, too; those that others can be
+    variants of come first. With kv_cells the budget counts while a context is evaluated, so every budget has contexts of its own."""
     found: dict[tuple, list[Work]] = {}
     for work in works:
         case, budgets = work.case, (bool(work.case.budget), bool(work.case.decode_budget))

@@ -9,8 +9,9 @@ F32 = npt.NDArray[np.float32]
 # -- the policy table and the host half of the engine: no model needed ---------------------------------------------
 
 def policies() -> list[dict[str, Any]]:
-    """The table: name, title, paper, decode ('none' | 'whole' | 'generated'), layers_differ, heads_differ, share (its default, None: it cannot share), recommended (for a
-    budget without a policy), needs (of the default parameters: window, newest, sums, keys, spans), params [{name, value, doc, min, max, choices, integer}]."""
+    """The table: name, title, paper, decode ('none' | 'whole' | 'generated'), layers_differ, heads_differ, share (its
+    default, None: it cannot share), recommended (for a budget without a policy), needs (of the default parameters: window,
+    newest, sums, keys, spans), params [{name, value, doc, min, max, choices, integer}]."""
 
 def parse_spec(spec: str) -> str:
     """The canonical form of a spec: every parameter, in declared order. ValueError names what is valid."""

@@ -28,8 +28,8 @@ from .text import check_stop
 class LLM:
     """model: a .gguf file, a name, user/repo[:quant], or None for the default model, fetched on the first use.
 
-    kv_policy: "name:key=value,..." (`pykvc policies` lists them) or an instance of pykvc.Policy. None: "full", or with a budget the
-    recommended one, which is told on stderr.
+    kv_policy: "name:key=value,..." (`pykvc policies` lists them) or an instance of pykvc.Policy.
+        None: "full", or with a budget the recommended one, which is told on stderr.
     kv_budget, kv_decode_budget: cells a layer keeps of the prompt and of the generated tokens: an int is tokens, a
     float in (0, 1] the retained ratio (of generated tokens: of the answer so far, which is little at its beginning), a
     string either ("512", "25%"). n_ctx 0: the model's own, at most 8192.

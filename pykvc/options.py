@@ -72,8 +72,9 @@ def cells(value: int | str | None) -> str:
 
 
 def policy(value: str | Policy | None, kv_budget: str, kv_decode_budget: str, kv_cells: str = "") -> str | Policy:
-    """The canonical spec, or the instance. None: full, or with a budget the recommended one. A policy that no budget would ever let evict
-    is refused."""
+    """The canonical spec, or the instance. None: full, or with a budget the recommended one.
+
+    A policy that no budget would ever let evict is refused."""
     if value is None and (kv_budget or kv_decode_budget or kv_cells):
         value = next(p["name"] for p in _core.policies() if p["recommended"])
         print(f"kv_policy: {value}, the recommended one for a budget without a policy", file=sys.stderr)
