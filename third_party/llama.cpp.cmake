@@ -68,15 +68,16 @@ endfunction()
 # the compiler does not know well that tunes for 256-bit vectors, and decoding 7000 deep is half as fast.
 # Elsewhere (ARM) ggml's own GGML_NATIVE is right. A macro, as ggml's options read variables of its caller.
 macro(pykvc_cpu_flags)
+    # ggml's own threads are as fast. GNU's OpenMP hangs in a forked child, and its waiting threads take the core of a busy
+    # neighbour: a prompt takes ten times as long.
+    if(NOT DEFINED GGML_OPENMP)
+        set(GGML_OPENMP OFF)
+    endif()
     pykvc_cpu_features(_has)
     if(PYKVC_PORTABLE)
         set(GGML_NATIVE OFF)
         set(GGML_BACKEND_DL ON) # so a CUDA build runs without a driver, too: on the CPU
         set(GGML_CPU_ALL_VARIANTS ON)
-        # ggml's own threads are as fast. GNU's OpenMP hangs in a forked child, and would be one more library to bundle.
-        if(NOT DEFINED GGML_OPENMP)
-            set(GGML_OPENMP OFF)
-        endif()
     elseif(_has AND NOT DEFINED GGML_NATIVE AND NOT CMAKE_CROSSCOMPILING AND CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
         set(GGML_NATIVE OFF)
         foreach(_line
