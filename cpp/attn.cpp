@@ -167,24 +167,33 @@ std::vector<float> engine::attention_tiles(llama_context * lctx, uint32_t s, con
     return all;
 }
 
-std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
-        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const {
-    const int32_t n_window = cfg->need.window, n_query = (int32_t) queries.size();
-    std::vector<float> seen(sig.n_kv, slots.empty() ? 0.0f : -INFINITY);
+// What a graph is to mask: F32 [n_kv, n_window, n_mask], by rows of the ring.
+static std::vector<float> mask_of(const std::vector<ring_query> & queries, const std::vector<int32_t> & ranges, int32_t n_mask, int32_t n_window,
+        int32_t n_kv, const std::vector<int32_t> & slots) {
+    std::vector<float> seen(n_kv, slots.empty() ? 0.0f : -INFINITY);
     for (const int32_t j : slots) {
         seen[j] = 0.0f;
     }
-    std::vector<float> mask((size_t) n_mask*n_window*sig.n_kv, 0.0f); // F32 [n_kv, n_window, n_mask]
-    std::vector<float> weight(n_window, 0.0f);                        // 0: a row of the ring that is not asked for
-    for (int32_t i = 0; i < n_query; ++i) {
-        weight[queries[i].row] = queries[i].weight;
+    std::vector<float> mask((size_t) n_mask*n_window*n_kv, 0.0f);
+    for (size_t i = 0; i < queries.size(); ++i) {
         for (int32_t h = 0; h < n_mask; ++h) {
-            const int32_t * range = &ranges[2*((size_t) h*n_query + i)];
-            float * row = mask.data() + ((size_t) h*n_window + queries[i].row)*sig.n_kv;
+            const int32_t * range = &ranges[2*((size_t) h*queries.size() + i)];
+            float * row = mask.data() + ((size_t) h*n_window + queries[i].row)*n_kv;
             std::copy(seen.begin(), seen.end(), row);
             std::fill(row, row + range[0], -INFINITY);
-            std::fill(row + range[1], row + sig.n_kv, -INFINITY);
+            std::fill(row + range[1], row + n_kv, -INFINITY);
         }
+    }
+    return mask;
+}
+
+std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
+        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const {
+    const int32_t n_window = cfg->need.window;
+    const auto mask = mask_of(queries, ranges, n_mask, n_window, sig.n_kv, slots);
+    std::vector<float> weight(n_window, 0.0f); // 0: a row of the ring that is not asked for
+    for (const auto & query : queries) {
+        weight[query.row] = query.weight;
     }
 
     auto * res = begin_graph(lctx);
@@ -219,6 +228,26 @@ std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, con
         }
     }
     return given;
+}
+
+std::vector<float> engine::attention_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries) const {
+    const int32_t n_window = cfg->need.window, n_query = (int32_t) queries.size();
+    const int32_t n_mask = n_held(s, sig.il) < (int64_t) sig.pos.size() ? sig.n_head : 1;
+    const auto mask = mask_of(queries, ranges_of(sig, queries, n_mask), n_mask, n_window, sig.n_kv, {});
+
+    auto * res = begin_graph(lctx);
+    auto * m = ggml_new_tensor_3d(res->get_ctx(), GGML_TYPE_F32, sig.n_kv, n_window, n_mask);
+    ggml_set_input(m);
+    auto * out = graph_scores(res->get_ctx(), s, sig.il, m, nullptr); // [n_kv, n_window, n_head]
+    run_graph(lctx, res, out, [&]() { ggml_backend_tensor_set(m, mask.data(), 0, ggml_nbytes(m)); });
+    std::vector<float> rows((size_t) sig.n_head*n_query*sig.n_kv);
+    for (int32_t h = 0; h < sig.n_head; ++h) {
+        for (int32_t i = 0; i < n_query; ++i) {
+            ggml_backend_tensor_get(out, rows.data() + ((size_t) h*n_query + i)*sig.n_kv, h*out->nb[2] + queries[i].row*out->nb[1],
+                    sig.n_kv*sizeof(float));
+        }
+    }
+    return rows;
 }
 
 } // namespace kvc

@@ -132,6 +132,8 @@ py::list Context::signals(int32_t seq) const {
         d["q_cov"]  = f32(s.q_cov,  { s.n_head, s.head_dim, s.head_dim });
         d["v_norm"] = f32(s.v_norm, { s.n_head_kv, s.n_kv });
         d["o_norm"] = f32(s.o_norm, { s.n_head, s.n_kv });
+        d["attn_rows"]  = f32(s.attn_rows,  { s.n_head, s.n_query, s.n_kv });
+        d["value_rows"] = f32(s.value_rows, { s.n_head_kv, s.n_kv, s.value_dim });
         res.append(d);
     }
     return res;

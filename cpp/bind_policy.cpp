@@ -63,6 +63,8 @@ public:
         nd.future = this->obj.attr("future").cast<int32_t>();
         nd.values = this->obj.attr("values").cast<bool>();
         nd.outputs = this->obj.attr("outputs").cast<bool>();
+        nd.attn_rows  = this->obj.attr("attn_rows").cast<bool>();
+        nd.value_rows = this->obj.attr("value_rows").cast<bool>();
         nd.spans  = this->obj.attr("spans").cast<bool>();
         sinks     = this->obj.attr("sinks").cast<int32_t>();
         recent    = this->obj.attr("recent").cast<int32_t>();
@@ -106,7 +108,7 @@ public:
         };
         py::dict d;
         d["il"] = v.il; d["n_layer"] = v.n_layer; d["n_kv"] = v.n_kv; d["n_head"] = v.n_head; d["n_head_kv"] = v.n_head_kv;
-        d["head_dim"] = v.head_dim; d["n_query"] = v.n_query;
+        d["head_dim"] = v.head_dim; d["n_query"] = v.n_query; d["value_dim"] = v.value_dim; d["budget"] = v.budget;
         d["pos"]  = to_numpy(std::vector<int32_t>(v.pos, v.pos + (size_t) v.n_head_kv*v.n_kv), { v.n_head_kv, v.n_kv });
         d["attn"] = f32(v.attn, { v.n_head, v.n_kv });
         d["sums"] = f32(v.sums, { v.n_head_kv, v.n_kv });
@@ -115,6 +117,8 @@ public:
         d["q_cov"]  = f32(v.q_cov,  { v.n_head, v.head_dim, v.head_dim });
         d["v_norm"] = f32(v.v_norm, { v.n_head_kv, v.n_kv });
         d["o_norm"] = f32(v.o_norm, { v.n_head, v.n_kv });
+        d["attn_rows"]  = f32(v.attn_rows,  { v.n_head, v.n_query, v.n_kv });
+        d["value_rows"] = f32(v.value_rows, { v.n_head_kv, v.n_kv, v.value_dim });
         const auto res = obj.attr("_score")(d).cast<f32_array>();
         copy_checked(res, "score", v.n_head_kv, v.n_kv, out);
     }
@@ -160,7 +164,7 @@ static py::list table() {
         const auto nd = pol->need();
         py::dict d, n;
         n["window"] = nd.window; n["newest"] = nd.newest; n["sums"] = nd.sums; n["keys"] = nd.keys; n["spans"] = nd.spans;
-        n["future"] = nd.future; n["values"] = nd.values; n["outputs"] = nd.outputs;
+        n["future"] = nd.future; n["values"] = nd.values; n["outputs"] = nd.outputs; n["attn_rows"] = nd.attn_rows; n["value_rows"] = nd.value_rows;
         n["probe"] = nd.probe == probe::none ? "none" : nd.probe == probe::mean ? "mean" : "max";
         py::list params;
         for (const auto & p : info.all_params()) {
@@ -171,6 +175,7 @@ static py::list table() {
         }
         d["name"] = info.name; d["title"] = info.title; d["paper"] = info.paper; d["decode"] = decode_name(info.decode);
         d["layers_differ"] = info.layers_differ || pol->share.layers_differ(); d["recommended"] = std::string(info.name) == recommended;
+        d["values"] = info.values ? py::object(py::str(info.values)) : py::none();
         d["share"] = info.share ? py::object(py::str(info.share)) : py::none();
         d["heads_differ"] = pol->heads_differ(); d["needs"] = n; d["params"] = params;
         res.append(d);
@@ -186,12 +191,13 @@ static void check_2d(const py::array & a, const char * name) {
 
 static py::array_t<float> score(const std::string & text, const i32_array & pos, int32_t il, int32_t n_layer, int32_t n_head, int32_t n_query,
         int32_t head_dim, const py::object & attn, const py::object & sums, const py::object & keys, const py::object & probed,
-        const py::object & q_mean, const py::object & q_cov, const py::object & v_norm, const py::object & o_norm) {
+        const py::object & q_mean, const py::object & q_cov, const py::object & v_norm, const py::object & o_norm, const py::object & attn_rows,
+        const py::object & value_rows, int32_t budget) {
     check_2d(pos, "pos");
     const auto sp = parse_spec(text);
     const auto pol = sp.info->make_policy(sp.p);
     const int32_t n_hkv = (int32_t) pos.shape(0), n_kv = (int32_t) pos.shape(1);
-    f32_array a, s, k, p, m, c, n, o;
+    f32_array a, s, k, p, m, c, n, o, r, w;
     const auto ptr = [](const py::object & o, f32_array & hold, size_t n, const char * name) -> const float * {
         if (o.is_none()) {
             return nullptr;
@@ -204,17 +210,21 @@ static py::array_t<float> score(const std::string & text, const i32_array & pos,
     };
     n_head   = n_head   > 0 ? n_head   : attn.is_none() ? n_hkv : (int32_t) attn.cast<f32_array>().shape(0);
     head_dim = head_dim > 0 ? head_dim : keys.is_none() ? 0     : (int32_t) keys.cast<f32_array>().shape(2);
+    const int32_t value_dim = value_rows.is_none() ? head_dim : (int32_t) value_rows.cast<f32_array>().shape(2);
     const auto nd = pol->need();
-    layer_view v = { il, n_layer, n_kv, n_head, n_hkv, head_dim, n_query > 0 ? n_query : nd.window, pos.data(),
+    n_query = n_query > 0 ? n_query : nd.window;
+    layer_view v = { il, n_layer, n_kv, n_head, n_hkv, head_dim, n_query, value_dim, budget > 0 ? std::min(budget, n_kv) : n_kv, pos.data(),
         ptr(attn, a, (size_t) n_head*n_kv, "attn"), ptr(sums, s, (size_t) n_hkv*n_kv, "sums"), ptr(keys, k, (size_t) n_hkv*n_kv*head_dim, "keys"),
         ptr(probed, p, (size_t) n_hkv*n_kv, "probed"), ptr(q_mean, m, (size_t) n_head*head_dim, "q_mean"),
         ptr(q_cov, c, (size_t) n_head*head_dim*head_dim, "q_cov"), ptr(v_norm, n, (size_t) n_hkv*n_kv, "v_norm"),
-        ptr(o_norm, o, (size_t) n_head*n_kv, "o_norm") };
-    const bool fit = nd.future > 0, window = nd.window > 0 && !fit;
+        ptr(o_norm, o, (size_t) n_head*n_kv, "o_norm"), ptr(attn_rows, r, (size_t) n_head*n_query*n_kv, "attn_rows"),
+        ptr(value_rows, w, (size_t) n_hkv*n_kv*value_dim, "value_rows") };
+    const bool fit = nd.future > 0, window = nd.window > 0 && !fit && !nd.attn_rows;
     if ((window && !v.attn && !v.probed) || (nd.sums && !v.sums) || (nd.keys && !v.keys) || (fit && (!v.q_mean || !v.q_cov)) || (nd.values && !v.v_norm) ||
-            (nd.outputs && !v.o_norm)) {
+            (nd.outputs && !v.o_norm) || (nd.attn_rows && !v.attn_rows) || (nd.value_rows && !v.value_rows)) {
         throw std::invalid_argument(text + " needs " + (window ? "attn " : "") + (nd.sums ? "sums " : "") + (nd.keys ? "keys " : "") +
-                (fit ? "q_mean q_cov " : "") + (nd.values ? "v_norm " : "") + (nd.outputs ? "o_norm" : ""));
+                (fit ? "q_mean q_cov " : "") + (nd.values ? "v_norm " : "") + (nd.outputs ? "o_norm " : "") +
+                (nd.attn_rows ? "attn_rows " : "") + (nd.value_rows ? "value_rows" : ""));
     }
     f32_array out({ (py::ssize_t) n_hkv, (py::ssize_t) n_kv });
     pol->score(v, out.mutable_data());
@@ -270,7 +280,8 @@ void bind_policy(py::module_ & m) {
     }, "text"_a, "name"_a = "kv_budget", "('none' | 'tokens' | 'ratio', value).");
     m.def("score", &score, "spec"_a, "pos"_a, py::kw_only(), "il"_a = 0, "n_layer"_a = 1, "n_head"_a = 0, "n_query"_a = 0, "head_dim"_a = 0,
             "attn"_a = py::none(), "sums"_a = py::none(), "keys"_a = py::none(), "probed"_a = py::none(),
-            "q_mean"_a = py::none(), "q_cov"_a = py::none(), "v_norm"_a = py::none(), "o_norm"_a = py::none(), "score() of a policy over host arrays: F32 [n_head_kv, n_kv].");
+            "q_mean"_a = py::none(), "q_cov"_a = py::none(), "v_norm"_a = py::none(), "o_norm"_a = py::none(),
+            "attn_rows"_a = py::none(), "value_rows"_a = py::none(), "budget"_a = 0, "score() of a policy over host arrays: F32 [n_head_kv, n_kv].");
     m.def("plan", &plan, "spec"_a, "pos"_a, "score"_a, "budget"_a, py::kw_only(), "prompt"_a = true, "n_frozen"_a = py::none(),
             "spans"_a = std::vector<std::pair<int32_t, int32_t>>(), "room"_a = false, "n_block"_a = 1,
             "budgets() and keep() of a policy: slots kept a layer, I32 [n_head_kv, n_keep], -1 where a head keeps fewer. n_block: layers differ by "

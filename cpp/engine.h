@@ -76,7 +76,7 @@ struct stats {
 
 // Signals of one layer, host copies. The arrays a policy did not ask for are empty.
 struct layer_signals {
-    int32_t il, n_kv, n_head, n_head_kv, head_dim, n_query;
+    int32_t il, n_kv, n_head, n_head_kv, head_dim, n_query, value_dim;
     std::vector<int32_t> pos;  // I32 [n_head_kv, n_kv]
     std::vector<float>   attn; // F32 [n_head, n_kv]
     std::vector<float>   sums; // F32 [n_head_kv, n_kv]
@@ -86,8 +86,10 @@ struct layer_signals {
     std::vector<float>   q_cov;  // F32 [n_head, head_dim, head_dim]
     std::vector<float>   v_norm; // F32 [n_head_kv, n_kv]
     std::vector<float>   o_norm; // F32 [n_head, n_kv]
+    std::vector<float>   attn_rows;  // F32 [n_head, n_query, n_kv]
+    std::vector<float>   value_rows; // F32 [n_head_kv, n_kv, value_dim]
 
-    layer_view view(int32_t n_layer) const;
+    layer_view view(int32_t n_layer, int32_t budget) const;
 };
 
 // One of the ring of the last queries, and what it counts.
@@ -288,13 +290,15 @@ private:
                                        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const;
     std::vector<float> attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
                                        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const;
+    // F32 [n_head, n_query, n_kv]: of each query, in their order.
+    std::vector<float> attention_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries) const;
 
     // signal.cpp
     void alloc_signals(const llama_cparams & cparams);
     std::vector<float> read_ring(uint32_t s, int32_t ikv) const; // F32 [head_dim*n_head, window]
     layer_signals no_signals(uint32_t s, int32_t ikv) const;
     layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const;
-    std::vector<float> score(uint32_t s, const layer_signals & sig) const; // F32 [n_head_kv, n_kv], -inf where a slot is empty
+    std::vector<float> score(uint32_t s, const layer_signals & sig, int32_t budget) const; // F32 [n_head_kv, n_kv], -inf where a slot is empty
     void read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const;
     void read_keys(uint32_t s, layer_signals & sig) const;
     std::vector<float> values_of(uint32_t s, int32_t ikv) const; // F32 [n_head_kv, n_kv, head_dim] as they lie in the cache
@@ -311,6 +315,7 @@ private:
     void find_outputs(); // throws where the model has no plain output projection
     const std::vector<float> & gram_of(llama_context * lctx, int32_t ikv) const; // F32 [n_head, head_dim, head_dim] W_O^h' W_O^h
     std::vector<float> output_norms(llama_context * lctx, uint32_t s, int32_t ikv) const; // F32 [n_head, n_kv]
+    std::vector<float> plain_values(uint32_t s, int32_t ikv) const; // values_of(), not mixed as a quantized cache has them
 
     // fit.cpp
     void read_fit(llama_context * lctx, uint32_t s, layer_signals & sig) const;

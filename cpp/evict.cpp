@@ -83,7 +83,7 @@ bool engine::run(llama_context * lctx, const job & j) {
     std::vector<std::vector<float>> score(n_layer());
     for (int32_t l = 0; l < n_layer(); ++l) {
         auto sig = read_signals(lctx, s, l);
-        score[l] = this->score(s, sig);
+        score[l] = this->score(s, sig, n_target);
         pos[l]   = std::move(sig.pos);
         r.layers.push_back({ sig.n_kv, n_frozen[l], pos[l].data(), score[l].data() });
     }

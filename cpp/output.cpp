@@ -83,16 +83,21 @@ static void unmix(const std::vector<float> & hadamard, int64_t n, std::vector<fl
     }
 }
 
-std::vector<float> engine::output_norms(llama_context * lctx, uint32_t s, int32_t ikv) const {
-    const auto & hp = model.hparams;
-    const uint32_t il = kv.layers[ikv].il;
-    const int64_t n_head = hp.n_head(il), n_dim = hp.n_embd_head_v(il), n_group = n_head/n_hkv, n_kv = n_slots(s, ikv), n_most = 1024;
-    const auto & gram = gram_of(lctx, ikv);
+std::vector<float> engine::plain_values(uint32_t s, int32_t ikv) const {
     auto values = values_of(s, ikv);
     if (kv.attn_rot_v) {
         const int64_t n_mix = 64; // as llama_kv_cache::build_input_v_rot() has it
         unmix(kv.attn_rot_hadamard.at(n_mix), n_mix, values);
     }
+    return values;
+}
+
+std::vector<float> engine::output_norms(llama_context * lctx, uint32_t s, int32_t ikv) const {
+    const auto & hp = model.hparams;
+    const uint32_t il = kv.layers[ikv].il;
+    const int64_t n_head = hp.n_head(il), n_dim = hp.n_embd_head_v(il), n_group = n_head/n_hkv, n_kv = n_slots(s, ikv), n_most = 1024;
+    const auto & gram = gram_of(lctx, ikv);
+    const auto values = plain_values(s, ikv);
     std::vector<float> res((size_t) n_head*n_kv), part;
     for (int64_t first = 0; first < n_kv; first += n_most) {
         const int64_t n = std::min(n_most, n_kv - first);

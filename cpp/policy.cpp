@@ -1,3 +1,4 @@
+#include "critical.h"
 #include "select.h"
 
 #include <algorithm>
@@ -64,6 +65,9 @@ void policy::keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) 
 
 std::vector<param_info> policy_info::all_params() const {
     auto all = params();
+    if (values) {
+        all.push_back(values_param(values));
+    }
     for (const auto & p : share ? share_params(share) : std::vector<param_info>()) {
         all.push_back(p);
     }
@@ -72,10 +76,17 @@ std::vector<param_info> policy_info::all_params() const {
 
 std::unique_ptr<policy> policy_info::make_policy(const kvc::params & p) const {
     auto pol = make(p);
+    if (values && p.s("values") == "wo") {
+        pol = weigh_values(std::move(pol));
+    }
     if (share) {
         pol->share = read_sharing(p);
     }
     return pol;
+}
+
+bool policy_info::is_own(const param_info & p, const kvc::params & given) const {
+    return ((share && (p.name == "share" || p.name == "count")) || (values && p.name == "values")) && given.s(p.name) == p.value;
 }
 
 uint64_t rank_key(float score, int32_t slot) {
@@ -275,14 +286,14 @@ std::vector<int32_t> in_blocks(const request & r, const std::vector<int32_t> & n
     return res;
 }
 
-void mean_over_group(const layer_view & v, float * out) {
+void mean_over_group(const layer_view & v, const float * given, float * out) {
     const int32_t n_group = v.n_head / v.n_head_kv;
 
     for (int32_t h = 0; h < v.n_head_kv; ++h) {
         float * dst = out + (size_t) h * v.n_kv;
         std::fill(dst, dst + v.n_kv, 0.0f);
         for (int32_t g = 0; g < n_group; ++g) {
-            const float * src = v.attn + (size_t) (h * n_group + g) * v.n_kv;
+            const float * src = given + (size_t) (h * n_group + g) * v.n_kv;
             for (int32_t j = 0; j < v.n_kv; ++j) {
                 dst[j] += src[j];
             }
@@ -322,19 +333,28 @@ std::vector<float> sum_over_heads(const request & r, int32_t il) {
     return sum;
 }
 
-float dot(const float * a, const float * b, int32_t n) {
-    // Eight partial sums: one running sum would wait for each addition, and the compiler may not reorder floats.
+// Sums f(i) over [0, n) in eight partial sums: one running sum would wait for each addition, and the compiler may not reorder floats.
+template <typename F>
+static float sum_of(int32_t n, F f) {
     float s[8] = { 0 };
     int32_t i = 0;
     for (; i + 8 <= n; i += 8) {
         for (int32_t k = 0; k < 8; ++k) {
-            s[k] += a[i + k] * b[i + k];
+            s[k] += f(i + k);
         }
     }
     for (; i < n; ++i) {
-        s[0] += a[i] * b[i];
+        s[0] += f(i);
     }
     return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+}
+
+float dot(const float * a, const float * b, int32_t n) {
+    return sum_of(n, [=](int32_t i) { return a[i] * b[i]; });
+}
+
+float distance_squared(const float * a, const float * b, int32_t n) {
+    return sum_of(n, [=](int32_t i) { return (a[i] - b[i]) * (a[i] - b[i]); });
 }
 
 static uint64_t splitmix64(uint64_t x) {
@@ -346,6 +366,10 @@ static uint64_t splitmix64(uint64_t x) {
 
 float hash_unit(uint64_t seed, uint64_t x) {
     return (float) (splitmix64(splitmix64(seed) ^ x) >> 40) / 16777216.0f;
+}
+
+float hash_slot(uint64_t seed, int32_t il, int32_t h, int32_t pos) {
+    return hash_unit(seed, ((uint64_t) il << 48) ^ ((uint64_t) h << 36) ^ (uint32_t) pos);
 }
 
 } // namespace kvc

@@ -29,9 +29,11 @@ struct needs {
     int32_t window = 0;     // attention of the last `window` queries
     int32_t future = 0;     // > 0: not their attention, but a Gaussian fit of them, rotated as on average at the next `future` positions
     float   newest = 1.0f;  // their weights in the mean: 1 for the oldest, linear up to this for the newest
+    bool attn_rows = false; // attention of each query of the window, not their mean
     bool    sums   = false; // attention summed over every query so far (runs with flash attention off)
     bool    keys   = false; // the keys themselves
     bool    values = false; // the norms of the values
+    bool value_rows = false; // the values themselves
     bool outputs = false;   // the norms of what the values become behind the output projection
     kvc::probe probe = kvc::probe::none;
     bool chunk  = false;    // a probe's softmax: over the sinks, the part asked about and the probe itself, not over all cells
@@ -48,6 +50,8 @@ struct layer_view {
     int32_t n_head_kv;
     int32_t head_dim;
     int32_t n_query;   // queries the window or the fit really had, <= needs().window
+    int32_t value_dim; // of a value: head_dim in most models
+    int32_t budget;    // slots a head is to keep on average; n_kv where nothing is to be evicted
 
     const int32_t * pos;  // I32 [n_head_kv, n_kv] original position of each slot, ascending
     const float   * attn; // F32 [n_head, n_kv] weighted mean over the window of softmax(scale * Q K^T + mask), or null
@@ -58,6 +62,8 @@ struct layer_view {
     const float   * q_cov;  // F32 [n_head, head_dim, head_dim] its covariance, times the scale squared, or null
     const float   * v_norm; // F32 [n_head_kv, n_kv] L2 norm of each slot's value, or null
     const float   * o_norm; // F32 [n_head, n_kv] L2 norm of W_O^h v, W_O^h the query head's slice of the output projection, or null
+    const float   * attn_rows;  // F32 [n_head, n_query, n_kv] softmax(scale * Q K^T + mask), the oldest query first, or null
+    const float   * value_rows; // F32 [n_head_kv, n_kv, value_dim], or null
 };
 
 struct span { int32_t begin, end; }; // original positions [begin, end)
@@ -127,8 +133,10 @@ struct policy_info {
     const std::vector<param_info> & (*params)();
     std::unique_ptr<policy> (*make)(const kvc::params & p);
     const char * share = nullptr; // its default (share.h); null: it cannot share, since it does not rank single tokens of a head
+    const char * values = nullptr; // its default (critical.h); null: its score is no attention, which a value could weigh
 
-    std::vector<param_info> all_params() const; // and those of sharing, if it can
+    std::vector<param_info> all_params() const; // and those of sharing and of values, if it can
+    bool is_own(const param_info & p, const kvc::params & given) const; // a share or values as the line has them
     std::unique_ptr<policy> make_policy(const kvc::params & p) const;
 };
 

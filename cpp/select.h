@@ -5,6 +5,7 @@
 #include "policy.h"
 
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -56,16 +57,23 @@ std::vector<int32_t> whole_budgets(const request & r, const std::vector<double> 
 // be, layers keep more than n_keep.
 std::vector<int32_t> in_blocks(const request & r, const std::vector<int32_t> & n_keep, int32_t n_block, int32_t n_least);
 
-// Reductions of the window's attention.
-void mean_over_group(const layer_view & v, float * out); // F32 [n_head_kv, n_kv]
+// What a head certainly keeps where its budget holds it: finite, so that it can be compared.
+constexpr float BEST_SCORE = std::numeric_limits<float>::max();
+
+// Reductions of what query heads give to cells, F32 [n_head, n_kv].
+void mean_over_group(const layer_view & v, const float * given, float * out); // F32 [n_head_kv, n_kv]
 void mean_over_heads(const layer_view & v, float * out); // F32 [n_head_kv, n_kv], the same numbers for every head
 
 // F32 [n_kv], the scores of layer il summed over its KV heads.
 std::vector<float> sum_over_heads(const request & r, int32_t il);
 
 float dot(const float * a, const float * b, int32_t n);
+float distance_squared(const float * a, const float * b, int32_t n);
 
 // In [0, 1), from 24 bits of splitmix64(splitmix64(seed) ^ x): the same on every machine.
 float hash_unit(uint64_t seed, uint64_t x);
+
+// The same of a token in one KV head of one layer.
+float hash_slot(uint64_t seed, int32_t il, int32_t h, int32_t pos);
 
 } // namespace kvc

@@ -17,10 +17,10 @@
 
 namespace kvc {
 
-layer_view layer_signals::view(int32_t n_layer) const {
+layer_view layer_signals::view(int32_t n_layer, int32_t budget) const {
     const auto ptr = [](const std::vector<float> & v) { return v.empty() ? nullptr : v.data(); };
-    return { il, n_layer, n_kv, n_head, n_head_kv, head_dim, n_query, pos.data(), ptr(attn), ptr(sums), ptr(keys), ptr(probed),
-        ptr(q_mean), ptr(q_cov), ptr(v_norm), ptr(o_norm) };
+    return { il, n_layer, n_kv, n_head, n_head_kv, head_dim, n_query, value_dim, budget, pos.data(), ptr(attn), ptr(sums), ptr(keys), ptr(probed),
+        ptr(q_mean), ptr(q_cov), ptr(v_norm), ptr(o_norm), ptr(attn_rows), ptr(value_rows) };
 }
 
 // Attention over F16 or quantized keys rounds its queries at least as coarsely.
@@ -94,7 +94,8 @@ std::vector<float> engine::read_ring(uint32_t s, int32_t ikv) const {
 layer_signals engine::no_signals(uint32_t s, int32_t ikv) const {
     const auto & hp = model.hparams;
     const uint32_t il = kv.layers[ikv].il;
-    return { ikv, n_slots(s, ikv), (int32_t) hp.n_head(il), n_hkv, (int32_t) hp.n_embd_head_k(il), 0, slot_pos(s, ikv), {}, {}, {}, {}, {}, {}, {}, {} };
+    return { ikv, n_slots(s, ikv), (int32_t) hp.n_head(il), n_hkv, (int32_t) hp.n_embd_head_k(il), 0, (int32_t) hp.n_embd_head_v(il),
+            slot_pos(s, ikv), {}, {}, {}, {}, {}, {}, {}, {}, {}, {} };
 }
 
 layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const {
@@ -110,13 +111,14 @@ layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv
     if (need.keys)       { read_keys(s, sig); }
     if (need.values)     { read_values(s, sig); }
     if (need.outputs)    { sig.o_norm = output_norms(lctx, s, ikv); }
+    if (need.value_rows) { sig.value_rows = plain_values(s, ikv); }
     if (probed)               { read_probed(s, sig); }
     return sig;
 }
 
-std::vector<float> engine::score(uint32_t s, const layer_signals & sig) const {
+std::vector<float> engine::score(uint32_t s, const layer_signals & sig, int32_t budget) const {
     std::vector<float> res(sig.pos.size());
-    streams[s].cfg->pol->score(sig.view(n_layer()), res.data());
+    streams[s].cfg->pol->score(sig.view(n_layer(), std::min(budget, sig.n_kv)), res.data());
     for (size_t i = 0; i < res.size(); ++i) {
         res[i] = sig.pos[i] < 0 ? -INFINITY : res[i];
     }
@@ -153,7 +155,11 @@ void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
     for (auto & query : queries) {
         query.weight /= total;
     }
-    sig.attn = attention_of(lctx, s, sig, queries, false);
+    if (q.cfg->need.attn_rows) {
+        sig.attn_rows = attention_rows(lctx, s, sig, queries);
+    } else {
+        sig.attn = attention_of(lctx, s, sig, queries, false);
+    }
 }
 
 // n values of a cache tensor, dequantized.

@@ -201,7 +201,7 @@ std::string spec::canonical() const {
     std::string s = info->name;
     char        before = ':';
     for (const param_info & d : info->all_params()) {
-        if ((d.name == "share" || d.name == "count") && p.s(d.name) == d.value) {
+        if (info->is_own(d, p)) {
             continue; // where nothing is shared, or as the policy does by itself
         }
         s += before + d.name + '=' + p.s(d.name);

@@ -30,7 +30,7 @@ public:
 
 struct policy_info;
 
-// A parsed spec. canonical() writes it with every parameter, in the declared order, but for a share that is the policy's own: two specs
+// A parsed spec. canonical() writes it with every parameter, in the declared order, but for a share and values that are the policy's own: two specs
 // mean the same iff equal.
 struct spec {
     const policy_info * info = nullptr;

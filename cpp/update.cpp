@@ -81,8 +81,9 @@ std::vector<std::vector<float>> engine::scores(llama_context * lctx, llama_seq_i
     const uint32_t s = stream_of(seq_id);
     std::vector<std::vector<float>> res;
     in_update(lctx, [&]() {
+        const int32_t budget = target(s, cause::prompt, 0, {});
         for (int32_t l = 0; l < n_layer(); ++l) {
-            res.push_back(score(s, read_signals(lctx, s, l)));
+            res.push_back(score(s, read_signals(lctx, s, l), budget));
         }
     });
     return res;

@@ -21,9 +21,12 @@ def parse_budget(text: str, name: str = "kv_budget") -> tuple[str, float]:
 
 def score(spec: str, pos: I32, *, il: int = 0, n_layer: int = 1, n_head: int = ..., n_query: int = ..., head_dim: int = ...,
           attn: F32 | None = None, sums: F32 | None = None, keys: F32 | None = None, probed: F32 | None = None,
-          q_mean: F32 | None = None, q_cov: F32 | None = None, v_norm: F32 | None = None, o_norm: F32 | None = None) -> F32:
+          q_mean: F32 | None = None, q_cov: F32 | None = None, v_norm: F32 | None = None, o_norm: F32 | None = None,
+          attn_rows: F32 | None = None, value_rows: F32 | None = None, budget: int = 0) -> F32:
     """score() of a policy: pos [n_head_kv, n_kv], attn [n_head, n_kv], sums [n_head_kv, n_kv], keys [n_head_kv, n_kv, head_dim],
-    probed, v_norm [n_head_kv, n_kv], o_norm [n_head, n_kv], q_mean [n_head, head_dim], q_cov [n_head, head_dim, head_dim] -> [n_head_kv, n_kv]."""
+    probed, v_norm [n_head_kv, n_kv], o_norm [n_head, n_kv], q_mean [n_head, head_dim], q_cov [n_head, head_dim, head_dim],
+    attn_rows [n_head, n_query, n_kv], value_rows [n_head_kv, n_kv, value_dim], budget: slots a head is to keep (0: all)
+    -> [n_head_kv, n_kv]."""
 
 def plan(spec: str, pos: Sequence[I32], score: Sequence[F32], budget: int, *, prompt: bool = True,
          n_frozen: Sequence[int] | None = None, spans: Sequence[tuple[int, int]] = (), room: bool = False,

@@ -33,6 +33,8 @@ class Layer:
     n_head_kv: int
     head_dim: int
     n_query: int      # queries the window or the fit really had, <= Policy.window
+    value_dim: int    # of a value: head_dim in most models
+    budget: int       # slots a head is to keep on average; n_kv where nothing is to be evicted
     pos: I32          # [n_head_kv, n_kv] original position of each slot, ascending; -1, first: empty (heads_differ), its score is not asked
     attn: F32 | None  # [n_head, n_kv] attention of the last queries, weighted mean over them; None unless window > 0
     sums: F32 | None  # [n_head_kv, n_kv] attention summed over every query so far, mean over the group; None unless sums
@@ -41,6 +43,8 @@ class Layer:
     q_cov: F32 | None   # [n_head, head_dim, head_dim] their covariance; None unless future > 0
     v_norm: F32 | None  # [n_head_kv, n_kv] L2 norm of each slot's value; None unless values
     o_norm: F32 | None  # [n_head, n_kv] L2 norm of W_O^h v, W_O^h the head's slice of the output projection; None unless outputs
+    attn_rows: F32 | None   # [n_head, n_query, n_kv] attention of each query, oldest first, instead of attn; None unless attn_rows
+    value_rows: F32 | None  # [n_head_kv, n_kv, value_dim] the values; None unless value_rows
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Policy:
     keys: bool = False        # the keys themselves
     values: bool = False      # the norms of the values
     outputs: bool = False     # the norms of what the values become behind the output projection
+    attn_rows: bool = False   # the attention of each of the window's queries, not their mean
+    value_rows: bool = False  # the values themselves
     spans: bool = False       # units given by the caller; sentences when none are given
     sinks: int = 0            # the first slots, always kept and counted in the budget
     recent: int = 0           # the last slots, always kept and counted in the budget
@@ -119,11 +125,13 @@ class Policy:
             value = getattr(self, attribute)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 refuse(attribute, "a number of tokens >= 0")
-        for attribute in ("sums", "keys", "values", "outputs", "spans", "heads_differ"):
+        for attribute in ("sums", "keys", "values", "outputs", "attn_rows", "value_rows", "spans", "heads_differ"):
             if not isinstance(getattr(self, attribute), bool):
                 refuse(attribute, "True or False")
         if self.future > 0 and self.window == 0:
             refuse("window", "the number of queries that future = %d asks a fit of, > 0" % self.future)
+        if self.attn_rows and (self.window == 0 or self.future > 0):
+            refuse("attn_rows", "False where there is no window of queries, or only a fit of it")
         if not isinstance(self.newest, (int, float)) or not self.newest > 0:
             refuse("newest", "a weight > 0")
         if self.share not in ("head", "layers", "layer", "all"):

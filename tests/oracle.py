@@ -1,7 +1,8 @@
 """Every policy again, slowly and in float64, written from the papers and not from cpp/policies: what the tests compare with.
 
 A layer is a dict as `Context.signals()` gives it: pos [n_head_kv, n], attn [n_head, n], sums [n_head_kv, n],
-keys [n_head_kv, n, d], q_mean [n_head, d], q_cov [n_head, d, d], v_norm [n_head_kv, n], each only where the policy needs it.
+keys [n_head_kv, n, d], q_mean [n_head, d], q_cov [n_head, d, d], v_norm [n_head_kv, n], o_norm [n_head, n],
+attn_rows [n_head, n_query, n], value_rows [n_head_kv, n, d], each only where the policy needs it; budget, what a head is to keep.
 A class is a policy, its arguments are the parameters:
 
     oracle.snapkv(window=16).kept(layers, n_keep=[64] * 30)    # a layer: slots I32 [n_head_kv, n_keep], ascending
@@ -73,11 +74,8 @@ def best(score, slots, k):
 def pooled(row, kernel, how):
     """avg: zero padded, the padding counts (torch's avg_pool1d). max: padding never wins."""
     half = kernel // 2
-    out = np.zeros(len(row))
-    for j in range(len(row)):
-        near = row[max(0, j - half):j + half + 1]
-        out[j] = near.sum() / kernel if how == "avg" else near.max()
-    return out
+    near = np.lib.stride_tricks.sliding_window_view(np.pad(row, half, constant_values=0 if how == "avg" else -np.inf), kernel)
+    return near.sum(axis=1) / kernel if how == "avg" else near.max(axis=1)
 
 
 class Policy:
@@ -388,6 +386,130 @@ class expected_attention(Policy):
         return (over_group(share, len(keys)) + self.epsilon) * norm
 
 
+BEST = float(np.finfo(np.float32).max)
+
+
+class critical:
+    """2502.03805 around another policy's score: half of the budget to the best by it, the others by (score + 1e-4) * |W_O v|."""
+    def __init__(self, policy):
+        self.policy = policy
+
+    def __getattr__(self, name):
+        return getattr(self.policy, name)
+
+    def score(self, layer, il=0, n_layer=1):
+        plain = np.asarray(self.policy.score(layer, il, n_layer), float)
+        known = np.where(np.isnan(plain), np.nanmax(plain, initial=0), plain)  # the window has the greatest score
+        out = (known + 1e-4) * over_group(layer["o_norm"], len(plain))
+        for h, row in enumerate(known.astype(np.float32)):
+            out[h, best(row, range(len(row)), layer["budget"] // 2)] = BEST
+        return np.where(np.isinf(plain), plain, out)
+
+    plan, kept = Policy.plan, Policy.kept
+
+
+def criticalkv(**params):
+    return critical(snapkv(**params))
+
+
+class defensive(snapkv):
+    """2510.13334: the worst case over the group and the window, at least the mean, by the values' share among the heads."""
+    def __init__(self, window=32, kernel=5, pool="avg", mass=0.9):
+        super().__init__(window, kernel, pool)
+        self.mass = mass
+
+    def score(self, layer, il=0, n_layer=1):
+        rows, norm = layer["attn_rows"].astype(float), over_group(layer["o_norm"], len(layer["pos"]))
+        n_hkv, n_kv = layer["pos"].shape
+        n = max(n_kv - self.window, 0)
+        before = rows[:, :, :n]
+        smooth = np.array([[pooled(query, self.kernel, self.pool) for query in head] for head in before])
+        smooth *= before.sum(axis=2, keepdims=True) / smooth.sum(axis=2, keepdims=True)
+        worst = smooth.reshape(n_hkv, -1, n).max(axis=1)
+        worst = np.maximum(worst, worst.mean(axis=1, keepdims=True))
+        out = worst * (norm / norm.sum(axis=0))[:, :n]
+        first, window = before.reshape(n_hkv, -1, n).mean(axis=1), 1 - before.sum(axis=2).mean()
+        top = out.max(initial=0)
+        for h in range(n_hkv):
+            order = np.argsort(-first[h], kind="stable")
+            n_first = int((np.cumsum(first[h][order]) < (self.mass - window) * first[h].sum()).sum())
+            out[h, order[:max(0, min(n_first, layer["budget"] - self.window))]] = top
+        return np.concatenate([out, np.full((n_hkv, n_kv - n), top)], axis=1)
+
+
+class dropkv(Policy):
+    """|o - o without j|^2, summed over the window and the group: computed by leaving j out, not by the formula."""
+    def __init__(self, window=32):
+        self.window = window
+
+    def n_recent(self, n_keep):
+        return min(n_keep, self.window)
+
+    def score(self, layer, il=0, n_layer=1):
+        rows, values = layer["attn_rows"].astype(float), layer["value_rows"].astype(float)
+        n_hkv, n, d = values.shape
+        out = np.zeros((n_hkv, n))
+        for h, head in enumerate(rows):
+            v = values[h // (len(rows) // n_hkv)]
+            for p in head:
+                o = p @ v
+                left = np.maximum(1 - p, 1e-6)[:, None]
+                without = np.where(1 - p[:, None] > 1e-6, (o - p[:, None] * v) / left, o - p[:, None] / left * (v - o))  # [n, d]
+                out[h // (len(rows) // n_hkv)] += ((o - without) ** 2).sum(axis=1)
+        return out
+
+
+def hash_slot(seed, il, h, pos):
+    """cpp/select.h: 24 bits of splitmix64, in [0, 1)."""
+    def mix(x):
+        x = (x + 0x9e3779b97f4a7c15) & (2**64 - 1)
+        x = ((x ^ x >> 30) * 0xbf58476d1ce4e5b9) & (2**64 - 1)
+        x = ((x ^ x >> 27) * 0x94d049bb133111eb) & (2**64 - 1)
+        return x ^ x >> 31
+    return (mix(mix(seed) ^ (il << 48 ^ h << 36 ^ int(pos))) >> 40) / 2**24
+
+
+class vase(Policy):
+    """2606.03928: a quarter to the widest values, the rest drawn without replacement, in proportion to attention."""
+    def __init__(self, window=32, sinks=4, range=0.25, seed=0):
+        self.window, self.n_sink, self.range, self.seed = window, sinks, range, seed
+
+    def n_recent(self, n_keep):
+        return max(0, min(n_keep - self.n_sink, self.window))
+
+    def score(self, layer, il=0, n_layer=1):
+        attn = over_group(layer["attn"], len(layer["pos"])) + 1e-9
+        u = np.array([[hash_slot(self.seed, il, h, p) for p in row] for h, row in enumerate(layer["pos"])])
+        out = np.log(1 - u) / attn
+        width = layer["value_rows"].max(axis=2) - layer["value_rows"].min(axis=2)
+        for h, row in enumerate(width):
+            out[h, best(row, range(len(row)), int(self.range * layer["budget"]))] = BEST
+        return out
+
+
+class rkv(Policy):
+    """2505.24133: lambda * pooled attention - (1 - lambda) * softmax of the mean cosine; of a key's likes the newest counts as 0."""
+    def __init__(self, window=8, kernel=7, pool="max", **weight):
+        self.window, self.kernel, self.pool, self.weight = window, kernel, pool, weight.get("lambda", 0.1)
+
+    def n_recent(self, n_keep):
+        return min(n_keep, self.window)
+
+    def score(self, layer, il=0, n_layer=1):
+        n_hkv, n = layer["pos"].shape
+        attn = layer["attn"].astype(float).reshape(n_hkv, -1, n).max(axis=1)
+        out = np.zeros((n_hkv, n))
+        for h, keys in enumerate(layer["keys"].astype(float)):
+            unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+            cosine = unit @ unit.T
+            np.fill_diagonal(cosine, 0)
+            for i in np.flatnonzero((cosine > 0.5).any(axis=1)):
+                cosine[i, np.flatnonzero(cosine[i] > 0.5)[-1]] = 0
+            x = np.exp(cosine.mean(axis=0))
+            out[h] = self.weight * pooled(attn[h], self.kernel, self.pool) - (1 - self.weight) * x / x.sum()
+        return out
+
+
 class shotkv(Policy):
     """2502.01941: whole shots in descending mean attention per token, summed over the heads; the prompt is then frozen and
     generated tokens compete among themselves. fit: a shot that does not fit is skipped for the next that does, or ends
@@ -442,5 +564,5 @@ class random_shot(shotkv):
         return None
 
 
-POLICIES = {c.__name__: c for c in (full, random, random_head, streaming_llm, h2o, tova, knorm, keydiff, snapkv, pyramidkv, adakv, pyramidinfer, chunkkv, finch,
-                                    kvzip, expected_attention, shotkv, random_shot)}
+POLICIES = {c.__name__: c for c in (full, random, random_head, streaming_llm, h2o, tova, knorm, keydiff, snapkv, pyramidkv, criticalkv, defensive, dropkv, adakv,
+                                    pyramidinfer, chunkkv, finch, kvzip, expected_attention, shotkv, random_shot, vase, rkv)}

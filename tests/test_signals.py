@@ -37,7 +37,7 @@ def model(model_path):
 NAMES = [p["name"] + (":share=head" if p["share"] == "auto" else "") for p in _core.policies() if not p["name"].startswith(("full", "random"))]
 
 
-@pytest.mark.parametrize("name,type_k", [(name, "f16") for name in NAMES] + [("keydiff:share=head", "q8_0"), ("snapkv", "q8_0"), ("expected_attention", "q8_0")])
+@pytest.mark.parametrize("name,type_k", [(name, "f16") for name in NAMES] + [("keydiff:share=head", "q8_0"), ("snapkv", "q8_0"), ("expected_attention", "q8_0"), ("dropkv:share=head", "q8_0"), ("vase", "q8_0")])
 def test_evict_keeps_what_the_oracle_keeps(model, name, type_k):
     tokens = story_tokens(model)
     spans = [(b, b + 37) for b in range(11, 500, 37)]
@@ -48,7 +48,7 @@ def test_evict_keeps_what_the_oracle_keeps(model, name, type_k):
     name = name.partition(":")[0]
     if name in ("finch", "kvzip"):
         ctx.ask(tokens[-30:])
-    layers, scores = ctx.signals(), ctx.scores()
+    layers, scores = [{**layer, "budget": BUDGET} for layer in ctx.signals()], ctx.scores()
     policy = oracle.POLICIES[name]()
 
     for il, layer in enumerate(layers):

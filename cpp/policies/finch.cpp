@@ -42,7 +42,7 @@ struct finch : policy {
         if (v.probed) {
             std::copy(v.probed, v.probed + (size_t) v.n_head_kv * v.n_kv, out);
         } else {
-            mean_over_group(v, out);
+            mean_over_group(v, v.attn, out);
         }
         for (int32_t h = 0; h < v.n_head_kv; ++h) {
             pool_row(out + (size_t) h * v.n_kv, v.n_kv, pool);
@@ -69,7 +69,7 @@ std::unique_ptr<policy> make(const params & p) {
 const policy_info finch_info = {
     "finch", "Asks the question (kv_query) after each chunk of the context, keeps the tokens it attends to most for each KV head, and "
     "takes it out again; evicts the prompt only.", "2408.00167", decode_mode::none, false, list_params, make,
-    "head",
+    "head", "plain",
 };
 
 } // namespace kvc

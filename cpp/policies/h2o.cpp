@@ -55,7 +55,7 @@ std::unique_ptr<policy> make(const params & p) {
 const policy_info h2o_info = {
     "h2o", "Keeps the most recent tokens and those with the most attention summed over all queries so far; runs with flash "
     "attention off; loses facts that are asked for later.", "2306.14048", decode_mode::whole, false, list_params, make,
-    "head",
+    "head", "plain",
 };
 
 } // namespace kvc

@@ -80,7 +80,7 @@ std::unique_ptr<policy> make(const params & p) {
 const policy_info kvzip_info = {
     "kvzip", "Asks the context to repeat itself and keeps, for each KV head, the tokens that the repetition attends to most, whatever is "
     "asked later; evicts the prompt only.", "2505.23416", decode_mode::none, false, list_params, make,
-    "auto",
+    "auto", "plain",
 };
 
 } // namespace kvc

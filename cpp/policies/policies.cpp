@@ -17,6 +17,9 @@ const std::vector<policy_info> & policy_table() {
         keydiff_info,
         snapkv_info,
         pyramidkv_info,
+        criticalkv_info,
+        defensive_info,
+        dropkv_info,
         adakv_info,
         pyramidinfer_info,
         chunkkv_info,
@@ -25,6 +28,8 @@ const std::vector<policy_info> & policy_table() {
         expected_attention_info,
         shotkv_info,
         random_shot_info,
+        vase_info,
+        rkv_info,
     };
     return table;
 }

@@ -17,6 +17,9 @@ extern const policy_info knorm_info;
 extern const policy_info keydiff_info;
 extern const policy_info snapkv_info;
 extern const policy_info pyramidkv_info;
+extern const policy_info criticalkv_info;
+extern const policy_info defensive_info;
+extern const policy_info dropkv_info;
 extern const policy_info adakv_info;
 extern const policy_info pyramidinfer_info;
 extern const policy_info chunkkv_info;
@@ -25,10 +28,12 @@ extern const policy_info kvzip_info;
 extern const policy_info expected_attention_info;
 extern const policy_info shotkv_info;
 extern const policy_info random_shot_info;
+extern const policy_info vase_info;
+extern const policy_info rkv_info;
 
 // Read by the engine, declared by every policy that evicts generated tokens.
-inline param_info interval_param() {
-    return { "interval", "32", "generated tokens between two evictions", 1, 65536 };
+inline param_info interval_param(const std::string & value = "32") {
+    return { "interval", value, "generated tokens between two evictions", 1, 65536 };
 }
 
 inline param_info seed_param() {

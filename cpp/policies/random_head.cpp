@@ -36,7 +36,7 @@ struct random_head : policy {
         for (int32_t h = 0; h < v.n_head_kv; ++h) {
             for (int32_t j = 0; j < v.n_kv; ++j) {
                 const size_t at = (size_t) h * v.n_kv + j;
-                out[at] = hash_unit(seed, ((uint64_t) v.il << 48) ^ ((uint64_t) h << 36) ^ (uint32_t) v.pos[at]);
+                out[at] = hash_slot(seed, v.il, h, v.pos[at]);
             }
         }
     }

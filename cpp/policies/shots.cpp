@@ -31,7 +31,7 @@ int32_t shot_policy::n_recent(int32_t budget) const {
 }
 
 void shot_policy::score(const layer_view & v, float * out) const {
-    mean_over_group(v, out);
+    mean_over_group(v, v.attn, out);
 }
 
 // The slots of a span are neighbours: positions ascend, and all heads hold the same ones.

@@ -105,7 +105,7 @@ std::unique_ptr<policy> make(const params & p) {
 const policy_info snapkv_info = {
     "snapkv", "Keeps the tokens the last queries attend to most, pooled along the keys, for each KV head; loses facts "
     "that are asked for later. Evicts the prompt only.", "2404.14469", decode_mode::none, false, list_params, make,
-    "head",
+    "head", "plain",
 };
 
 } // namespace kvc

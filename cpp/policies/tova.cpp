@@ -53,7 +53,7 @@ std::unique_ptr<policy> make(const params & p) {
 const policy_info tova_info = {
     "tova", "Keeps the tokens the last query attends to most, averaged over all heads: one set per layer; loses facts that are asked for later.", "2401.06104",
     decode_mode::whole, false, list_params, make,
-    "head",
+    "head", "plain",
 };
 
 } // namespace kvc
