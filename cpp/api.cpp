@@ -16,7 +16,7 @@ using namespace kvc;
 namespace {
 
 template <typename F>
-int32_t guarded(F fn) {
+auto guarded(F fn) -> decltype(fn()) {
     try {
         last_error().clear();
         return fn();
@@ -226,6 +226,13 @@ int32_t kvc_get_usage(llama_context * ctx, kvc_usage * out) {
         out->plan_ms     = e->st.plan_ms;
         out->compact_ms  = e->st.compact_ms;
         return 0;
+    });
+}
+
+int64_t kvc_resident_bytes(llama_context * ctx) {
+    return guarded([&]() {
+        const auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(ctx->get_memory());
+        return (int64_t) (engine::resident_bytes(need_cache(ctx, 0)) + (iswa ? engine::resident_bytes(*iswa->get_swa()) : 0));
     });
 }
 

@@ -44,6 +44,9 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
         find_outputs();
     }
     alloc_signals(cparams);
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        give_back_rows(s, true); // llama.cpp has written zeros into all
+    }
 }
 
 void engine::reset(stream & q) const {

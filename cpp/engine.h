@@ -26,6 +26,7 @@
 //   output.cpp  what values become behind the output projection
 //   evict.cpp   signals -> scores -> plan -> compaction of one sequence
 //   state.cpp   what a saved state needs beyond llama.cpp's cells
+//   resident.cpp  what of the cache is in memory
 
 #include "policy.h"
 
@@ -193,6 +194,7 @@ public:
     size_t    signal_bytes() const;
     void      count_evictions(uint32_t s, int64_t & n_evictions, int64_t & n_evicted) const;
     double    evict_ms(uint32_t s) const { return streams[s].evict_ms; }
+    static size_t resident_bytes(const llama_kv_cache & kv); // of its tensors, in memory
 
     const config & conf() const { return *cfg; }
     stats st;
@@ -236,6 +238,9 @@ private:
     int32_t  n_to_share(const std::vector<int32_t> & n_held) const;
     void     lay_out(const std::vector<int32_t> & n_held);
     void     even_out();
+
+    // resident.cpp
+    void     give_back_rows(uint32_t s, bool all) const; // to the system; all, or those that are free
 
     // hooks.cpp
     void     synchronize() const;

@@ -208,6 +208,7 @@ void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots
         cells.seq_add(c, seq_id);
     }
     kv.v_heads[s] = n_base;
+    give_back_rows(s, false);
 }
 
 // K or V of one stream, any type: whole rows of a head are moved as bytes, so nothing is quantized twice. Empty rows are

@@ -25,6 +25,7 @@ void engine::on_clear() {
     synchronize();
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         reset(streams[s]);
+        give_back_rows(s, true);
     }
     for (auto & it : ctxs_bufs) {
         for (auto * t = ggml_get_first_tensor(it.first.get()); t; t = ggml_get_next_tensor(it.first.get(), t)) {
@@ -74,6 +75,7 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
             clear_sums(r.s);
             reset(q);
             even_out();
+            give_back_rows(r.s, true);
             continue;
         }
         // cells of the compacted part that hold removed positions: every head has them last, in order

@@ -100,6 +100,9 @@ LLAMA_API int32_t kvc_kept(struct llama_context * ctx, llama_seq_id seq_id, int3
 
 LLAMA_API int32_t kvc_get_usage(struct llama_context * ctx, struct kvc_usage * out);
 
+// Of the cache, without signals: bytes in memory now. Rows that were never written, or evicted, take none on a Linux host.
+LLAMA_API int64_t kvc_resident_bytes(struct llama_context * ctx);
+
 // Of one sequence, its rows in the layers that evict.
 LLAMA_API int32_t kvc_get_seq_usage(struct llama_context * ctx, llama_seq_id seq_id, struct kvc_seq_usage * out);
 
