@@ -18,7 +18,9 @@ from . import _core, chat, models, options, prompts as prompts_of, spans as unit
 from .batch import Prefix, answers
 from .chat import Message
 from .context import Context
+from .conversation import Conversation
 from .generation import Generation, Request, Stream, answer
+from .history import Chat
 from .messages import message_spans
 from .policy import F32, I32, Policy
 from .session import Session
@@ -163,7 +165,7 @@ class LLM:
                  stop: str | Sequence[str] | None = None, spans: Sequence[units.Span] | None = None, span_unit: str = "tokens",
                  segment: str | None = None, kv_query: str | None = None, kv_budget: int | float | str | None = None,
                  kv_decode_budget: int | float | str | None = None, stream: bool = False, reset: bool = True,
-                 compress: bool | None = None, echo: bool = False) -> Generation | Stream:
+                 compress: bool | None = None, echo: bool = False, _chat: Chat | None = None) -> Generation | Stream:
         """Evaluates a prompt and goes on from it: a Generation, or with stream=True a Stream of its text.
 
         The prompt: a string, `tokens`, or `shots` + `question`, where each shot is a span. None with reset=False goes
@@ -197,7 +199,7 @@ class LLM:
             session.check_compress()
         echoed = "" if not echo else prompt if prompt is not None else self.detokenize(ids)
         request = Request(ids, found, reset, compress, max_tokens, check_stop(stop),
-                          options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed, query, budget)
+                          options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed, query, budget, _chat)
         session.turn += 1
         pieces = Stream(answer(session, request))
         if stream:
@@ -271,19 +273,29 @@ class LLM:
 
     def chat(self, messages: Sequence[Message], *, tools: Sequence[chat.Tool] | None = None,
              enable_thinking: bool | None = None, chat_template_kwargs: dict[str, Any] | None = None,
-             **how: Any) -> Generation | Stream:
+             reset: bool | None = None, **how: Any) -> Generation | Stream:
         """generate() on a chat. Each message is a span (pykvc/messages.py).
 
         In no span, so always kept: system messages, what the template puts before the first message, the last message.
-        tools, enable_thinking: as apply_chat_template(); chat_template_kwargs: its variables."""
-        model = self._session.model
+        tools, enable_thinking: as apply_chat_template(); chat_template_kwargs: its variables.
+        reset None: goes on from what the cache holds of this chat, and evaluates only the rest (pykvc/history.py); a
+        Generation's kv has `reused`, the tokens that were there, and `anew`, why an evicted cache was of no use.
+        reset=True evaluates everything."""
+        session = self._session
 
         def render(part: Sequence[Message], add_generation_prompt: bool = False) -> str:
-            return chat.prompt(model, part, self.chat_template, tools=tools, enable_thinking=enable_thinking,
+            return chat.prompt(session.model, part, self.chat_template, tools=tools, enable_thinking=enable_thinking,
                                add_generation_prompt=add_generation_prompt, variables=chat_template_kwargs)
-        prompt = render(messages, add_generation_prompt=True)
-        spans = message_spans(prompt, messages, render, chat.token_text(model, model.eos))
-        return self.generate(prompt, spans=spans, span_unit="chars", **how)
+        prompt, spans = render(messages, add_generation_prompt=True), None
+        if session.needs_spans:
+            spans = message_spans(prompt, messages, render, chat.token_text(session.model, session.model.eos))
+        return self.generate(prompt, spans=spans, span_unit="chars", reset=reset is not False,
+                             _chat=Chat(messages, prompt, spans) if reset is None else None, **how)
+
+    def conversation(self, system: str | None = None, messages: Sequence[Message] = (), **template: Any) -> Conversation:
+        """A chat that keeps its messages: pykvc/conversation.py. messages: what was said before.
+        template: tools, enable_thinking, chat_template_kwargs, as chat(). ValueError: the model has no chat template."""
+        return Conversation(self, system, messages, **template)
 
     def _query(self, text: str | None) -> list[int]:
         ids = prompts_of.tokenize(self._session.model, text, add_special=False) if text else []
