@@ -18,6 +18,9 @@ from . import chat, options
 from .chat import Message
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .arguments import Turn
     from .generation import Generation, Stream
     from .llm import LLM
 
@@ -42,11 +45,11 @@ class Conversation:
         self._asked: weakref.ref[Generator[str, None, Generation]] | None = None
 
     @overload
-    def ask(self, text: str, *, stream: Literal[False] = ..., max_tokens: int = ..., **how: Any) -> "Generation": ...
+    def ask(self, text: str, *, stream: Literal[False] = ..., **how: "Unpack[Turn]") -> "Generation": ...
     @overload
-    def ask(self, text: str, *, stream: Literal[True], max_tokens: int = ..., **how: Any) -> "Stream": ...
+    def ask(self, text: str, *, stream: Literal[True], **how: "Unpack[Turn]") -> "Stream": ...
     @overload
-    def ask(self, text: str, *, stream: bool, max_tokens: int = ..., **how: Any) -> "Generation | Stream": ...
+    def ask(self, text: str, *, stream: bool, **how: "Unpack[Turn]") -> "Generation | Stream": ...
 
     def ask(self, text: str, *, stream: bool = False, max_tokens: int = N_ANSWER, **how: Any) -> "Generation | Stream":
         """Says something and has the model answer. how: temperature, stop, kv_budget ... as LLM.generate().

@@ -93,13 +93,13 @@ class Talk:
 
 def told(answer: Generation, llm: LLM) -> str:
     """What an answer took, in one line."""
-    kv, reused = answer.kv, answer.kv["reused"]
+    kv, reused, kept = answer.kv, answer.kv["reused"], llm.stats()["kept"]
     speed = f"{answer.timings['decode_tps']:.1f} t/s"
     tokens = f"{answer.n_prompt} tokens read, {reused} reused, {answer.n_predicted} answered at {speed}"
     memory = mebibytes(kv["bytes_used"])
     if kv["bytes_used"] < kv["bytes_full"]:
         memory += f" ({mebibytes(kv['bytes_full'])} without eviction)"
-    parts = [tokens, f"{kv['cells']} cells, KV {memory}"]
+    parts = [tokens, f"{sum(kept)/len(kept):.0f} cells, KV {memory}"]
     if answer.stop_reason == "length":
         parts.append("the answer was cut at -n")
     if answer.stop_reason == "context":
