@@ -112,6 +112,7 @@ def answer(session: Session, request: Request) -> Generator[str, None, Generatio
                         raise RuntimeError("this stream is over: the LLM was used for something else meanwhile")
         if not prompt_ended:  # only now: the first token did not wait for it
             session.end_prompt(request.compress)
+            session.chat = list(request.chat.messages) if request.chat else []
             prompt_ended = True
     pieces.append(text.push(b"", final=True))
     if pieces[-1]:

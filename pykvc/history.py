@@ -50,7 +50,6 @@ def resume(session: Session, request: "Request") -> Resumed:
             session.set_budget(session.setup["kv_budget"], session.setup["kv_decode_budget"])
         session.spans, session.query = [], []  # of the whole prompt, which feed() counts from its own first token
         session.compressed = False             # each turn is a prompt that ends
-    session.chat = list(asked.messages)
     ids, spans = ids[reused:], [(begin - reused, end - reused) for begin, end in spans]
     return Resumed(replace(request, ids=ids, spans=spans), reused, anew)
 

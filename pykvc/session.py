@@ -55,7 +55,7 @@ class Session:
         self.pending: int | None = None       # sampled, to be evaluated first
         self.spans: list[Span] = []           # by position
         self.query: list[int] = []            # what a policy that asks is given
-        self.chat: list[Message] = []         # what a chat was answered to last
+        self.chat: list[Message] = []         # whose prompt ended last
         self.own = ("", "", "")               # policy, kv_budget, kv_decode_budget instead of the context's
         self.n_probed = 0                     # tokens that have repeated themselves
         self.probe.reset()

@@ -271,3 +271,22 @@ def test_budgets_of_a_turn(model_path):
         kept = [conversation.ask(text, max_tokens=2, **how).kv["kept"][0]
                 for text, how in zip(ASKED, ({}, {"kv_budget": 12}, {}))]
         assert kept == [24, 12, 24]
+
+
+def test_a_question_that_is_broken_off_while_it_is_read(model_path, monkeypatch):
+    """The conversation is as before it, and goes on from there."""
+    with opened(model_path, n_batch=64, **STREAMING) as llm:
+        conversation = llm.conversation(SYSTEM)
+        conversation.ask(ASKED[0], max_tokens=6)
+        before, n = list(conversation.messages), llm.n_tokens
+
+        def interrupt(done: int, total: int) -> None:
+            if done >= 64:
+                raise KeyboardInterrupt
+        llm._session.progress = interrupt
+        with pytest.raises(KeyboardInterrupt):
+            conversation.ask("one two three four " * 40)
+        llm._session.progress = None
+        assert conversation.messages == before and llm.n_tokens > n
+        answer = conversation.ask(ASKED[1], max_tokens=6)
+        assert answer.kv["reused"] > n and answer.kv["anew"] == ""
