@@ -67,7 +67,8 @@ class Talk:
         try:
             return line.decode().rstrip("\r\n") if line else None
         except UnicodeDecodeError as error:
-            raise ValueError(f"the message is not UTF-8 text: its byte {error.start} is {line[error.start]:#04x}") from None
+            byte = f"{line[error.start]:#04x}"
+            raise ValueError(f"the message is not UTF-8 text: its byte {error.start} is {byte}") from None
 
     def take(self, line: str) -> None:
         """A message, or a command."""

@@ -48,7 +48,7 @@ def user_turn(model: "_core.Model", text: str, question: str | None = None, syst
 
 def answer_once(llm: "LLM", text: str, question: str | None, system: str | None, raw: bool, segment: str | None,
                 kv_query: str | None, **how: Any) -> "Stream":
-    """A text, or a question about it, as `pykvc generate` asks it: in the model's template, if not raw, or it has none."""
+    """A text, or a question about it, as `pykvc generate` asks it: in the model's template, unless raw or without one."""
     session = llm._session
     if question is not None and session.probe.kind == "mean":
         kv_query = kv_query or question

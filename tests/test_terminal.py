@@ -1,4 +1,4 @@
-"""`pykvc chat` in a terminal and with a pipe, `pykvc generate` in the model's template, and the bar of a long prompt."""
+"""`pykvc chat` in a terminal and with a pipe, `pykvc generate` in the model's template, the bar of a long prompt."""
 import json
 import os
 import pty
@@ -20,7 +20,8 @@ from tiny import write_chat
 
 CHAT = [sys.executable, "-m", "pykvc.cli", "chat", "-t", "1", "-c", "512"]
 CONTEXT = "Ann has three red apples and a dog. Bob has seven green pears and no dog at all. " * 4
-LINE = re.compile(r"\[([0-9]+) tokens read, ([0-9]+) reused, ([0-9]+) answered at [0-9.]+ t/s; ([0-9]+) cells, KV [0-9.]+ MiB(.*)\]")
+LINE = re.compile(r"\[([0-9]+) tokens read, ([0-9]+) reused, ([0-9]+) answered at [0-9.]+ t/s; "
+                  r"([0-9]+) cells, KV [0-9.]+ MiB(.*)\]")
 
 
 def piped(tmp_path, lines: str | bytes, *args) -> subprocess.CompletedProcess:
@@ -84,7 +85,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model_path, tmp_path):
     terminal.until("[a-z]+ [a-z]+")  # it answers
     terminal.type("\x03")
     terminal.until("> ", 20)
-    terminal.type("half a line\x03")
+    terminal.type("half a line")
+    terminal.until("line", 20)
+    time.sleep(0.2)  # until readline waits again: before, Python would hear of Ctrl-C only with the next key
+    terminal.type("\x03")
     terminal.until("> ", 20)
     terminal.type("\n")
     assert "a message is a string that is not empty" in terminal.until("> ", 20)
@@ -99,8 +103,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(model_path, tmp_path):
 def test_a_pipe(model_path, tmp_path):
     """Answers alone on stdout: those of LLM.chat()."""
     asked = ["Name a river.", "And a lake.", "And a hill."]
-    result = piped(tmp_path, f"{asked[0]}\n{asked[1]}\n/clear\n{asked[1]}\n/system You are a cat.\n{asked[2]}\n/exit\nno\n",
-                   "-m", model_path, "-n", 8, "-sys", "Be brief.")
+    lines = [*asked[:2], "/clear", asked[1], "/system You are a cat.", asked[2], "/exit", "no"]
+    result = piped(tmp_path, "\n".join(lines), "-m", model_path, "-n", 8, "-sys", "Be brief.")
     with pykvc.LLM(model_path, n_ctx=512, n_threads=1) as llm:
         one, cat = llm.conversation("Be brief."), llm.conversation("You are a cat.")
         wanted = [one.ask(text, max_tokens=8).text for text in asked[:2]]
@@ -115,10 +119,12 @@ def test_a_pipe(model_path, tmp_path):
 def test_a_conversation_goes_on_after_mistakes_and_at_n_ctx(model_path, tmp_path):
     long = "one two three four " * 100
     lines = f"Hi.\n\n{long}\n".encode() + b"Gr\xfc\xdfe\n" + b"What is it? Say something about it.\n" * 6 + b"Bye."
-    result = piped(tmp_path, lines, "-m", model_path, "-n", 16, "-c", 256, "--kv-policy", "snapkv:window=8", "--kv-budget", 64)
+    result = piped(tmp_path, lines, "-m", model_path, "-n", 16, "-c", 256,
+                   "--kv-policy", "snapkv:window=8", "--kv-budget", 64)
     says = result.stderr.decode().splitlines()
     assert result.returncode == 0 and len(says) == 11
-    assert "a message is a string that is not empty" in says[1] and "the message has" in says[2] and "n_ctx is 256" in says[2]
+    assert "a message is a string that is not empty" in says[1]
+    assert "the message has" in says[2] and "n_ctx is 256" in says[2]
     assert says[3] == "the message is not UTF-8 text: its byte 2 is 0xfc"
     assert any("dropped at -c 256 and the rest was read again" in line for line in says)
     assert "without eviction)" in says[-1]
@@ -128,12 +134,13 @@ def test_a_conversation_goes_on_after_mistakes_and_at_n_ctx(model_path, tmp_path
                                         (["-n", -2], "max_tokens"), (["--stop", ""], "stop is a string")])
 def test_mistakes(model_path, args, says):
     result = invoke("chat", *(["-m", model_path] if "-m" not in args else []), *args)
-    assert says in result.stderr and len(result.stderr.splitlines()) == 1 and not result.stdout and result.exit_code == 2
+    assert result.exit_code == 2 and not result.stdout
+    assert says in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_a_model_without_a_template_does_not_chat(tmp_path):
     result = piped(tmp_path, "Hi\n", "-m", write_chat(tmp_path/"none.gguf", {}))
-    assert result.returncode == 2 and result.stderr.decode().startswith("this model has no chat template, so it cannot chat")
+    assert result.returncode == 2 and result.stderr.startswith(b"this model has no chat template, so it cannot chat")
 
 
 # -- generate ----------------------------------------------------------------------------------------------------------
@@ -154,7 +161,8 @@ def test_generate_asks_in_the_template(model_path):
         want = llm.generate("The capital of France is", max_tokens=4)
         assert raw["tokens"] == want.tokens and raw["n_prompt"] == want.n_prompt
         system = generated("-m", model_path, "-p", said[0]["content"], "-n", 12, "-sys", "You are a cat.")
-        assert system["tokens"] == llm.chat([{"role": "system", "content": "You are a cat."}, *said], max_tokens=12).tokens
+        cat = {"role": "system", "content": "You are a cat."}
+        assert system["tokens"] == llm.chat([cat, *said], max_tokens=12).tokens
 
 
 def test_generate_asks_a_question_of_a_text(model_path, tmp_path):
@@ -194,14 +202,16 @@ def test_turns_of_templates_that_strip_or_change(tmp_path):
 def test_progress_changes_nothing(model_path):
     """It is told after each n_batch tokens."""
     told, text = [], CONTEXT
-    for policy in ({}, dict(kv_policy="snapkv", kv_budget=48), dict(kv_policy="finch:window=32", kv_cells=256, n_ubatch=64)):
+    finch = dict(kv_policy="finch:window=32", kv_cells=256, n_ubatch=64)
+    for policy in ({}, dict(kv_policy="snapkv", kv_budget=48), finch):
         query = {"kv_query": "Who?"} if "finch" in str(policy) else {}
         with pykvc.LLM(model_path, n_ctx=512, n_batch=64, n_threads=1, **policy) as llm:
             silent = llm.generate(text, max_tokens=6, **query)
             logits, told[:] = llm.logits(), []
             llm._session.progress = lambda done, total: told.append((done, total))
             answer = llm.generate(text, max_tokens=6, **query)
-            assert answer.tokens == silent.tokens and (llm.logits() == logits).all() and answer.kv["kept"] == silent.kv["kept"]
+            assert answer.tokens == silent.tokens and answer.kv["kept"] == silent.kv["kept"]
+            assert (llm.logits() == logits).all()
             assert told[0] == (0, answer.n_prompt) and told[-1] == 2*(answer.n_prompt,) and len(told) > 2
 
 
