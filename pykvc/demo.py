@@ -56,7 +56,7 @@ def compose(seed: int = 0) -> tuple[list[str], str, str]:
 
 def run(model: str | None = None, n_threads: int | None = None, console: Console | None = None) -> list[Generation]:
     """Prints the table and returns its rows, in the order of ROWS."""
-    console = console or Console(width=None if sys.stdout.isatty() else 140)
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
     shots, question, right = compose()
     rows = []
     for name, how in ROWS.items():
