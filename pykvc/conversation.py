@@ -65,7 +65,7 @@ class Conversation:
         asked, n_dropped = self._fitting([*self.messages, {"role": "user", "content": text}],
                                          options.whole("max_tokens", max_tokens, -1))
         if self._llm._session.probe.kind == "mean":
-            how.setdefault("kv_query", text)
+            how.setdefault("kv_query", self._query(text))
         inner = self._llm.chat(asked, stream=True, max_tokens=max_tokens, **self._template, **how)
         answer = self._answer(asked, inner, n_dropped)
         self._asked = weakref.ref(answer)
@@ -87,6 +87,15 @@ class Conversation:
             raise
         self.messages = [*asked, _assistant(pieces.result.text)]
         return replace(pieces.result, kv={**pieces.result.kv, "dropped": n_dropped})
+
+    def _query(self, text: str) -> str:
+        """What a policy that asks (finch) is given: the end of the message, where a question stands, as long as it takes."""
+        n_most = self._llm._session.probe.n_most//2
+        ids = self._llm.tokenize(text, add_special=False)
+        if len(ids) <= n_most:
+            return text
+        ends = (self._llm.detokenize(ids[-n:]).lstrip("\ufffd") for n in range(n_most, 0, -1))  # may be cut into more tokens
+        return next((end for end in ends if len(self._llm.tokenize(end, add_special=False)) <= n_most), "")
 
     def end(self) -> None:
         """Breaks off an answer that is still being streamed."""

@@ -127,7 +127,7 @@ class Session:
             chunk = ids[i:i + step]
             if self._asks_for_room:
                 self._ask_for_room(len(chunk), len(chunk))
-            self.decode(chunk, logits="last" if self._asks_for_room or i + step >= len(ids) else "none")
+            self.decode(chunk)
             if self.progress:
                 self.progress(i + len(chunk), len(ids))
 

@@ -264,6 +264,8 @@ def test_a_policy_that_asks_is_given_the_message(model_path):
             answer = conversation.ask(text, max_tokens=4)
             assert max(answer.kv["kept"]) <= 40 and llm._session.query == llm.tokenize(text, add_special=False)
         assert set(answer.kv["kept"]) == {40} and answer.kv["evictions"] == 1
+        conversation.ask("one two three. " * 9 + "Größe 🙂?", max_tokens=1)  # the end of a long one, half of window
+        assert 8 < len(llm._session.query) <= 16 and llm.detokenize(llm._session.query).endswith("Größe 🙂?")
 
 
 def test_budgets_of_a_turn(model_path):
