@@ -47,7 +47,9 @@ $(VENV)/installed: $(VENV)/tools $(PACKAGE)
 
 venv: $(VENV)/installed
 
-demo: venv
+demo:
+	@test -e $(VENV)/installed || echo "building llama.cpp and pykvc into $(VENV), once: about 15 minutes of one core, less with more of them"
+	@begin=$$(date +%s); $(MAKE) --no-print-directory venv && echo "$(VENV) is there after $$(($$(date +%s) - begin)) s; pykvc demo reads one prompt five times, a minute or two"
 	$(VENV)/bin/pykvc demo
 
 # Not python -m pytest: that would import ./pykvc, which has no _core.

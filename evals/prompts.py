@@ -5,6 +5,7 @@ from functools import cached_property
 
 from pykvc import _core, chat as chat_of
 from pykvc.spans import Span
+from pykvc.turn import user_turn
 
 from .items import Item
 
@@ -29,16 +30,12 @@ def render(item: Item, model: "_core.Model", chat: bool) -> Prompt:
         return Prompt(whole, item.question, item.spans, query)
     if not chat_of.templates(model):
         raise ValueError("this model has no chat template: --plain asks without one")
-    content = whole + (item.question.removesuffix(item.cue).rstrip() if item.cue else item.question)
-    text = chat_of.prompt(model, [{"role": "user", "content": content}])
-    stripped = content if content in text else content.strip()  # as some templates do
-    at = text.find(stripped)
-    if at < 0:  # a template that rewrites contents
-        raise ValueError(f"the chat template changes the text of {item.id}: --plain asks without it")
-    begin = at - content.index(stripped)  # of the content as it was
-    cut = max(at, begin + len(whole))
-    spans = [(max(a + begin, at), b + begin) for a, b in item.spans if b + begin > at] if whole else []
-    return Prompt(text[:cut], text[cut:] + item.cue, spans, query)
+    question = item.question.removesuffix(item.cue).rstrip() if item.cue else item.question
+    try:
+        turn = user_turn(model, whole, question)
+    except ValueError as error:
+        raise ValueError(f"{item.id}: {error}; --plain asks without a template") from None
+    return Prompt(turn.head, turn.tail + item.cue, turn.spans(item.spans) if whole else [], query)
 
 
 _COUNTS: dict[tuple["_core.Model", bytes], int] = {}  # a text is counted for every configuration, but not kept for it

@@ -11,6 +11,7 @@ except ImportError as error:
     raise ImportError("llama_cpp was imported before, on a libllama of its own: import pykvc first, or set "  # ours is then not loaded
                       f"LLAMA_CPP_LIB_PATH={Path(__file__).parent/'lib'}") from error
 from .context import Context
+from .conversation import Conversation
 from .generation import Generation, Stream
 from .llm import LLM
 from .policy import Layer, LayerPlan, Policy, Request
@@ -20,4 +21,4 @@ try:
 except PackageNotFoundError:  # run from a source tree
     __version__ = "0+unknown"
 
-__all__ = ["LLM", "Context", "Generation", "Stream", "Policy", "Layer", "LayerPlan", "Request", "policies", "__version__"]
+__all__ = ["LLM", "Context", "Conversation", "Generation", "Stream", "Policy", "Layer", "LayerPlan", "Request", "policies", "__version__"]

@@ -1,4 +1,4 @@
-"""The command line: `pykvc generate | inspect | serve | bench | policies | pull | demo`, with llama.cpp's names for flags and environment.
+"""The command line: `pykvc chat | generate | inspect | serve | bench | policies | pull | demo`, with llama.cpp's names for flags and environment.
 
 A mistake ends with exit status 2 and one sentence on stderr.
 """
@@ -12,6 +12,8 @@ import typer
 from . import __version__, bench, command, flags, models, policies, report, table
 from .command import numbers, sentences, values
 from .flags import flag
+from .progress import prompt_bar
+from .turn import answer_once
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="KV cache eviction inside llama.cpp: a long prompt in a small cache.")
@@ -33,6 +35,47 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
     pass
 
 
+@app.command("chat")
+@sentences
+def run_chat(
+    model: flags.Model = None,
+    hf_repo: flags.HfRepo = None,
+    system_prompt: flags.System = None,
+    n_predict: Annotated[int, flag("-n", "--predict", "--n-predict", env="N_PREDICT", help="Tokens of an answer, at most; -1: until the context is full.")] = 512,
+    ctx_size: flags.CtxSize = 0,
+    batch_size: flags.BatchSize = 512,
+    ubatch_size: flags.UbatchSize = 512,
+    threads: flags.Threads = None,
+    n_gpu_layers: flags.GpuLayers = 0,
+    flash_attn: flags.FlashAttn = "auto",
+    type_k: flags.TypeK = "f16",
+    type_v: flags.TypeV = "f16",
+    seed: flags.Seed = 0,
+    temp: flags.Temp = 0.0,
+    top_k: flags.TopK = 40,
+    top_p: flags.TopP = 0.95,
+    min_p: flags.MinP = 0.05,
+    repeat_penalty: flags.RepeatPenalty = 1.0,
+    kv_policy: flags.KvPolicy = None,
+    kv_budget: flags.KvBudget = None,
+    kv_decode_budget: flags.KvDecodeBudget = None,
+    kv_cells: flags.KvCells = None,
+    stop: flags.Stop = None,
+) -> None:
+    """Talk with a model: each answer goes on from the cache.
+
+    /clear forgets the conversation, /system TEXT begins a new one, Ctrl-C stops an answer, /exit or Ctrl-D ends. Where -c
+    is full, the oldest turns are dropped. With a pipe each line is a message, and stdout has the answers alone."""
+    from .llm import LLM
+    from .terminal import Talk
+    with LLM(flags.named(model, hf_repo), n_ctx=ctx_size, n_batch=batch_size, n_ubatch=ubatch_size, n_threads=threads,
+             n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v, flash_attn=flash_attn, seed=seed,
+             kv_policy=kv_policy, kv_budget=kv_budget or None, kv_decode_budget=kv_decode_budget or None,
+             kv_cells=kv_cells or None) as llm:
+        Talk(llm, system_prompt, dict(max_tokens=n_predict, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p,
+                                      repeat_penalty=repeat_penalty, stop=_escaped(stop))).run()
+
+
 @app.command()
 @sentences
 def generate(
@@ -41,46 +84,46 @@ def generate(
     prompt: flags.Prompt = None,
     file: flags.File = None,
     question: flags.Question = None,
+    system_prompt: flags.System = None,
+    raw: flags.Raw = False,
     n_predict: Annotated[int, flag("-n", "--predict", "--n-predict", env="N_PREDICT", help="Tokens to generate; -1: until the context is full.")] = 128,
     ctx_size: flags.CtxSize = 0,
-    batch_size: Annotated[int, flag("-b", "--batch-size", env="BATCH", help="Tokens of one call.")] = 512,
+    batch_size: flags.BatchSize = 512,
     ubatch_size: flags.UbatchSize = 512,
     threads: flags.Threads = None,
     n_gpu_layers: flags.GpuLayers = 0,
-    flash_attn: Annotated[str, flag("-fa", "--flash-attn", env="FLASH_ATTN", help="on, off or auto.")] = "auto",
+    flash_attn: flags.FlashAttn = "auto",
     type_k: flags.TypeK = "f16",
     type_v: flags.TypeV = "f16",
-    seed: Annotated[int, flag("-s", "--seed", env="SEED", help="Seed of the sampler.")] = 0,
-    temp: Annotated[float, flag("--temp", "--temperature", help="0: the most likely token.")] = 0.0,
-    top_k: Annotated[int, flag("--top-k", env="TOP_K", help="0: off.")] = 40,
-    top_p: Annotated[float, flag("--top-p", help="1: off.")] = 0.95,
-    min_p: Annotated[float, flag("--min-p", help="0: off.")] = 0.05,
+    seed: flags.Seed = 0,
+    temp: flags.Temp = 0.0,
+    top_k: flags.TopK = 40,
+    top_p: flags.TopP = 0.95,
+    min_p: flags.MinP = 0.05,
+    repeat_penalty: flags.RepeatPenalty = 1.0,
     kv_policy: flags.KvPolicy = None,
     kv_budget: flags.KvBudget = None,
-    kv_decode_budget: Annotated[Optional[str], flag("--kv-decode-budget", env="KV_DECODE_BUDGET", help="The same of the generated tokens; better tokens than a ratio, which is of the answer so far.")] = None,
+    kv_decode_budget: flags.KvDecodeBudget = None,
     kv_cells: flags.KvCells = None,
     kv_query: flags.KvQuery = None,
     segment: flags.Segment = None,
-    stop: Annotated[Optional[list[str]], flag("--stop", help="A string that ends the answer; may be repeated.")] = None,
+    stop: flags.Stop = None,
     as_json: Annotated[bool, flag("--json", help="Print one object instead of the text.")] = False,
 ) -> None:
-    """Evaluate a prompt, evict, and go on from it."""
+    """Evaluate a prompt, evict, and answer it.
+
+    A model with a chat template is asked in it: -p or -f is what a user says, and with --question the text of which the
+    question is asked. With --raw, or without a template, the model goes on from the text as it is."""
     from .llm import LLM
     name = flags.named(model, hf_repo)
     text = _prompt(prompt, file)
     with LLM(name, n_ctx=ctx_size, n_batch=batch_size, n_ubatch=ubatch_size, n_threads=threads,
              n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v, flash_attn=flash_attn, seed=seed,
              kv_policy=kv_policy, kv_budget=kv_budget or None, kv_decode_budget=kv_decode_budget or None,
-             kv_cells=kv_cells or None) as llm:
-        sampling = dict(max_tokens=n_predict, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, stop=_escaped(stop), stream=True)
-        if question is None:
-            stream = llm.generate(text, segment=_unescape(segment), kv_query=kv_query, **sampling)
-        else:
-            asks = llm.policy.startswith("finch")
-            llm.prefill(text, segment=_unescape(segment), kv_query=kv_query or (question if asks else None))
-            if kv_budget or kv_cells:
-                llm.compress()
-            stream = llm.generate(question, reset=False, **sampling)
+             kv_cells=kv_cells or None) as llm, prompt_bar(llm._session):
+        sampling = dict(max_tokens=n_predict, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p,
+                        repeat_penalty=repeat_penalty, stop=_escaped(stop))
+        stream = answer_once(llm, text, question, system_prompt, raw, _unescape(segment), kv_query, **sampling)
         for piece in stream:
             if not as_json:
                 print(piece, end="", flush=True)

@@ -10,12 +10,15 @@ Every question is asked from the same state, and does not see the others. Whatev
 this file, too: evals, lm_eval, and generate_batch(), whose sequences begin with a copy of their prefix.
 """
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import _core, options
 from .session import Session
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .arguments import Prompt
     from .generation import Generation, Stream
     from .llm import LLM
 
@@ -99,6 +102,11 @@ class Context:
             raise
         self.kept, self._now = session.kept, Mark(session)
         return evicted
+
+    @overload
+    def ask(self, question: str | None = ..., *, stream: Literal[False] = ..., **how: "Unpack[Prompt]") -> "Generation": ...
+    @overload
+    def ask(self, question: str | None = ..., *, stream: Literal[True], **how: "Unpack[Prompt]") -> "Stream": ...
 
     def ask(self, question: str | None = None, **how: Any) -> "Generation | Stream":
         """LLM.generate() from the context as it is now, whole or compressed. how: max_tokens, stop, stream, tokens= instead of a question ..."""

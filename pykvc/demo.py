@@ -15,7 +15,9 @@ from .llm import LLM
 from .table import mebibytes
 
 BUDGET = 0.25
-POLICIES = ("full", "shotkv", "snapkv", "streaming_llm")
+N_CELLS = 1280
+ROWS = {"full": {}, **{policy: dict(kv_policy=policy, kv_budget=BUDGET) for policy in ("shotkv", "snapkv", "streaming_llm")},
+        f"snapkv, {N_CELLS} cells": dict(kv_policy="snapkv", kv_cells=N_CELLS)}
 ASKED = ("Italy", "Rome", "Europe")
 
 COUNTRIES = {
@@ -53,25 +55,26 @@ def compose(seed: int = 0) -> tuple[list[str], str, str]:
 
 
 def run(model: str | None = None, n_threads: int | None = None, console: Console | None = None) -> list[Generation]:
-    """Prints the table and returns its rows, in the order of POLICIES."""
-    console = console or Console(width=None if sys.stdout.isatty() else 140)
+    """Prints the table and returns its rows, in the order of ROWS."""
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
     shots, question, right = compose()
     rows = []
-    for policy in POLICIES:
-        budget = None if policy == "full" else BUDGET
-        with LLM(model, n_ctx=4096, n_threads=n_threads, kv_policy=policy, kv_budget=budget) as llm:
+    for name, how in ROWS.items():
+        with LLM(model, n_ctx=4096, n_threads=n_threads, **how) as llm:
             n_tokens = len(llm.tokenize("".join(shots) + question))
-            with console.status(f"{policy}: {len(shots)} shots, {n_tokens} tokens"):
+            with console.status(f"{name}: {len(shots)} shots, {n_tokens} tokens"):
                 rows.append(llm.generate(shots=shots, question=question, max_tokens=32, stop="\n"))
 
-    table = Table("policy", "cells kept", "KV in use", "prefill t/s", "decode t/s", "evict ms", "answer", box=None, pad_edge=False)
-    for column in table.columns[1:6]:
+    table = Table("policy", "cells kept", "KV allocated", "KV used", "prefill t/s", "decode t/s", "evict ms", "answer", box=None, pad_edge=False)
+    for column in table.columns[1:7]:
         column.justify = "right"
-    for policy, row in zip(POLICIES, rows):
-        table.add_row(policy, f"{sum(row.kv['kept'])/len(row.kv['kept']):.0f}", mebibytes(row.kv["bytes_used"]),
-                      f"{row.timings['prefill_tps']:.0f}", f"{row.timings['decode_tps']:.1f}", f"{row.timings['evict_ms']:.0f}",
-                      row.text.strip())
-    console.print(f"\n{len(shots)} shots, {rows[0].n_prompt} tokens; evicted to {BUDGET:.0%} when the whole prompt was evaluated (question-in)\n")
+    for name, row in zip(ROWS, rows):
+        table.add_row(name, f"{sum(row.kv['kept'])/len(row.kv['kept']):.0f}", mebibytes(row.kv["bytes_allocated"]),
+                      mebibytes(row.kv["bytes_used"]), f"{row.timings['prefill_tps']:.0f}", f"{row.timings['decode_tps']:.1f}",
+                      f"{row.timings['evict_ms']:.0f}", row.text.strip())
+    console.print(f"\n{len(shots)} shots, {rows[0].n_prompt} tokens; evicted to {BUDGET:.0%} when the whole prompt was evaluated (question-in); "
+                  f"in {N_CELLS} cells whenever they were full\n")
     console.print(table, highlight=False)
-    console.print(f"\nRight is: {right}", highlight=False)
+    console.print(f"\nRight is: {right}\nAllocated is what n_ctx takes, 4096 cells, unless kv_cells says less; used is what holds tokens.",
+                  highlight=False)
     return rows

@@ -20,7 +20,8 @@ Model = Annotated[Optional[str], flag("-m", "--model", env="MODEL", help="GGUF f
 HfRepo = Annotated[Optional[str], flag("-hf", "--hf-repo", env="HF_REPO", help="user/repo[:quant] of Hugging Face.")]
 Prompt = Annotated[Optional[str], flag("-p", "--prompt", help="The prompt.")]
 File = Annotated[Optional[str], flag("-f", "--file", help="A file with the prompt; - is stdin.")]
-Question = Annotated[Optional[str], flag("--question", help="Asked after the prompt was evicted, so that the eviction has not seen it (question-out).")]
+Question = Annotated[Optional[str], flag("--question", help="Asked of the prompt, after it was evicted, so that the eviction has not seen it (question-out).")]
+Raw = Annotated[bool, flag("--raw", help="Go on from the text as it is, without the model's chat template.")]
 CtxSize = Annotated[int, flag("-c", "--ctx-size", env="CTX_SIZE", help="Tokens of context; 0: the model's own, at most 8192.")]
 UbatchSize = Annotated[int, flag("-ub", "--ubatch-size", env="UBATCH", help="Tokens computed at once.")]
 Threads = Annotated[Optional[int], flag("-t", "--threads", env="THREADS", help="CPU threads; default: all.")]
@@ -32,6 +33,18 @@ KvPolicy = Annotated[Optional[str], flag("--kv-policy", env="KV_POLICY",
 KvBudget = Annotated[Optional[str], flag("--kv-budget", env="KV_BUDGET", help="Cells a layer keeps of the prompt: 512, 25% or 0.25.")]
 KvCells = Annotated[Optional[str], flag("--kv-cells", env="KV_CELLS", help="Allocate this many cells, or bytes (512MiB), and evict whenever they are full.")]
 KvQuery = Annotated[Optional[str], flag("--kv-query", help="What finch asks after each chunk of the prompt. Default: --question.")]
+System = Annotated[Optional[str], flag("-sys", "--system-prompt", help="A system message.")]
+BatchSize = Annotated[int, flag("-b", "--batch-size", env="BATCH", help="Tokens of one call.")]
+FlashAttn = Annotated[str, flag("-fa", "--flash-attn", env="FLASH_ATTN", help="on, off or auto.")]
+Seed = Annotated[int, flag("-s", "--seed", env="SEED", help="Seed of the sampler.")]
+Temp = Annotated[float, flag("--temp", "--temperature", help="0: the most likely token.")]
+TopK = Annotated[int, flag("--top-k", env="TOP_K", help="0: off.")]
+TopP = Annotated[float, flag("--top-p", help="1: off.")]
+MinP = Annotated[float, flag("--min-p", help="0: off.")]
+RepeatPenalty = Annotated[float, flag("--repeat-penalty", help="1: off.")]
+Stop = Annotated[Optional[list[str]], flag("--stop", help="A string that ends the answer; may be repeated.")]
+KvDecodeBudget = Annotated[Optional[str], flag("--kv-decode-budget", env="KV_DECODE_BUDGET",
+                                               help="The same of the generated tokens; better tokens than a ratio, which is of the answer so far.")]
 Segment = Annotated[Optional[str], flag("--segment", help='Units for policies on spans: sentence, sep:SEPARATOR or re:REGEX.')]
 
 

@@ -1,9 +1,9 @@
 """The loop of an answer: prefill, sample, evict, decode on."""
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Iterator
+from typing import Any, Generator
 
-from . import _core
+from . import _core, history
 from .session import Session, Work
 from .text import TextStream
 
@@ -17,14 +17,15 @@ class Generation:
     n_predicted: int          # len(tokens)
     stop_reason: str          # "eos" | "stop" | "length" (max_tokens) | "context" (n_ctx is full)
     kv: dict[str, Any]        # cells: in use now; kept: [n_layer] cells each layer had when decoding began;
-                              # bytes_allocated, bytes_used, bytes_full (without eviction); evictions: of this answer and of the prompt it took
+                              # bytes_allocated, bytes_used, bytes_full (without eviction); evictions: of this answer and of the prompt it took;
+                              # of a chat reused: tokens of its prompt that were there, anew: why none were, if some might have been
     timings: dict[str, float] # prefill_ms, probe_ms (of a policy that asks), evict_ms (at the prompt's end), decode_ms, prefill_tps, decode_tps
 
 
 class Stream:
     """Pieces of text as they come, each of whole characters, none of a stop string. Afterwards `result` is there."""
 
-    def __init__(self, pieces: Iterator[str]) -> None:
+    def __init__(self, pieces: Generator[str, None, Generation]) -> None:
         self._pieces = pieces
         self._result: Generation | None = None
 
@@ -37,6 +38,10 @@ class Stream:
         except StopIteration as end:
             self._result = end.value or self._result
             raise StopIteration from None
+
+    def close(self) -> None:
+        """Ends the answer where it is; `result` will not come."""
+        self._pieces.close()
 
     @property
     def result(self) -> Generation:
@@ -59,12 +64,16 @@ class Request:
     echo: str                     # text to begin with
     query: list[int] = field(default_factory=list)  # for a policy that asks; empty: as before
     budget: tuple[str, str] | None = None           # kv_budget, kv_decode_budget; None: as before
+    chat: history.Chat | None = None                # goes on from what the cache holds of it; reset says nothing then
 
 
-def answer(session: Session, request: Request) -> Iterator[str]:
+def answer(session: Session, request: Request) -> Generator[str, None, Generation]:
     """Yields the pieces of text; returns the Generation. Abandoned half-way, it leaves the session usable."""
-    turn = session.turn
-    if request.reset:
+    turn, resumed = session.turn, None
+    if request.chat:
+        resumed = history.resume(session, request)
+        request = resumed.request
+    elif request.reset:
         session.clear()
     session.query = request.query or session.query
     if request.budget:
@@ -103,6 +112,7 @@ def answer(session: Session, request: Request) -> Iterator[str]:
                         raise RuntimeError("this stream is over: the LLM was used for something else meanwhile")
         if not prompt_ended:  # only now: the first token did not wait for it
             session.end_prompt(request.compress)
+            session.chat = list(request.chat.messages) if request.chat else []
             prompt_ended = True
     pieces.append(text.push(b"", final=True))
     if pieces[-1]:
@@ -111,7 +121,8 @@ def answer(session: Session, request: Request) -> Iterator[str]:
     work, session.work = session.work, session.new_work()
     stats = session.ctx.stats()
     kv = {"cells": int(stats["cells_used"][0]), "kept": list(session.kept), "evictions": stats["n_evictions"] - work.n_before,
-          **{key: stats[key] for key in ("bytes_allocated", "bytes_used", "bytes_full")}}
+          **{key: stats[key] for key in ("bytes_allocated", "bytes_used", "bytes_full")},
+          **({"reused": resumed.reused, "anew": resumed.anew} if resumed else {})}
     return Generation("".join(pieces), tokens, work.n_prompt, len(tokens), reason, kv, timings_of(work, decode_ms, n_decoded))
 
 

@@ -12,17 +12,22 @@ One LLM is one conversation (sequence 0) and belongs to one thread at a time; ge
 """
 import os
 import sys
-from typing import Any, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Literal, Sequence, overload
 
-from . import _core, chat, models, options, prompts as prompts_of, spans as units, state, weights
+from . import _core, arguments, chat, models, options, prompts as prompts_of, spans as units, state, weights
 from .batch import Prefix, answers
-from .chat import Message
+from .chat import Message, Tool
 from .context import Context
+from .conversation import Conversation
 from .generation import Generation, Request, Stream, answer
+from .history import Chat
 from .messages import message_spans
 from .policy import F32, I32, Policy
 from .session import Session
 from .text import check_stop
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class LLM:
@@ -81,7 +86,7 @@ class LLM:
         return self._session.model.detokenize(prompts_of.check_ids(self._session.model, tokens)).decode("utf-8", "replace")
 
     def apply_chat_template(self, messages: Sequence[Message], add_assistant: bool = True,
-                            tools: Sequence[chat.Tool] | None = None, enable_thinking: bool | None = None,
+                            tools: Sequence[Tool] | None = None, enable_thinking: bool | None = None,
                             **variables: Any) -> str:
         """The prompt of a chat, as the model's own Jinja template writes it and transformers renders it.
 
@@ -157,13 +162,20 @@ class LLM:
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
+    @overload
+    def generate(self, prompt: str | None = ..., *, stream: Literal[False] = ..., **how: "Unpack[arguments.Prompt]") -> Generation: ...
+    @overload
+    def generate(self, prompt: str | None = ..., *, stream: Literal[True], **how: "Unpack[arguments.Prompt]") -> Stream: ...
+    @overload
+    def generate(self, prompt: str | None = ..., *, stream: bool, **how: "Unpack[arguments.Prompt]") -> Generation | Stream: ...
+
     def generate(self, prompt: str | None = None, *, shots: Sequence[str] | None = None, question: str | None = None,
                  tokens: Sequence[int] | None = None, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40,
                  top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, seed: int | None = None,
                  stop: str | Sequence[str] | None = None, spans: Sequence[units.Span] | None = None, span_unit: str = "tokens",
                  segment: str | None = None, kv_query: str | None = None, kv_budget: int | float | str | None = None,
                  kv_decode_budget: int | float | str | None = None, stream: bool = False, reset: bool = True,
-                 compress: bool | None = None, echo: bool = False) -> Generation | Stream:
+                 compress: bool | None = None, echo: bool = False, _chat: Chat | None = None) -> Generation | Stream:
         """Evaluates a prompt and goes on from it: a Generation, or with stream=True a Stream of its text.
 
         The prompt: a string, `tokens`, or `shots` + `question`, where each shot is a span. None with reset=False goes
@@ -197,7 +209,7 @@ class LLM:
             session.check_compress()
         echoed = "" if not echo else prompt if prompt is not None else self.detokenize(ids)
         request = Request(ids, found, reset, compress, max_tokens, check_stop(stop),
-                          options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed, query, budget)
+                          options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed, query, budget, _chat)
         session.turn += 1
         pieces = Stream(answer(session, request))
         if stream:
@@ -205,6 +217,13 @@ class LLM:
         for _ in pieces:
             pass
         return pieces.result
+
+    @overload
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, stream: Literal[False] = ..., **how: "Unpack[arguments.Batch]") -> list[Generation]: ...
+    @overload
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, stream: Literal[True], **how: "Unpack[arguments.Batch]") -> Iterator[tuple[int, Generation]]: ...
+    @overload
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, stream: bool, **how: "Unpack[arguments.Batch]") -> list[Generation] | Iterator[tuple[int, Generation]]: ...
 
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, prefix: str | Sequence[str] | None = None, shots: Sequence[str] | None = None,
                        max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05,
@@ -269,21 +288,39 @@ class LLM:
             return done
         return [generation for _, generation in sorted(done, key=lambda pair: pair[0])]
 
-    def chat(self, messages: Sequence[Message], *, tools: Sequence[chat.Tool] | None = None,
+    @overload
+    def chat(self, messages: Sequence[Message], *, stream: Literal[False] = ..., **how: "Unpack[arguments.Turn]") -> Generation: ...
+    @overload
+    def chat(self, messages: Sequence[Message], *, stream: Literal[True], **how: "Unpack[arguments.Turn]") -> Stream: ...
+    @overload
+    def chat(self, messages: Sequence[Message], *, stream: bool, **how: "Unpack[arguments.Turn]") -> Generation | Stream: ...
+
+    def chat(self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None,
              enable_thinking: bool | None = None, chat_template_kwargs: dict[str, Any] | None = None,
-             **how: Any) -> Generation | Stream:
+             reset: bool | None = None, **how: Any) -> Generation | Stream:
         """generate() on a chat. Each message is a span (pykvc/messages.py).
 
         In no span, so always kept: system messages, what the template puts before the first message, the last message.
-        tools, enable_thinking: as apply_chat_template(); chat_template_kwargs: its variables."""
-        model = self._session.model
+        tools, enable_thinking: as apply_chat_template(); chat_template_kwargs: its variables.
+        reset None: goes on from what the cache holds of this chat, and evaluates only the rest (pykvc/history.py); a
+        Generation's kv has `reused`, the tokens that were there, and `anew`, why an evicted cache was of no use.
+        reset=True evaluates everything."""
+        session = self._session
 
         def render(part: Sequence[Message], add_generation_prompt: bool = False) -> str:
-            return chat.prompt(model, part, self.chat_template, tools=tools, enable_thinking=enable_thinking,
+            return chat.prompt(session.model, part, self.chat_template, tools=tools, enable_thinking=enable_thinking,
                                add_generation_prompt=add_generation_prompt, variables=chat_template_kwargs)
-        prompt = render(messages, add_generation_prompt=True)
-        spans = message_spans(prompt, messages, render, chat.token_text(model, model.eos))
-        return self.generate(prompt, spans=spans, span_unit="chars", **how)
+        prompt, spans = render(messages, add_generation_prompt=True), None
+        if session.needs_spans:
+            spans = message_spans(prompt, messages, render, chat.token_text(session.model, session.model.eos))
+        return self.generate(prompt, spans=spans, span_unit="chars", reset=reset is not False,
+                             _chat=Chat(messages, prompt, spans) if reset is None else None, **how)
+
+    def conversation(self, system: str | None = None, messages: Sequence[Message] = (),
+                     **template: "Unpack[arguments.Template]") -> Conversation:
+        """A chat that keeps its messages: pykvc/conversation.py. messages: what was said before.
+        template: tools, enable_thinking, chat_template_kwargs, as chat(). ValueError: the model has no chat template."""
+        return Conversation(self, system, messages, **template)
 
     def _query(self, text: str | None) -> list[int]:
         ids = prompts_of.tokenize(self._session.model, text, add_special=False) if text else []

@@ -5,11 +5,12 @@
 import os
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import numpy as np
 
 from . import _core, state
+from .chat import Message
 from .policy import F32
 from .probe import Probe
 from .spans import Span
@@ -45,6 +46,7 @@ class Session:
         self.model, self.ctx, self.setup, self.evicts, self.needs_spans = model, ctx, setup, evicts, needs_spans
         self.turn = 0  # counts what makes a stream of before stale
         self._n_fresh = 0  # how often the cache was emptied or replaced
+        self.progress: Callable[[int, int], None] | None = None  # told (tokens done, tokens in all) of a prompt
         self.probe = Probe(probe, window, chunk, self)
         self._forget()
 
@@ -53,6 +55,7 @@ class Session:
         self.pending: int | None = None       # sampled, to be evaluated first
         self.spans: list[Span] = []           # by position
         self.query: list[int] = []            # what a policy that asks is given
+        self.chat: list[Message] = []         # whose prompt ended last
         self.own = ("", "", "")               # policy, kv_budget, kv_decode_budget instead of the context's
         self.n_probed = 0                     # tokens that have repeated themselves
         self.probe.reset()
@@ -78,6 +81,11 @@ class Session:
     def moment(self) -> tuple[int, int]:
         """Another one where cells were evicted or replaced since, and not only added or cut from the end."""
         return self._n_fresh, self.ctx.n_evictions() if self.evicts else 0
+
+    @property
+    def floor(self) -> int:
+        """Tokens below which the tail cannot be removed; 0 where nothing was evicted."""
+        return self.ctx.pos_floor() if self.evicts else 0
 
     def clear(self) -> None:
         self.ctx.clear()
@@ -112,13 +120,16 @@ class Session:
         self.work.n_prompt += len(ids)
 
     def _decode_prompt(self, ids: list[int]) -> None:
-        if not self._asks_for_room:
-            self.decode(ids)
-            return
-        for i in range(0, len(ids), self.probe.step):
-            chunk = ids[i:i + self.probe.step]
-            self._ask_for_room(len(chunk), len(chunk))
+        step = self.probe.step if self._asks_for_room else self.ctx.n_batch if self.progress else len(ids)
+        if self.progress:
+            self.progress(0, len(ids))
+        for i in range(0, len(ids), max(step, 1)):
+            chunk = ids[i:i + step]
+            if self._asks_for_room:
+                self._ask_for_room(len(chunk), len(chunk))
             self.decode(chunk)
+            if self.progress:
+                self.progress(i + len(chunk), len(ids))
 
     def step(self, token: int) -> None:
         """Evaluates a token of the answer."""
@@ -252,7 +263,7 @@ class Session:
         if n_tokens == 0:
             self.clear()
         elif not self.cut(n_tokens):
-            raise ValueError(f"the cache was compressed: it can be truncated to {self.ctx.pos_floor()} tokens or more, "
+            raise ValueError(f"the cache was compressed: it can be truncated to {self.floor} tokens or more, "
                              f"or to 0, not to {n_tokens}")
 
     def cut(self, n_tokens: int) -> bool:

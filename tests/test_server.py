@@ -115,7 +115,7 @@ CHAT = [{"role": "system", "content": "You are a terse assistant."}] + [
 
 
 def test_chat_messages_are_spans(server, llm):
-    want = llm.chat(CHAT, max_tokens=24)
+    want = llm.chat(CHAT, max_tokens=24, reset=True)
     body = {"messages": CHAT, "max_tokens": 24, "temperature": 0, "cache_prompt": False}
     reply = server.ok("/v1/chat/completions", body)
     assert reply["choices"][0]["message"]["content"] == want.text and reply["usage"]["prompt_tokens"] == want.n_prompt

@@ -1,0 +1,141 @@
+"""A conversation: it keeps its messages, and each turn goes on from what the cache holds.
+
+    conv = llm.conversation(system="You are terse.")
+    print(conv.ask("Name three rivers.").text)
+    for piece in conv.ask("And three lakes?", stream=True):   # only these words are evaluated
+        print(piece, end="")
+    print(conv.messages)
+
+It may be longer than the cache: with kv_cells the policy evicts whenever the cells are full. Where it reaches n_ctx,
+its oldest turns are dropped and the rest is evaluated once more. One LLM holds one conversation at a time: where two
+take turns, each is evaluated anew.
+"""
+import weakref
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Generator, Literal, Sequence, overload
+
+from . import chat, options
+from .chat import Message
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .arguments import Turn
+    from .generation import Generation, Stream
+    from .llm import LLM
+
+N_ANSWER = 512  # tokens, unless a caller says otherwise
+
+
+class Conversation:
+    """llm.conversation() makes it. messages: those that the model is shown, the oldest may have been dropped."""
+
+    def __init__(self, llm: "LLM", system: str | None = None, messages: Sequence[Message] = (),
+                 **template: Any) -> None:
+        if system is not None and not isinstance(system, str):
+            raise ValueError(f"system is a string, not {system!r}")
+        if unknown := template.keys() - {"tools", "enable_thinking", "chat_template_kwargs"}:
+            raise ValueError(f"a conversation has no {min(unknown)}: it takes tools, enable_thinking and "
+                             "chat_template_kwargs")
+        if llm.chat_template is None:
+            chat.template_of(llm._session.model)
+        head: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.messages = chat.check_messages([*head, *messages]) if head or messages else []
+        self._llm, self._template = llm, template
+        self._asked: weakref.ref[Generator[str, None, Generation]] | None = None
+
+    @overload
+    def ask(self, text: str, *, stream: Literal[False] = ..., **how: "Unpack[Turn]") -> "Generation": ...
+    @overload
+    def ask(self, text: str, *, stream: Literal[True], **how: "Unpack[Turn]") -> "Stream": ...
+    @overload
+    def ask(self, text: str, *, stream: bool, **how: "Unpack[Turn]") -> "Generation | Stream": ...
+
+    def ask(self, text: str, *, stream: bool = False, max_tokens: int = N_ANSWER, **how: Any) -> "Generation | Stream":
+        """Says something and has the model answer. how: temperature, stop, kv_budget ... as LLM.generate().
+
+        Both become messages when the answer ends; one that is broken off (Ctrl-C, Stream.close()) as far as it came.
+        A Generation's kv has, beside what LLM.chat() tells, `dropped`: turns that n_ctx had no room for any more.
+        Turns are dropped until half of what a prompt may take is free again. Room is kept for max_tokens, at most half
+        of n_ctx. ValueError, and nothing has changed: an empty message, or one that n_ctx has no room for."""
+        from .generation import Stream
+        self.end()
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"a message is a string that is not empty, not {text!r}")
+        asked, n_dropped = self._fitting([*self.messages, {"role": "user", "content": text}],
+                                         options.whole("max_tokens", max_tokens, -1))
+        if self._llm._session.probe.kind == "mean":
+            how.setdefault("kv_query", self._query(text))
+        inner = self._llm.chat(asked, stream=True, max_tokens=max_tokens, **self._template, **how)
+        answer = self._answer(asked, inner, n_dropped)
+        self._asked = weakref.ref(answer)
+        pieces = Stream(answer)
+        if stream:
+            return pieces
+        for _ in pieces:
+            pass
+        return pieces.result
+
+    def _answer(self, asked: list[Message], pieces: "Stream", n_dropped: int) -> Generator[str, None, "Generation"]:
+        said = []
+        try:
+            for piece in pieces:
+                said.append(piece)
+                yield piece
+        except BaseException:  # what nobody answered was not said
+            self.messages = [*asked, _assistant("".join(said))] if said else self.messages
+            raise
+        self.messages = [*asked, _assistant(pieces.result.text)]
+        return replace(pieces.result, kv={**pieces.result.kv, "dropped": n_dropped})
+
+    def _query(self, text: str) -> str:
+        """What a policy that asks (finch) is given: the end of the message, where a question stands, as long as it takes."""
+        n_most = self._llm._session.probe.n_most//2
+        ids = self._llm.tokenize(text, add_special=False)
+        if len(ids) <= n_most:
+            return text
+        ends = (self._llm.detokenize(ids[-n:]).lstrip("\ufffd") for n in range(n_most, 0, -1))  # may be cut into more tokens
+        return next((end for end in ends if len(self._llm.tokenize(end, add_special=False)) <= n_most), "")
+
+    def end(self) -> None:
+        """Breaks off an answer that is still being streamed."""
+        answer = self._asked() if self._asked else None
+        if answer is not None:
+            answer.close()
+
+    def clear(self) -> None:
+        """Forgets all messages but the system's."""
+        self.end()
+        self.messages = [message for message in self.messages if message["role"] == "system"]
+
+    # -- n_ctx ------------------------------------------------------------------------------------------------------
+
+    def _fitting(self, messages: list[Message], max_tokens: int) -> tuple[list[Message], int]:
+        """(messages that leave room for the answer, turns dropped)."""
+        n_ctx, n_dropped = self._llm.n_ctx, 0
+        n_most = n_ctx - max(min(max_tokens if max_tokens >= 0 else n_ctx//4, n_ctx//2), 1)
+        n = self._count(messages)
+        while n > (n_most//2 if n_dropped else n_most) and (fewer := without_oldest_turn(messages)):
+            messages, n_dropped = fewer, n_dropped + 1
+            n = self._count(messages)
+        if n >= n_ctx:
+            raise ValueError(f"the message has {n} tokens, with the template's and the system message, but n_ctx is "
+                             f"{n_ctx} and the answer needs one")
+        return messages, n_dropped
+
+    def _count(self, messages: list[Message]) -> int:
+        template = dict(self._template)
+        variables = template.pop("chat_template_kwargs", None) or {}
+        return len(self._llm.tokenize(self._llm.apply_chat_template(messages, **template, **variables)))
+
+
+def without_oldest_turn(messages: list[Message]) -> list[Message] | None:
+    """Without the first user's message and all up to the next one; None: there is only one."""
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if len(users) < 2:
+        return None
+    return [message for message in messages[:users[1]] if message["role"] == "system"] + messages[users[1]:]
+
+
+def _assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}

@@ -1,0 +1,113 @@
+"""`pykvc chat`: a conversation in the terminal, or with a pipe, one message a line.
+
+Answers go to stdout. All else goes to stderr: what there is to type, a bar while a long prompt is read, a line after
+each answer that says what it took, and mistakes, after which the conversation goes on.
+"""
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from . import chat, options
+from .conversation import Conversation
+from .generation import Generation
+from .llm import LLM
+from .progress import prompt_bar
+from .table import mebibytes
+from .text import check_stop
+
+COMMANDS = ("/clear forgets the conversation, /system TEXT begins a new one, Ctrl-C stops an answer, "
+            "/exit or Ctrl-D ends")
+
+
+class Talk:
+    """how: what Conversation.ask() takes beside the message. ValueError names a value that it does not take."""
+
+    def __init__(self, llm: LLM, system: str | None, how: dict[str, Any]) -> None:
+        if llm.chat_template is None and not chat.templates(llm._session.model):
+            raise ValueError("this model has no chat template, so it cannot chat: `pykvc generate` goes on from a text")
+        options.whole("max_tokens", how["max_tokens"], -1)
+        check_stop(how["stop"])
+        names = "temperature", "top_k", "top_p", "min_p", "repeat_penalty"
+        options.sampler(llm._session.model, *(how[name] for name in names), llm.seed)
+        self.llm, self.how, self.conversation = llm, how, Conversation(llm, system)
+        self.typed = sys.stdin.isatty()
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+    def run(self) -> None:
+        if self.typed:
+            try:
+                import readline  # noqa: F401  input() edits lines with it, where there is one
+            except ImportError:
+                pass
+            about = f"{self.llm.path.name}, n_ctx {self.llm.n_ctx}, policy {self.llm.policy}"
+            self.console.print(f"{about}\n{COMMANDS}", style="dim")
+        while True:
+            try:
+                line = self._read()
+                if line is None or line.strip() == "/exit":
+                    return
+                self.take(line)
+            except ValueError as error:
+                self.console.print(str(error).splitlines()[0])
+            except KeyboardInterrupt:
+                if not self.typed:
+                    raise
+                self.console.print()  # the answer, or what was typed, ends here
+
+    def _read(self) -> str | None:
+        """The next message; None at the end."""
+        if self.typed:
+            try:
+                return input("> ")
+            except EOFError:
+                self.console.print()
+                return None
+        line = sys.stdin.buffer.readline()
+        try:
+            return line.decode().rstrip("\r\n") if line else None
+        except UnicodeDecodeError as error:
+            byte = f"{line[error.start]:#04x}"
+            raise ValueError(f"the message is not UTF-8 text: its byte {error.start} is {byte}") from None
+
+    def take(self, line: str) -> None:
+        """A message, or a command."""
+        command, _, rest = line.strip().partition(" ")
+        if command == "/clear" and not rest:
+            self.conversation.clear()
+        elif command == "/system":
+            self.conversation = Conversation(self.llm, rest.strip())
+        else:
+            self._ask(line)
+
+    def _ask(self, line: str) -> None:
+        with prompt_bar(self.llm._session):
+            answer = self.conversation.ask(line, stream=True, **self.how)
+            try:
+                for piece in answer:
+                    print(piece, end="", flush=True)
+            finally:
+                answer.close()  # Ctrl-C: what was said so far is part of the conversation
+        print(flush=True)
+        self.console.print(told(answer.result, self.llm), style="dim")
+
+
+def told(answer: Generation, llm: LLM) -> str:
+    """What an answer took, in one line."""
+    kv, reused, kept = answer.kv, answer.kv["reused"], llm.stats()["kept"]
+    speed = f"{answer.timings['decode_tps']:.1f} t/s"
+    tokens = f"{answer.n_prompt} tokens read, {reused} reused, {answer.n_predicted} answered at {speed}"
+    memory = mebibytes(kv["bytes_used"])
+    if kv["bytes_used"] < kv["bytes_full"]:
+        memory += f" ({mebibytes(kv['bytes_full'])} without eviction)"
+    parts = [tokens, f"{sum(kept)/len(kept):.0f} cells, KV {memory}"]
+    if answer.stop_reason == "length":
+        parts.append("the answer was cut at -n")
+    if answer.stop_reason == "context":
+        parts.append(f"the answer was cut at -c {llm.n_ctx}")
+    if kv["dropped"]:
+        turns = "the oldest turn was" if kv["dropped"] == 1 else f"the {kv['dropped']} oldest turns were"
+        parts.append(f"{turns} dropped at -c {llm.n_ctx} and the rest was read again")
+    elif kv["anew"]:
+        parts.append(f"all was read again: {kv['anew']}")
+    return "[" + "; ".join(parts) + "]"
