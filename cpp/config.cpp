@@ -228,6 +228,9 @@ void engine::attach(std::shared_ptr<const config> cfg, const llama_model & model
     auto * kv = cache_of(mem);
     refuse_unsupported(*cfg, model, cparams, mem, kv);
     kv->kvc.reset(new engine(std::move(cfg), model, cparams, *kv));
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+        kv->kvc->windows = iswa->get_swa();
+    }
 }
 
 } // namespace kvc

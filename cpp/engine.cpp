@@ -117,8 +117,22 @@ std::vector<int32_t> engine::kept(llama_seq_id seq_id, int32_t ikv) const {
     return slot_pos(stream_of(seq_id), ikv);
 }
 
+// Every head of every layer that evicts holds what lies from here on. Behind sums there is no way back: what the queries of a tail gave
+// cannot be taken out.
+llama_pos engine::held_from(uint32_t s) const {
+    return cfg->need.sums ? (llama_pos) streams[s].tokens.size() : streams[s].floor;
+}
+
+// The sliding windows of the first token there have to be whole, too; at the end they are.
 llama_pos engine::floor(llama_seq_id seq_id) const {
-    return streams[stream_of(seq_id)].floor;
+    const uint32_t  s   = stream_of(seq_id);
+    const llama_pos end = (llama_pos) streams[s].tokens.size();
+    const llama_pos gone = windows ? windows->seq_pos_min(seq_id) - 1 : -1;
+    llama_pos res = held_from(s);
+    while (gone >= 0 && res < end && !llama_hparams::is_masked_swa(windows->n_swa, windows->swa_type, gone, res)) {
+        ++res;
+    }
+    return res;
 }
 
 uint32_t engine::stream_of(llama_seq_id seq_id) const {

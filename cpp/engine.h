@@ -186,7 +186,7 @@ public:
     std::vector<layer_signals>      signals(llama_context * lctx, llama_seq_id seq_id);
     std::vector<std::vector<float>> scores (llama_context * lctx, llama_seq_id seq_id);
     std::vector<int32_t>            kept(llama_seq_id seq_id, int32_t ikv) const; // I32 [n_head_kv, n] positions, -1: empty
-    llama_pos floor(llama_seq_id seq_id) const;
+    llama_pos floor(llama_seq_id seq_id) const; // first position to go on from, once what follows it was removed
     int32_t   n_layer() const;
     int32_t   n_head_kv() const { return n_hkv; }
     int32_t   n_slots(uint32_t s, int32_t ikv) const; // cells of layer ikv in use
@@ -248,6 +248,7 @@ private:
     // engine.cpp
     void     reset(stream & q) const;
     uint32_t stream_of(llama_seq_id seq_id) const; // throws
+    llama_pos held_from(uint32_t s) const;
     int32_t  n_cells(uint32_t s) const;
     int64_t  row_of_origin(uint32_t s, int32_t ikv) const;
     int32_t  n_empty(uint32_t s, int32_t ikv, int32_t h) const;
@@ -329,6 +330,7 @@ private:
     std::shared_ptr<const config> cfg;
     const llama_model & model;
     llama_kv_cache    & kv;
+    const llama_kv_cache * windows = nullptr; // the layers with sliding windows have one of their own
     int32_t n_hkv = 0;
 
     std::vector<stream> streams;

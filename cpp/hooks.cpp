@@ -61,8 +61,8 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         if (p1 <= last) {
             return false; // a hole: cells would no longer be in the order of their positions
         }
-        if (p0 > 0 && (p0 < streams[s].floor || cfg->need.sums)) {
-            return false; // gone for good; or its queries are in the sums, and cannot be taken out
+        if (p0 > 0 && p0 < floor((llama_seq_id) s)) {
+            return false; // gone for good
         }
         todo.push_back({ s, p0 });
     }
@@ -131,13 +131,11 @@ bool engine::refuse_shift(const char * what) const {
     return true;
 }
 
+// What llama_memory_seq_pos_min() says. A llama-server goes on from n_past tokens if this is below n_past - n_swa: the edge of the window,
+// where windows forget, else n_past itself. So that it goes on from the floor and from what is behind it.
 llama_pos engine::pos_min(uint32_t s, llama_pos p0) const {
-    // after an eviction: what a caller may roll back to, and still evaluate one token
-    const auto & q = streams[s];
-    if (cfg->need.sums && p0 >= 0) {
-        return (llama_pos) q.tokens.size() - 1; // no tail can be removed
-    }
-    return q.n_base == 0 || p0 < 0 ? p0 : std::min(q.floor + 1, (llama_pos) q.tokens.size() - 1);
+    const bool forget = windows && windows->get_size() < kv.get_size();
+    return p0 < 0 ? p0 : std::max(held_from(s) - 1 - (forget ? (llama_pos) windows->n_swa : 0), 0);
 }
 
 void engine::on_ubatch(const llama_ubatch & ubatch) {

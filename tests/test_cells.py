@@ -273,3 +273,27 @@ def test_shots_in_mid_prompt():
     assert set(_core.plan(**how, spans=[(60, 80)], budget=40, room=True)[0][0]) == set(range(36)) | last
     with pytest.raises(ValueError, match="outside every span"):
         _core.plan(**how, spans=[(60, 80)], budget=40)
+
+
+def test_a_sliding_window_has_a_floor_of_its_own(models):
+    """The windows' cells are taken again, too: a tail can be removed while the first token after it sees a whole window."""
+    def prompt():
+        c = context(models["gemma3"], "keydiff:share=head", "256", budget="16", n_ubatch=16, n_batch=16, flash_attn="off")
+        c.decode(ids(100))
+        assert c.evict() and c.pos_floor() == 100
+        c.end_prompt()
+        return c
+
+    c, n = prompt(), 100 + 256 - 16  # then the cells are full
+    for i in range(100, n):
+        c.decode(ids(n, 1)[i:i + 1])
+    floor = c.pos_floor()
+    assert floor == n - 256 + 32 - 1  # windows of 32, in as many cells
+    assert not c.remove_tail(floor - 1) and c.pos_max() == n - 1
+    assert c.remove_tail(floor)
+    short = prompt()
+    for i in range(100, floor):
+        short.decode(ids(n, 1)[i:i + 1])
+    for each in c, short:
+        each.decode(ids(1, 2))
+    np.testing.assert_allclose(c.logits(), short.logits(), atol=0.02)  # one cell farther back they differ by 1

@@ -9,11 +9,13 @@ N_EMBD, N_HEAD, N_HEAD_KV, N_FF, N_VOCAB = 64, 4, 2, 96, 128
 
 
 def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, head_dim: int = 32, yarn: float = 1, quant: str = "F32",
-          n_vocab: int = N_VOCAB, seed: int = 0, tokenizer: Callable[[gguf.GGUFWriter], None] = lambda w: w.add_tokenizer_model("no_vocab")) -> Path:
-    """arch: llama | qwen2 (the other pairs in RoPE) | gemma3 (a global layer after five with a window of 32) | hunyuan-dense (a norm
+          n_vocab: int = N_VOCAB, seed: int = 0, mute: int | None = None, tokenizer: Callable[[gguf.GGUFWriter], None] = lambda w: w.add_tokenizer_model("no_vocab")) -> Path:
+    """arch: llama | qwen2 (the other pairs in RoPE) | gemma3 (a global layer after five with a window of 32) | gpt-oss (every
+    other layer has a window of 32; attention sinks, two experts) | hunyuan-dense (a norm
     after RoPE) | openelm (the second layer has half the KV heads) | deci (the second has none) | t5 (relative positions; what an encoder
     needs, too) | qwen2vl (M-RoPE) | mamba (recurrent). yarn: what RoPE is stretched by. quant: the type of the matrices, as
-    gguf.GGMLQuantizationType names it. tokenizer: writes one of n_vocab tokens; none otherwise. seed: of the weights."""
+    gguf.GGMLQuantizationType names it. tokenizer: writes one of n_vocab tokens; none otherwise. seed: of the weights. mute: a token
+    that is never the likeliest."""
     rng = np.random.default_rng(seed)
     head_dim = 16 if arch == "qwen2vl" else head_dim  # 32: a block of a quantized cache
     w = gguf.GGUFWriter(path, arch)
@@ -37,9 +39,11 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
         w.add_rope_scaling_factor(yarn)
         w.add_rope_scaling_orig_ctx_len(int(n_ctx/yarn))
 
-    def put(name, *shape, scale=None):  # numpy order: [out, in]
+    def put(name, *shape, scale=None, mute=None):  # numpy order: [out, in]
         scale = 0.7/np.sqrt(shape[-1])*2 if scale is None else scale
         data = (rng.standard_normal(shape)*scale).astype(np.float32)
+        if mute is not None:
+            data[mute] = 0
         kind = gguf.GGMLQuantizationType[quant]
         if kind == gguf.GGMLQuantizationType.F32 or len(shape) < 2:
             w.add_tensor(name, data)
@@ -49,7 +53,9 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
     def ones(name, n):
         w.add_tensor(name, np.ones(n, np.float32))
 
-    put("token_embd.weight", n_vocab, N_EMBD, scale=1.0)
+    put("token_embd.weight", n_vocab, N_EMBD, scale=1.0, mute=mute)
+    if arch == "gpt-oss":
+        put("output.weight", n_vocab, N_EMBD, mute=mute)
     if arch == "t5":
         w.add_relative_attn_buckets_count(32)
         for half, attns in (("enc", ("attn",)), ("dec", ("attn", "cross_attn"))):
@@ -74,8 +80,12 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
         w.add_ssm_inner_size(2*N_EMBD)
         w.add_ssm_state_size(8)
         w.add_ssm_time_step_rank(4)
-    if arch == "gemma3":
+    if arch in ("gemma3", "gpt-oss"):
         w.add_sliding_window(32)
+    if arch == "gpt-oss":
+        w.add_expert_count(2)
+        w.add_expert_used_count(1)
+        w.add_expert_feed_forward_length(N_FF)
     if arch == "qwen2vl":
         w.add_rope_dimension_sections([2, 3, 3, 0])
 
@@ -104,6 +114,16 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
             put(b + "attn_v.weight", N_HEAD_KV*head_dim, N_EMBD)
         if not (arch == "deci" and i == 1):
             put(b + "attn_output.weight", N_EMBD, N_HEAD*head_dim)
+        if arch == "gpt-oss":
+            put(b + "attn_output.bias", N_EMBD)
+            put(b + "attn_sinks.weight", N_HEAD)
+            ones(b + "post_attention_norm.weight", N_EMBD)
+            put(b + "ffn_gate_inp.weight", 2, N_EMBD)
+            put(b + "ffn_gate_inp.bias", 2)
+            for name, n_out, n_in in (("gate", N_FF, N_EMBD), ("up", N_FF, N_EMBD), ("down", N_EMBD, N_FF)):
+                put(f"{b}ffn_{name}_exps.weight", 2, n_out, n_in)
+                put(f"{b}ffn_{name}_exps.bias", 2, n_out)
+            continue
         if arch in ("qwen2", "qwen2vl"):
             put(b + "attn_q.bias", N_HEAD*head_dim)
             put(b + "attn_k.bias", N_HEAD_KV*head_dim)
@@ -126,10 +146,10 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
 
 
 def write_chat(path: Path, templates: dict[str, str], bos: str = "<s>", eos: str = "</s>", add_bos: bool = False,
-               special: Sequence[str] = ()) -> Path:
-    """A llama that spells: a token is a byte, or one of the special texts.
+               special: Sequence[str] = (), arch: str = "llama", n_layer: int = 1, mute_eos: bool = False) -> Path:
+    """A model that spells: a token is a byte, or one of the special texts.
 
-    templates: by name, the main one as "default"."""
+    templates: by name, the main one as "default". mute_eos: it never ends by itself."""
     marks = list(dict.fromkeys((bos, eos, *special)))
     tokens = [*_byte_characters(), "th", *marks]
 
@@ -144,7 +164,7 @@ def write_chat(path: Path, templates: dict[str, str], bos: str = "<s>", eos: str
         w.add_add_bos_token(add_bos)
         for name, text in templates.items():
             w.add_string("tokenizer.chat_template" + (f".{name}" if name != "default" else ""), text)
-    return write(path, n_layer=1, n_vocab=len(tokens), tokenizer=tokenizer)
+    return write(path, arch, n_layer, n_vocab=len(tokens), tokenizer=tokenizer, mute=tokens.index(eos) if mute_eos else None)
 
 
 def _byte_characters() -> list[str]:

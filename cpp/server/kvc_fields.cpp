@@ -4,6 +4,7 @@
 
 #include "server-schema.h"
 
+#include <algorithm>
 #include <cctype>
 #include <cstdio>
 #include <stdexcept>
@@ -89,4 +90,24 @@ void kvc_add_fields(std::vector<std::unique_ptr<server_schema::field>> & fields,
     add("kv_spans", "Units for policies that work on spans: [[begin, end], ...] in tokens, \"message\", \"sentence\" or a separator", [&kv](const json & v) {
         read_spans(v, kv);
     });
+}
+
+kvc_request kvc_read_fields(const std::string & body) {
+    const json data = body.empty() ? json::object() : json::parse_no_throw(body);
+    if (!data.is_object()) {
+        throw std::invalid_argument("a JSON object of kv_policy, kv_budget, kv_decode_budget and kv_spans, which may all be left out");
+    }
+    task_params params;
+    field_eval_context ctx(params);
+    std::vector<std::unique_ptr<server_schema::field>> fields;
+    kvc_add_fields(fields, params.kv);
+    for (const auto & item : data.items()) {
+        if (std::none_of(fields.begin(), fields.end(), [&](const auto & f) { return item.key() == f->name.at(0); })) {
+            throw std::invalid_argument("kv_policy, kv_budget, kv_decode_budget and kv_spans are the fields there are, not " + item.key());
+        }
+    }
+    for (const auto & f : fields) {
+        f->eval(ctx, data);
+    }
+    return params.kv;
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -104,6 +105,11 @@ size_t kvc_save_slot(llama_context * ctx, const char * path, llama_seq_id seq_id
 
 size_t kvc_check_slot(const char * path, const std::string & weights, bool must, kvc_mark & mark) {
     mark.clear();
+    std::error_code ec;
+    const auto status = std::filesystem::status(path, ec);
+    if (!std::filesystem::is_regular_file(status)) { // to open a pipe would wait for its other end
+        throw std::runtime_error(std::filesystem::exists(status) ? "this is no file that was saved, but a folder or a device" : "there is no such file: save one first");
+    }
     auto f = open(path, "rb");
     trailer t;
     if (!f || fseek(f.get(), -(long) sizeof(t), SEEK_END) != 0 || fread(&t, sizeof(t), 1, f.get()) != 1) {

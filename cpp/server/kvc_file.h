@@ -16,6 +16,6 @@ std::string kvc_fingerprint(const char * path);
 size_t kvc_save_slot(llama_context * ctx, const char * path, llama_seq_id seq_id, const llama_token * tokens, size_t n_tokens,
                      const std::string & weights, const kvc_mark & mark);
 
-// Bytes behind llama.cpp's, and the mark. Throws std::runtime_error with the reason if the file is cut short, damaged, of another
+// Bytes behind llama.cpp's, and the mark. Throws std::runtime_error with the reason if the file is missing, cut short, damaged, of another
 // version or of other weights. must: a file of llama.cpp, which adds nothing, is refused, too.
 size_t kvc_check_slot(const char * path, const std::string & weights, bool must, kvc_mark & mark);

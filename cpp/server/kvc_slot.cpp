@@ -1,5 +1,7 @@
 #include "kvc_slot.h"
 
+#include "kvc_server.h"
+
 #include "log.h"
 
 #include <stdexcept>
@@ -31,11 +33,11 @@ void kvc_slot::reset() {
     now = before;
 }
 
-int kvc_slot::n_reusable(int n_past, const kvc_mark & mark, const kvc_request & req) const {
-    if (!ctx || n_past == 0 || mark.rule.empty()) {
+int kvc_slot::n_reusable(int n_past, llama_pos next, const kvc_mark & mark, const kvc_request & req) const {
+    if (!ctx || n_past == 0) {
         return n_past;
     }
-    if (mark.rule != req.rule) {
+    if (!mark.rule.empty() && mark.rule != req.rule) {
         LOG_INF("kvc: slot %d was evicted under another policy, budget or spans: its prompt is evaluated from the start\n", id);
         return 0;
     }
@@ -43,7 +45,20 @@ int kvc_slot::n_reusable(int n_past, const kvc_mark & mark, const kvc_request & 
         LOG_INF("kvc: slot %d was evicted for another prompt, which has %d tokens in common: this one is evaluated from the start\n", id, n_past);
         return 0;
     }
+    if (const llama_pos floor = kvc_floor(ctx, id); next < floor) {
+        LOG_INF("kvc: slot %d lacks what was evicted or left a sliding window before token %d, and this prompt goes on from token %d: "
+            "it is evaluated from the start\n", id, floor, next);
+        return 0;
+    }
     return n_past;
+}
+
+void kvc_slot::take(const kvc_request & req) {
+    used = req.over(kvc_options::of_environment());
+    check(kvc_set_policy(ctx, id, req.policy_arg(), req.budget_arg(), req.decode_budget_arg()));
+    check(kvc_set_spans(ctx, id, req.spans.data(), req.spans.size()));
+    check(kvc_get_seq_usage(ctx, id, &before));
+    now = before;
 }
 
 void kvc_slot::begin_prompt(const kvc_request & req) {
@@ -51,12 +66,8 @@ void kvc_slot::begin_prompt(const kvc_request & req) {
         return;
     }
     begun = true;
-    used  = req.over(kvc_options::of_environment());
     check(kvc_begin_prompt(ctx, id));
-    check(kvc_set_policy(ctx, id, req.policy_arg(), req.budget_arg(), req.decode_budget_arg()));
-    check(kvc_set_spans(ctx, id, req.spans.data(), req.spans.size()));
-    check(kvc_get_seq_usage(ctx, id, &before));
-    now = before;
+    take(req);
 }
 
 std::string kvc_slot::end_prompt(const kvc_request & req, kvc_mark & mark) {
@@ -70,6 +81,30 @@ std::string kvc_slot::end_prompt(const kvc_request & req, kvc_mark & mark) {
     check(kvc_end_prompt(ctx, id));
     look(req, mark);
     return "";
+}
+
+json kvc_slot::compress(const kvc_server & server, const kvc_request & req, kvc_mark & mark) {
+    const auto asked = req.over(server.options);
+    if (!ctx) {
+        throw std::invalid_argument("compress: this server was started without --kv-policy, so its cache keeps every token");
+    }
+    if (asked.policy == "full") {
+        throw std::invalid_argument("compress: kv_policy full keeps every token: name one that evicts, such as \"keydiff\"");
+    }
+    if (asked.budget.empty() && !server.bounded) {
+        throw std::invalid_argument("compress: there is nothing to compress to: give kv_budget (tokens, or a retained ratio in (0, 1])");
+    }
+    reset();
+    if (now.n_tokens == 0) {
+        throw std::invalid_argument("compress: slot " + std::to_string(id) + " is empty: evaluate a prompt in it, as with id_slot " +
+            std::to_string(id) + " and n_predict 0, or restore a file");
+    }
+    take(req);
+    if (kvc_evict(ctx, id) < 0) {
+        throw std::invalid_argument(kvc_last_error());
+    }
+    look(req, mark);
+    return report();
 }
 
 void kvc_slot::look(const kvc_request & req, kvc_mark & mark) {
