@@ -155,7 +155,7 @@ void bind_llama(py::module_ & m) {
         .def_property_readonly("meta", &Model::meta)
         .def_property_readonly("size", [](const Model & m) { return llama_model_size(m.ptr.get()); })
         .def_property_readonly("n_params", [](const Model & m) { return llama_model_n_params(m.ptr.get()); })
-        .def_property_readonly("n_ctx_train", [](const Model & m) { return llama_model_n_ctx_train(m.ptr.get()); })
+        .def_property_readonly("n_ctx_train", [](const Model & m) { return (uint32_t) llama_model_n_ctx_train(m.ptr.get()); }) // a GGUF holds a u32
         .def_property_readonly("n_layer", [](const Model & m) { return llama_model_n_layer(m.ptr.get()); })
         .def_property_readonly("n_head", [](const Model & m) { return llama_model_n_head(m.ptr.get()); })
         .def_property_readonly("n_head_kv", [](const Model & m) { return llama_model_n_head_kv(m.ptr.get()); })

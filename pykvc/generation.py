@@ -1,7 +1,7 @@
 """The loop of an answer: prefill, sample, evict, decode on."""
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any, Iterator
+from typing import Any, Generator, Iterator
 
 from . import _core
 from .session import Session, Work
@@ -61,9 +61,8 @@ class Request:
     budget: tuple[str, str] | None = None           # kv_budget, kv_decode_budget; None: as before
 
 
-def answer(session: Session, request: Request) -> Iterator[str]:
+def answer(session: Session, request: Request) -> Generator[str, None, Generation]:
     """Yields the pieces of text; returns the Generation. Abandoned half-way, it leaves the session usable."""
-    turn = session.turn
     if request.reset:
         session.clear()
     session.query = request.query or session.query
@@ -82,8 +81,6 @@ def answer(session: Session, request: Request) -> Iterator[str]:
         elif tokens and session.n_tokens >= session.n_ctx:
             reason = "context"
         else:
-            if session.turn != turn:
-                raise RuntimeError("this stream is over: the LLM was used for something else meanwhile")
             if tokens:
                 begin = perf_counter()
                 session.step(tokens[-1])
@@ -99,8 +96,6 @@ def answer(session: Session, request: Request) -> Iterator[str]:
                 reason = "stop" if text.stopped else ""
                 if pieces[-1]:
                     yield pieces[-1]
-                    if session.turn != turn:
-                        raise RuntimeError("this stream is over: the LLM was used for something else meanwhile")
         if not prompt_ended:  # only now: the first token did not wait for it
             session.end_prompt(request.compress)
             prompt_ended = True

@@ -62,6 +62,9 @@ class Request:
     spans: list[tuple[int, int]]  # original positions [begin, end), ascending, disjoint; empty unless Policy.spans
 
 
+N_MOST = 2**20  # tokens of a window and of what is always kept
+
+
 class Policy:
     """Base class. Only `name` and `score` are required; `__init__` may set the attributes on the instance."""
     name: ClassVar[str] = ""  # as it stands in stats and state files: two policies of one name must be the same
@@ -117,8 +120,8 @@ class Policy:
             refuse("name", "a word of a-z, 0-9 and _")
         for attribute in ("window", "future", "sinks", "recent"):
             value = getattr(self, attribute)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                refuse(attribute, "a number of tokens >= 0")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= N_MOST:
+                refuse(attribute, f"a number of tokens of [0, {N_MOST}]")
         for attribute in ("sums", "keys", "values", "outputs", "spans", "heads_differ"):
             if not isinstance(getattr(self, attribute), bool):
                 refuse(attribute, "True or False")
