@@ -132,6 +132,7 @@ void bind_llama(py::module_ & m) {
             next_context(config_from_python(policy, budget, decode_budget, cells));
         }
     }, "policy"_a, "budget"_a = "", "decode_budget"_a = "", "cells"_a = "", "The policy of the next context this thread creates; None: what the environment says.");
+    m.def("end_calls", []() { calls_end = true; }, "Before the interpreter ends: a call in another thread is a SystemExit after its llama_decode.");
     m.def("begin_call", &begin_call, "Forgets what failed before.");
     m.def("why_failed", &why_failed, "what"_a, "what, and why, as llama.cpp or the engine said since begin_call().");
 

@@ -1,4 +1,5 @@
 """Whose turn it is: threads that share an LLM or a Llama wait for each other, and a stream knows when it is over."""
+import atexit
 import functools
 import os
 import threading
@@ -10,6 +11,8 @@ from . import _core
 P, R, T = ParamSpec("P"), TypeVar("R"), TypeVar("T")
 
 HALF_DONE = "this process was forked while another thread used this model, so what it holds is half-done: make a new one here"
+ENDING = "the interpreter is ending"
+SECONDS_TO_END = 60  # that a call under way has, once the interpreter ends; it goes on for a llama_decode
 NO_DEVICE = ("this process was forked from one that used a GPU, which does not come along: start it another way, "
              "as by multiprocessing.set_start_method('spawn')")
 
@@ -31,7 +34,7 @@ class Turns:
     def __enter__(self) -> bool:
         """True: this is no call within a call."""
         if self.lost:
-            raise RuntimeError(self.lost)
+            raise SystemExit if self.lost == ENDING else RuntimeError(self.lost)
         self._lock.acquire()
         self._depth += 1
         return self._depth == 1
@@ -51,6 +54,10 @@ class Turns:
         """Begins one, which ends the streams of before."""
         self.number += 1
         return self.number
+
+    def end(self) -> None:
+        """Waits for the call under way, and for good keeps others from beginning one."""
+        self._lock.acquire(timeout=SECONDS_TO_END)
 
     def after_fork(self) -> None:
         """In the child."""
@@ -98,6 +105,16 @@ def queued(call: Callable[P, R]) -> Callable[P, R]:
     return alone
 
 
+def _at_exit() -> None:
+    """A thread that is in a call now (a daemon: others have ended) would be torn out of it, and the process abort: the call ends."""
+    todo = [turns for turns in _all if not turns.lost]
+    for turns in todo:
+        turns.lost = ENDING
+    _core.end_calls()
+    for turns in todo:
+        turns.end()
+
+
 _all: "weakref.WeakSet[Turns]" = weakref.WeakSet()
 _forked_from_device = False
 
@@ -110,5 +127,6 @@ def _after_fork() -> None:
         own.after_fork()
 
 
+atexit.register(_at_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)

@@ -148,6 +148,54 @@ def test_close_waits_for_the_call_of_another_thread(path):
         llm.stats()
 
 
+def test_a_policy_cannot_use_the_llm_that_asks_it(path, alone):
+    """Nor can the call amid which it is asked go on; another LLM it may use, and look at its own."""
+    class Asks(pykvc.Policy):
+        name, do = "asks", None
+
+        def score(self, layer):
+            self.do()
+            return -layer.pos.astype(np.float32)
+    policy = Asks()
+    with pykvc.LLM(path, **{**HOW, "kv_policy": policy}) as llm, pykvc.LLM(path, **HOW) as other:
+        for do in (lambda: llm.generate(tokens=PROMPTS[1], max_tokens=2), llm.reset, llm.compress, llm.scores, lambda: llm.truncate(3),
+                   lambda: llm.evaluate([1]), lambda: llm.save("/nowhere")):
+            policy.do = do
+            with pytest.raises(RuntimeError, match="cannot evaluate, evict or remove"):
+                llm.generate(tokens=PROMPTS[2], max_tokens=2)
+        policy.do = lambda: (llm.stats(), llm.kept(), other.generate(tokens=PROMPTS[1], max_tokens=2))
+        assert llm.generate(tokens=PROMPTS[2], max_tokens=6).n_predicted == 6
+
+
+ENDS = """
+import sys, threading, time, pykvc
+begun = threading.Event()
+if sys.argv[2] == "llm":
+    llm = pykvc.LLM(sys.argv[1], n_ctx=4096, n_threads=2, kv_policy="snapkv", kv_budget=64)
+    ask = lambda: llm.generate(tokens=list(range(20, 120))*30, max_tokens=50)
+else:
+    from pykvc.llama_cpp import Llama
+    llm = Llama(sys.argv[1], n_ctx=4096, n_threads=2, n_threads_batch=2, verbose=False)
+    ask = lambda: llm(list(range(20, 120))*30, max_tokens=50)
+def work():
+    while True:
+        begun.set()
+        ask()
+threading.Thread(target=work, daemon=True).start()
+begun.wait()
+time.sleep(0.05)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("api", ["llm", "llama"])
+def test_the_interpreter_ends_while_a_daemon_asks(tmp_path, api):
+    """The call ends, and the process does as it was told."""
+    path = tiny.write_chat(tmp_path/"model.gguf", {})
+    done = subprocess.run([sys.executable, "-c", ENDS, str(path), api], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 7 and not done.stderr, done.stderr
+
+
 # -- streams --------------------------------------------------------------------------------------------------------
 
 STREAMS = {
