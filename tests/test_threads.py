@@ -11,6 +11,7 @@ import pytest
 import pykvc
 import tiny
 from conftest import N_GPU_LAYERS
+from pykvc import _core, turns
 
 PROMPTS = [list(range(i, 40 + 7*i)) for i in range(8)]  # tokens of a tiny model
 HOW = dict(n_ctx=256, n_threads=1, kv_policy="snapkv:window=8", kv_budget=16)
@@ -331,6 +332,22 @@ with pykvc.LLM(path, **{**how, "kv_policy": Slow()}) as llm:
 def test_forks_after_use(path):
     done = subprocess.run([sys.executable, "-c", FORKS, str(path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_gpu_does_not_come_along(path, monkeypatch):
+    """What a child of a process that used one is told: of what it holds, and of a new one."""
+    with pykvc.LLM(path, **HOW) as llm:
+        monkeypatch.setattr(turns, "_all", {llm._turns})
+        monkeypatch.setattr(turns, "_forked_from_device", False)
+        turns._after_fork()
+        assert llm.stats()["n_tokens"] == 0  # on the CPU it does
+        monkeypatch.setattr(_core, "devices", lambda: [("CPU", "", "CPU"), ("CUDA0", "", "GPU")])
+        turns._after_fork()
+        for call in (llm.stats, lambda: pykvc.LLM(path, **HOW)):
+            with pytest.raises(RuntimeError, match="forked from one that used a GPU.*spawn"):
+                call()
+        monkeypatch.undo()
+        llm._turns.lost = ""
 
 
 # -- pykvc.llama_cpp ------------------------------------------------------------------------------------------------
