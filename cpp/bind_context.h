@@ -19,7 +19,8 @@ public:
     int32_t n_rows = 0; // rows of logits of the last decode
     double prefill_ms = 0, decode_ms = 0;
 
-    // A call that changes what there is, until it ends. Throws within another one: a policy written in Python is asked amid it.
+    // A call that changes what there is, until it ends. Throws within another one, amid which a policy written in
+    // Python is asked.
     class busy {
     public:
         explicit busy(Context & c) : c(c) {

@@ -79,8 +79,8 @@ def answers(session: Session, requests: list[Request], budgets: list[tuple[str, 
     """Yields (index of the request, answer) as they are done. budgets (kv_budget, kv_decode_budget), prefixes: of each request, None the context's
     own and none; neighbours that share a prefix have the same object.
 
-    The conversation of the session is over. However this ends, the cache is empty afterwards; where it is left half-way, at the
-    next turn."""
+    The conversation of the session is over. However this ends, the cache is empty afterwards; where it is left
+    half-way, perhaps only at the next turn."""
     ctx, turn = session.ctx, session.turns.number
     session.clear()
     session.in_batch = True

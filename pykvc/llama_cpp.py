@@ -274,10 +274,10 @@ class Llama(theirs.Llama):
 
 
 # Calls that change what the cache holds end the streams of before; the others only wait for their turn.
-_ENDING = ("__call__", "create_completion", "create_chat_completion", "create_chat_completion_openai_v1", "create_embedding", "embed",
-           "generate", "eval", "reset", "load_state")
-_WAITING = ("sample", "save_state", "tokenize", "detokenize", "tokenizer", "n_ctx", "n_embd", "n_vocab", "token_eos", "token_bos", "token_nl",
-            "pooling_type", "kv_stats", "kept")
+_ENDING = ("__call__", "create_completion", "create_chat_completion", "create_chat_completion_openai_v1", "create_embedding",
+           "embed", "generate", "eval", "reset", "load_state")
+_WAITING = ("sample", "save_state", "tokenize", "detokenize", "tokenizer", "n_ctx", "n_embd", "n_vocab", "token_eos",
+            "token_bos", "token_nl", "pooling_type", "kv_stats", "kept")
 
 
 def _in_turn(call: Callable[..., Any], ends: bool) -> Callable[..., Any]:

@@ -57,7 +57,8 @@ class LLM:
                        n_threads=0 if n_threads is None else options.whole("n_threads", n_threads, 1, 512),
                        type_k=options.cache_type("type_k", type_k), type_v=options.cache_type("type_v", type_v),
                        flash_attn=options.flash_attn(flash_attn), policy=policy, budget=budget, decode_budget=decode_budget, cells=cells)
-        n_ctx, n_gpu_layers = options.whole("n_ctx", n_ctx, 0, options.N_CTX_MAX), options.whole("n_gpu_layers", n_gpu_layers, -1)
+        n_ctx = options.whole("n_ctx", n_ctx, 0, options.N_CTX_MAX)
+        n_gpu_layers = options.whole("n_gpu_layers", n_gpu_layers, -1)
         self.seed = options.checked_seed(seed)
         self.chat_template = chat_template
 
@@ -67,8 +68,8 @@ class LLM:
         loaded = weights.load(self.path, n_gpu_layers)
         ctx = _core.Context(loaded, n_ctx=n_ctx or min(loaded.n_ctx_train, 8192), **context)
         if n_ctx > loaded.n_ctx_train > 0:
-            print(f"n_ctx {n_ctx}: this model was trained for {loaded.n_ctx_train} tokens, and what it writes beyond them may be gibberish",
-                  file=sys.stderr)
+            print(f"n_ctx {n_ctx}: this model was trained for {loaded.n_ctx_train} tokens, and what it writes beyond them "
+                  "may be gibberish", file=sys.stderr)
         setup = {"arch": loaded.arch, "model": loaded.desc, "weights": state.fingerprint(self.path), "n_params": loaded.n_params, "n_vocab": loaded.n_vocab,
                  "kv_policy": ctx.policy, "kv_budget": budget, "kv_decode_budget": decode_budget, "kv_cells": cells, "n_ctx": ctx.n_ctx,
                  "type_k": type_k, "type_v": type_v, "flash_attn": ctx.flash_attn, "n_seq_max": n_seq_max}
@@ -135,8 +136,9 @@ class LLM:
         self._session.query = self._query(kv_query) or self._session.query
         if budget:
             self._session.set_budget(*budget)
+        evicted = self._session.compress()
         self._session.by_hand = True
-        return self._session.compress()
+        return evicted
 
     @queued
     def context(self, text: str | None = None, *, tokens: Sequence[int] | None = None, spans: Sequence[units.Span] | None = None,
@@ -354,7 +356,7 @@ class LLM:
         return {"n_tokens": self.n_tokens, "cells": int(stats["cells_used"][0]), **stats, **asked}
 
     def close(self) -> None:
-        """Frees the cache and the model, when the calls of other threads have ended; every later call is a ValueError."""
+        """Frees the cache and the model, when the calls of other threads have ended; a later call is a ValueError."""
         if not self._turns.lost:
             with self._turns:
                 self._turns.next()

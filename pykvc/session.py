@@ -293,7 +293,8 @@ class Session:
 
     def snapshot(self, cells: bool = True) -> Snapshot:
         about = {"tokens": list(self.tokens), "pending": self.pending, "spans": list(self.spans), "compressed": self.compressed,
-                 "by_hand": self.by_hand, "unended": self.unended, "kept": self.kept, "query": self.query, "n_probed": self.n_probed}
+                 "by_hand": self.by_hand, "unended": self.unended, "kept": self.kept, "query": self.query,
+                 "n_probed": self.n_probed}
         return Snapshot(about, self.logits() if self.can_sample else None, self.ctx.save() if cells else None, self.own,
                         self._n_prompt)
 

@@ -106,7 +106,8 @@ def queued(call: Callable[P, R]) -> Callable[P, R]:
 
 
 def _at_exit() -> None:
-    """A thread that is in a call now (a daemon: others have ended) would be torn out of it, and the process abort: the call ends."""
+    """A thread that is in a call now (a daemon: others have ended) would be torn out of it, and the process abort.
+    The call ends."""
     todo = [turns for turns in _all if not turns.lost]
     for turns in todo:
         turns.lost = ENDING
@@ -122,7 +123,8 @@ _forked_from_device = False
 def _after_fork() -> None:
     global _forked_from_device
     turns = list(_all)
-    _forked_from_device = _forked_from_device or bool(turns) and any(kind in ("GPU", "IGPU") for _, _, kind in _core.devices())
+    if turns and any(kind in ("GPU", "IGPU") for _, _, kind in _core.devices()):
+        _forked_from_device = True
     for own in turns:
         own.after_fork()
 
