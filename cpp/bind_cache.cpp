@@ -10,6 +10,7 @@ static const int32_t N_LISTEN = 64; // repeated tokens whose likelihood is looke
 
 bool Context::evict(int32_t seq, bool mask_only) {
     check_seq(seq);
+    const busy now(*this);
     begin_call();
     py::gil_scoped_release nogil;
     return evictor().evict(ctx.get(), seq, mask_only);
@@ -57,9 +58,11 @@ std::pair<double, int32_t> Context::ask(const i32_array & tokens, int32_t seq, i
                     likelihood.second++;
                 }
             }
+            const busy now(*this);
             py::gil_scoped_release nogil;
             evictor().listen(ctx.get(), seq, nb, i0 + nb, begin, end < 0 ? p0 : end, heard);
         }
+        const busy now(*this);
         py::gil_scoped_release nogil;
         evictor().take_out(ctx.get(), seq, n, begin, end < 0 ? p0 : end, heard);
     } catch (...) {
@@ -74,6 +77,7 @@ std::pair<double, int32_t> Context::ask(const i32_array & tokens, int32_t seq, i
 
 void Context::make_room(int32_t n, int32_t seq) {
     check_seq(seq);
+    const busy now(*this);
     begin_call();
     py::gil_scoped_release nogil;
     evictor().make_room(ctx.get(), seq, n);
@@ -92,8 +96,9 @@ py::list Context::kept(int32_t seq) const {
     return res;
 }
 
-py::list Context::scores(int32_t seq) const {
+py::list Context::scores(int32_t seq) {
     check_seq(seq);
+    const busy now(*this);
     begin_call();
     std::vector<std::vector<float>> v;
     {
@@ -108,8 +113,9 @@ py::list Context::scores(int32_t seq) const {
     return res;
 }
 
-py::list Context::signals(int32_t seq) const {
+py::list Context::signals(int32_t seq) {
     check_seq(seq);
+    const busy now(*this);
     begin_call();
     std::vector<layer_signals> v;
     {
@@ -200,6 +206,7 @@ py::dict Context::seq_stats(int32_t seq) const {
 }
 
 py::bytes Context::save(int32_t seq) {
+    const busy now(*this);
     if (seq >= 0) {
         check_seq(seq);
     }
@@ -217,11 +224,13 @@ void Context::load(const std::string & data, int32_t seq) {
         check_seq(seq);
     }
     begin_call();
+    std::optional<busy> now(*this);
     const size_t n = seq < 0 ? llama_state_set_data(ctx.get(), (const uint8_t *) data.data(), data.size())
                              : llama_state_seq_set_data(ctx.get(), (const uint8_t *) data.data(), data.size(), seq);
     n_rows = 0;
     if (n != data.size()) {
         const std::string why = why_failed("this state is not of this model, policy and version, or damaged");
+        now.reset();
         clear(seq);
         throw std::invalid_argument(why);
     }

@@ -2,11 +2,14 @@
 
 #include "bind_context.h"
 
+#include <atomic>
 #include <chrono>
 #include <limits>
 #include <thread>
 
 namespace kvc {
+
+std::atomic<bool> calls_end = false;
 
 static ggml_type cache_type(const std::string & name, const char * arg) {
     for (const auto t : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0 }) {
@@ -99,6 +102,11 @@ engine & Context::evictor() const {
 }
 
 void Context::run(llama_batch & batch) {
+    if (calls_end) {
+        PyErr_SetNone(PyExc_SystemExit); // which ends a thread without a word
+        throw py::error_already_set();
+    }
+    const busy now(*this);
     begin_call();
     int32_t rc;
     const auto t0 = std::chrono::steady_clock::now();
@@ -203,10 +211,12 @@ bool Context::remove_tail(llama_pos pos, int32_t seq) {
     if (pos < 0) {
         throw std::invalid_argument("remove_tail: a position is >= 0");
     }
+    const busy now(*this);
     return llama_memory_seq_rm(mem(), seq, pos, -1);
 }
 
 void Context::clear(int32_t seq) {
+    const busy now(*this);
     if (seq < 0) {
         llama_memory_clear(mem(), false);
     } else {
@@ -217,6 +227,7 @@ void Context::clear(int32_t seq) {
 }
 
 void Context::copy(int32_t src, int32_t dst) {
+    const busy now(*this);
     check_seq(src);
     check_seq(dst);
     if (src != dst) {

@@ -5,7 +5,11 @@
 #include "bind_model.h"
 #include "kvc.h"
 
+#include <atomic>
+
 namespace kvc {
+
+extern std::atomic<bool> calls_end; // the interpreter ends: nothing more is evaluated
 
 class Context {
 public:
@@ -14,6 +18,23 @@ public:
     std::string spec = "full";
     int32_t n_rows = 0; // rows of logits of the last decode
     double prefill_ms = 0, decode_ms = 0;
+
+    // A call that changes what there is, until it ends. Throws within another one, amid which a policy written in
+    // Python is asked.
+    class busy {
+    public:
+        explicit busy(Context & c) : c(c) {
+            if (c.in_call) {
+                throw std::runtime_error("a policy that is asked cannot evaluate, evict or remove anything of the LLM that asks");
+            }
+            c.in_call = true;
+        }
+        ~busy() { c.in_call = false; }
+
+    private:
+        Context & c;
+    };
+    bool in_call = false;
 
     // -- bind_context.cpp
     Context(std::shared_ptr<Model> m, uint32_t n_ctx, uint32_t n_batch, uint32_t n_ubatch, uint32_t n_seq_max, int n_threads_, int n_threads_batch,
@@ -49,8 +70,8 @@ public:
     void make_room(int32_t n, int32_t seq);
 
     py::list kept(int32_t seq) const;
-    py::list scores(int32_t seq) const;
-    py::list signals(int32_t seq) const;
+    py::list scores(int32_t seq);
+    py::list signals(int32_t seq);
 
     kvc_usage usage() const;
     py::dict stats() const;

@@ -132,6 +132,8 @@ void bind_llama(py::module_ & m) {
             next_context(config_from_python(policy, budget, decode_budget, cells));
         }
     }, "policy"_a, "budget"_a = "", "decode_budget"_a = "", "cells"_a = "", "The policy of the next context this thread creates; None: what the environment says.");
+    m.def("end_calls", []() { calls_end = true; },
+            "Before the interpreter ends: a call in another thread is a SystemExit after its llama_decode.");
     m.def("begin_call", &begin_call, "Forgets what failed before.");
     m.def("why_failed", &why_failed, "what"_a, "what, and why, as llama.cpp or the engine said since begin_call().");
 
@@ -155,7 +157,9 @@ void bind_llama(py::module_ & m) {
         .def_property_readonly("meta", &Model::meta)
         .def_property_readonly("size", [](const Model & m) { return llama_model_size(m.ptr.get()); })
         .def_property_readonly("n_params", [](const Model & m) { return llama_model_n_params(m.ptr.get()); })
-        .def_property_readonly("n_ctx_train", [](const Model & m) { return llama_model_n_ctx_train(m.ptr.get()); })
+        .def_property_readonly("n_ctx_train", [](const Model & m) { // a u32 of the GGUF
+            return (uint32_t) llama_model_n_ctx_train(m.ptr.get());
+        })
         .def_property_readonly("n_layer", [](const Model & m) { return llama_model_n_layer(m.ptr.get()); })
         .def_property_readonly("n_head", [](const Model & m) { return llama_model_n_head(m.ptr.get()); })
         .def_property_readonly("n_head_kv", [](const Model & m) { return llama_model_n_head_kv(m.ptr.get()); })

@@ -21,6 +21,7 @@
 namespace kvc {
 
 static const uint32_t N_PAD     = 256; // as llama.cpp pads n_ctx
+static const uint32_t N_TABLE   = 48;  // bytes of llama.cpp's cell table for a cell, at least
 static const uint32_t N_LONGEST = 4;   // times kv_cells: what a layer may draw from the pool, and llama.cpp's cell table holds
 
 static thread_local std::vector<uint32_t> next_rows; // [n_layer] of the context that is being created, 0: as llama.cpp wants
@@ -137,6 +138,28 @@ llama_cparams engine::memory_cparams(const std::shared_ptr<const config> & cfg, 
         res.n_ctx_seq = cfg->pooled ? std::min(cparams.n_ctx_seq, N_LONGEST*n_most) : n_most;
     }
     return res;
+}
+
+// An allocation larger than the memory may be granted all the same, and the process is killed once it is cleared.
+void engine::check_memory(const std::shared_ptr<const config> & cfg, const llama_model & model,
+        const llama_context_params & params, const llama_cparams & cparams) {
+    const auto & hp = model.hparams;
+    const uint64_t n_seq = cparams.n_seq_max;
+    const uint32_t n_cells = memory_cparams(cfg, cparams).n_ctx_seq;
+    uint64_t n_bytes = n_seq*n_cells*N_TABLE;
+    for (uint32_t il = 0; il < hp.n_layer() && !hp.is_mla(); ++il) {
+        if (hp.has_kv(il) && !hp.is_swa(il) && !on_gpu(model, cparams, il)) {
+            n_bytes += n_seq*rows_of_layer(il, n_cells)*
+                    (ggml_row_size(params.type_k, hp.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hp.n_embd_v_gqa(il)));
+        }
+    }
+    size_t n_free = 0, n_total = 0;
+    ggml_backend_dev_memory(ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), &n_free, &n_total);
+    if (n_total > 0 && n_bytes > n_total) {
+        const auto gib = [](uint64_t n) { return std::to_string(((n >> 29) + 1)/2) + " GiB"; };
+        throw std::invalid_argument("a cache of " + std::to_string(n_seq*n_cells) + " cells takes " + gib(n_bytes) +
+                ", and this machine has " + gib(n_total) + ": give a smaller n_ctx, or kv_cells");
+    }
 }
 
 void engine::forget_rows() {

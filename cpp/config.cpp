@@ -97,6 +97,7 @@ std::shared_ptr<const config> make_config(const std::string & text, const std::s
 
 std::shared_ptr<const config> engine::configure(const llama_model & model, const llama_context_params & params, llama_cparams & cparams) {
     std::shared_ptr<const config> cfg;
+    const bool asked = next_set;
     if (next_set) {
         cfg = std::move(next_cfg);
         forget_next_context();
@@ -114,7 +115,11 @@ std::shared_ptr<const config> engine::configure(const llama_model & model, const
         cparams.flash_attn = false;
         cparams.auto_fa    = false;
     }
-    return bound(std::move(cfg), model, params, cparams);
+    cfg = bound(std::move(cfg), model, params, cparams);
+    if (asked) {
+        check_memory(cfg, model, params, cparams);
+    }
+    return cfg;
 }
 
 std::shared_ptr<const config> engine::variant(const char * policy, const char * prompt, const char * decode) const {

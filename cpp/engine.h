@@ -227,6 +227,8 @@ private:
     // cells.cpp
     static std::shared_ptr<const config> bound(std::shared_ptr<const config> cfg, const llama_model & model,
                                                const llama_context_params & params, const llama_cparams & cparams);
+    static void check_memory(const std::shared_ptr<const config> & cfg, const llama_model & model,
+                             const llama_context_params & params, const llama_cparams & cparams);
     static void forget_rows();
     int32_t n_rows_max(int32_t ikv) const;
     int64_t n_room(uint32_t s) const;

@@ -48,6 +48,7 @@ def set_log(callback: Callable[[int, str], None] | None) -> None: """level (1 de
 def next_context(policy: Any, budget: str = "", decode_budget: str = "", cells: str = "") -> None:
     """The policy of the next context this thread creates, by whatever program (see Context); None: what the environment says."""
 def begin_call() -> None: """Forgets what failed before on this thread."""
+def end_calls() -> None: """Before the interpreter ends: a call in another thread is a SystemExit after its llama_decode."""
 def why_failed(what: str) -> str: """what, and why, as llama.cpp or the engine said since begin_call()."""
 
 class Model:

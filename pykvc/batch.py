@@ -6,7 +6,7 @@ evaluated once, compressed once for each budget, and copied into their sequences
 from collections import deque
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Iterator
+from typing import Generator
 
 import numpy as np
 
@@ -74,13 +74,16 @@ class Running:
                           timings_of(self.work, self.decode_ms, self.n_decoded))
 
 
-def answers(session: Session, requests: list[Request], budgets: list[tuple[str, str] | None], prefixes: list[Prefix | None]) -> Iterator[tuple[int, Generation]]:
+def answers(session: Session, requests: list[Request], budgets: list[tuple[str, str] | None],
+            prefixes: list[Prefix | None]) -> Generator[tuple[int, Generation], None, None]:
     """Yields (index of the request, answer) as they are done. budgets (kv_budget, kv_decode_budget), prefixes: of each request, None the context's
     own and none; neighbours that share a prefix have the same object.
 
-    The conversation of the session is over; however this ends, the cache is empty afterwards."""
-    ctx, turn = session.ctx, session.turn
+    The conversation of the session is over. However this ends, the cache is empty afterwards; where it is left
+    half-way, perhaps only at the next turn."""
+    ctx, turn = session.ctx, session.turns.number
     session.clear()
+    session.in_batch = True
     waiting, running = deque(enumerate(requests)), []
     free, starts = list(range(ctx.n_seq_max))[::-1], Starts(session)
     try:
@@ -98,13 +101,18 @@ def answers(session: Session, requests: list[Request], budgets: list[tuple[str, 
                 ctx.clear(done.seq)
                 free.append(done.seq)
                 yield done.index, answer
-                if session.turn != turn:
-                    raise RuntimeError("this batch is over: the LLM was used for something else meanwhile")
             if running:
                 _step(session, running)
-    finally:
-        if session.turn == turn:
-            session.clear()
+    except GeneratorExit:  # perhaps as garbage, in whatever thread: nobody is waited for
+        if session.turns.number == turn and session.turns.take():
+            session.end_batch()
+            session.turns.__exit__()
+        raise
+    except BaseException:
+        if session.turns.number == turn:
+            session.end_batch()
+        raise
+    session.end_batch()
 
 
 class Starts:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import _core, options
 from .session import Session
+from .turns import Turns, queued
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,6 +70,11 @@ class Context:
     def _session(self) -> Session:
         return self._llm._session
 
+    @property
+    def _turns(self) -> Turns:
+        return self._llm._turns
+
+    @queued
     def compress(self, policy: str | None = None, budget: int | float | str | None = None, decode_budget: int | float | str | None = None) -> bool:
         """Evicts the whole context down to a budget; questions are then asked from there. False: nothing was over it.
 
@@ -84,7 +90,7 @@ class Context:
             session.check_compress()
         asks = session.probe.asks and (chosen is None or options.needs(chosen)["probe"] != "none")
         start = self._asked if asks and self._asked else self._whole
-        session.turn += 1
+        session.begin_turn()
         start.return_to()
         try:
             if chosen is not None:
@@ -108,16 +114,19 @@ class Context:
     @overload
     def ask(self, question: str | None = ..., *, stream: Literal[True], **how: "Unpack[Prompt]") -> "Stream": ...
 
+    @queued
     def ask(self, question: str | None = None, **how: Any) -> "Generation | Stream":
         """LLM.generate() from the context as it is now, whole or compressed. how: max_tokens, stop, stream, tokens= instead of a question ..."""
         self.go_back()
         return self._llm.generate(question, **{"spans": () if question is not None else None, **how, "reset": False, "compress": False})
 
+    @queued
     def go_back(self) -> None:
         """Has the LLM hold the context as it is now, whole or compressed, and nothing after it."""
-        self._session.turn += 1
+        self._session.begin_turn()
         self._now.return_to()
 
+    @queued
     def stats(self) -> dict[str, Any]:
         """LLM.stats() of the context, without the last question."""
         self.go_back()

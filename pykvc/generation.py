@@ -69,7 +69,7 @@ class Request:
 
 def answer(session: Session, request: Request) -> Generator[str, None, Generation]:
     """Yields the pieces of text; returns the Generation. Abandoned half-way, it leaves the session usable."""
-    turn, resumed = session.turn, None
+    resumed = None
     if request.chat:
         resumed = history.resume(session, request)
         request = resumed.request
@@ -91,8 +91,6 @@ def answer(session: Session, request: Request) -> Generator[str, None, Generatio
         elif tokens and session.n_tokens >= session.n_ctx:
             reason = "context"
         else:
-            if session.turn != turn:
-                raise RuntimeError("this stream is over: the LLM was used for something else meanwhile")
             if tokens:
                 begin = perf_counter()
                 session.step(tokens[-1])
@@ -108,8 +106,6 @@ def answer(session: Session, request: Request) -> Generator[str, None, Generatio
                 reason = "stop" if text.stopped else ""
                 if pieces[-1]:
                     yield pieces[-1]
-                    if session.turn != turn:
-                        raise RuntimeError("this stream is over: the LLM was used for something else meanwhile")
         if not prompt_ended:  # only now: the first token did not wait for it
             session.end_prompt(request.compress)
             session.chat = list(request.chat.messages) if request.chat else []

@@ -6,6 +6,7 @@
 
     CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install 'pykvc[llama-cpp-python]'     without a second libllama
 """
+import functools
 import importlib
 import os
 import sys
@@ -13,12 +14,13 @@ import weakref
 from importlib import metadata
 from importlib.abc import MetaPathFinder
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Generator, Iterator, Sequence
 
 from jinja2 import TemplateSyntaxError
 
 from . import _core, chat, models, options, prompts
 from .policy import I32, Policy
+from .turns import Steps, Turns
 
 VERSION = "0.3.36"  # whose source our library is built from: its structs are the same
 LIB = Path(_core.__file__).parent / "lib"
@@ -131,10 +133,13 @@ class Llama(theirs.Llama):
     theirs (n_ctx 512 and flash_attn False by default). Every prompt is evicted to kv_budget when its first token was sampled.
 
     A prompt that extends what was evaluated goes on from it. One that branches before the last eviction is evaluated from
-    its beginning, and so is the same prompt again: the answer is that of a new Llama. ValueError names what is valid."""
+    its beginning, and so is the same prompt again: the answer is that of a new Llama. ValueError names what is valid.
+
+    Threads may share it: their calls queue, and a call that evaluates something ends the streams of before (RuntimeError)."""
 
     def __init__(self, model_path: str, *, kv_policy: str | Policy | None = None, kv_budget: int | float | str | None = None,
                  kv_decode_budget: int | float | str | None = None, kv_cells: int | str | None = None, **kwargs: Any) -> None:
+        self._turns, self._closed, self._n_rows = Turns(), False, 0
         budget, decode_budget = options.budget("kv_budget", kv_budget), options.budget("kv_decode_budget", kv_decode_budget)
         cells = options.cells(kv_cells)
         policy = options.policy(kv_policy, budget, decode_budget, cells)
@@ -144,13 +149,14 @@ class Llama(theirs.Llama):
         if evicts and kwargs.get("draft_model") is not None and (decode_budget or cells or needs["sums"]):
             raise ValueError("draft_model: drafts that are refused are taken out of the cache again, which kv_decode_budget, kv_cells and "
                              "h2o do not allow")
+        _check_numbers(kwargs)
         self._kv_given = dict(kv_policy=kv_policy, kv_budget=kv_budget, kv_decode_budget=kv_decode_budget, kv_cells=kv_cells)
         _core.set_log(_log)  # LLM may have set its own
         _core.begin_call()
         _core.next_context(policy, budget, decode_budget, cells)
         try:
             super().__init__(model_path, **kwargs)
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             raise ValueError(_core.why_failed(str(error))) from None
         except TemplateSyntaxError as error:
             raise ValueError(f"the chat template of {model_path} is not Jinja: {error.message} "
@@ -160,6 +166,7 @@ class Llama(theirs.Llama):
         self._kv = _Cache(_core.Context.borrow(self._ctx.ctx), evicts, needs["spans"])
         if evicts:
             self._ctx.kv_cache_seq_rm = self._kv.remove_tail
+        self._model.detokenize = _checked(self._model.detokenize, self._opened.model)
         self._use_templates(kwargs)
 
     def _use_templates(self, kwargs: dict[str, Any]) -> None:
@@ -185,8 +192,6 @@ class Llama(theirs.Llama):
 
     @property
     def _opened(self) -> "_core.Context":
-        if self._kv is None:
-            raise ValueError("this Llama was closed")
         return self._kv.ctx
 
     # -- theirs, with evictions in between ------------------------------------------------------------------------------
@@ -195,17 +200,26 @@ class Llama(theirs.Llama):
         self._kv.phase = "prompt"
         yield from super().generate(tokens, *args, **kwargs)
 
-    def sample(self, *args: Any, **kwargs: Any) -> int:
+    def sample(self, *args: Any, idx: int | None = None, **kwargs: Any) -> int:
+        if self._requires_eval:
+            raise ValueError("there are no logits to sample from: eval() something first")
+        n_back = 1 if idx is None else self.n_tokens - idx
+        if not 0 < n_back <= self._n_rows:
+            raise ValueError(f"sample(idx={idx}): there are logits of the last {self._n_rows} tokens that were evaluated"
+                             f"{'' if self._logits_all else ', of more with logits_all=True'}")
         if self._kv.phase == "prompt":
             self._kv.phase = "sampled"
-        return super().sample(*args, **kwargs)
+        return super().sample(*args, idx=idx, **kwargs)
 
     def reset(self) -> None:
         self._kv.phase = "prompt"
         super().reset()
 
     def eval(self, tokens: Sequence[int]) -> None:
+        if len(tokens) > 0:  # of what theirs evaluates at once
+            self._n_rows = (len(tokens) - 1) % self.n_batch + 1 if self._logits_all else 1
         if not self._kv.evicts:
+            self._requires_eval = self._requires_eval or len(tokens) > 0  # until it has
             super().eval(tokens)
             return
         _core.begin_call()
@@ -250,9 +264,55 @@ class Llama(theirs.Llama):
         return {**super().__getstate__(), **self._kv_given}
 
     def close(self) -> None:
-        self._kv = None
-        if hasattr(self, "_stack"):  # else it was never opened
+        """Frees the model, when the calls of other threads have ended; every later call is a ValueError."""
+        if not hasattr(self, "_stack") or self._turns.lost:  # it was never opened, or is not ours to free
+            return
+        with self._turns:
+            self._turns.next()
+            self._closed = True
             super().close()
+
+
+# Calls that change what the cache holds end the streams of before; the others only wait for their turn.
+_ENDING = ("__call__", "create_completion", "create_chat_completion", "create_chat_completion_openai_v1", "create_embedding",
+           "embed", "generate", "eval", "reset", "load_state")
+_WAITING = ("sample", "save_state", "tokenize", "detokenize", "tokenizer", "n_ctx", "n_embd", "n_vocab", "token_eos",
+            "token_bos", "token_nl", "pooling_type", "kv_stats", "kept")
+
+
+def _in_turn(call: Callable[..., Any], ends: bool) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def alone(self: Llama, *args: Any, **kwargs: Any) -> Any:
+        with self._turns as outermost:
+            if self._closed:
+                raise ValueError("this Llama was closed")
+            number = self._turns.next() if ends and outermost else self._turns.number
+            result = call(self, *args, **kwargs)
+        return Steps(self._turns, number, result) if outermost and isinstance(result, Generator) else result
+    return alone
+
+
+for _name in (*_ENDING, *_WAITING):
+    setattr(Llama, _name, _in_turn(getattr(Llama, _name), ends=_name in _ENDING))
+
+
+def _check_numbers(given: dict[str, Any]) -> None:
+    """Those that theirs hands on to C as they are, where others become large, or end the process."""
+    for name, low, high in (("n_ctx", 0, options.N_CTX_MAX), ("n_batch", 1, 2**31 - 1), ("n_ubatch", 0, 2**31 - 1),
+                            ("n_threads", -1, 512), ("n_threads_batch", -1, 512)):
+        if given.get(name) is not None:
+            options.whole(name, given[name], low, high)
+
+
+def _checked(detokenize: Callable[..., bytes], model: "_core.Model") -> Callable[..., bytes]:
+    """At a token that is none llama.cpp ends the process."""
+    n_vocab = model.n_vocab
+
+    def checked(tokens: Sequence[int], *args: Any, **kwargs: Any) -> bytes:
+        if len(tokens) > 0 and not 0 <= min(tokens) <= max(tokens) < n_vocab:
+            prompts.check_ids(model, tokens)  # says which
+        return detokenize(tokens, *args, **kwargs)
+    return checked
 
 
 def _log(level: int, text: str) -> None:

@@ -8,7 +8,8 @@ see the question, and the compressed context can be asked again and again:
 
     llm.prefill(context); llm.compress(); llm.generate(question, reset=False)
 
-One LLM is one conversation (sequence 0) and belongs to one thread at a time; generate_batch() uses all n_seq_max sequences.
+One LLM is one conversation (sequence 0); generate_batch() uses all n_seq_max sequences. Threads may share it: their calls
+queue, and a call that changes what the cache holds ends the streams of before (pykvc/turns.py).
 """
 import os
 import sys
@@ -25,6 +26,7 @@ from .messages import message_spans
 from .policy import F32, I32, Policy
 from .session import Session
 from .text import check_stop
+from .turns import Steps, Turns, queued
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,20 +62,25 @@ class LLM:
                        n_threads=0 if n_threads is None else options.whole("n_threads", n_threads, 1, 512),
                        type_k=options.cache_type("type_k", type_k), type_v=options.cache_type("type_v", type_v),
                        flash_attn=options.flash_attn(flash_attn), policy=policy, budget=budget, decode_budget=decode_budget, cells=cells)
-        n_ctx, n_gpu_layers = options.whole("n_ctx", n_ctx, 0), options.whole("n_gpu_layers", n_gpu_layers, -1)
-        self.seed = options.whole("seed", seed, 0, 2**32 - 1)
+        n_ctx = options.whole("n_ctx", n_ctx, 0, options.N_CTX_MAX)
+        n_gpu_layers = options.whole("n_gpu_layers", n_gpu_layers, -1)
+        self.seed = options.checked_seed(seed)
         self.chat_template = chat_template
 
         _core.set_log(_log if verbose else None)
+        self._turns = Turns()
         self.path = models.resolve(model)
         loaded = weights.load(self.path, n_gpu_layers)
         ctx = _core.Context(loaded, n_ctx=n_ctx or min(loaded.n_ctx_train, 8192), **context)
+        if n_ctx > loaded.n_ctx_train > 0:
+            print(f"n_ctx {n_ctx}: this model was trained for {loaded.n_ctx_train} tokens, and what it writes beyond them "
+                  "may be gibberish", file=sys.stderr)
         setup = {"arch": loaded.arch, "model": loaded.desc, "weights": state.fingerprint(self.path), "n_params": loaded.n_params, "n_vocab": loaded.n_vocab,
                  "kv_policy": ctx.policy, "kv_budget": budget, "kv_decode_budget": decode_budget, "kv_cells": cells, "n_ctx": ctx.n_ctx,
                  "type_k": type_k, "type_v": type_v, "flash_attn": ctx.flash_attn, "n_seq_max": n_seq_max}
         needs = options.needs(policy)
         self._opened: Session | None = Session(loaded, ctx, setup, policy != "full", needs["spans"], needs["probe"],
-                                              options.parameter(ctx.policy, "window"), options.parameter(ctx.policy, "chunk"))
+                                              options.parameter(ctx.policy, "window"), options.parameter(ctx.policy, "chunk"), self._turns)
 
     # -- text -------------------------------------------------------------------------------------------------------
 
@@ -99,6 +106,7 @@ class LLM:
 
     # -- the cache --------------------------------------------------------------------------------------------------
 
+    @queued
     def prefill(self, text: str | None = None, *, tokens: Sequence[int] | None = None, spans: Sequence[units.Span] | None = None,
                 span_unit: str = "tokens", segment: str | None = None, kv_query: str | None = None) -> int:
         """Appends text or tokens to the cache, evicts nothing (but for kv_cells), and returns how many tokens that were.
@@ -106,11 +114,12 @@ class LLM:
         ids, found = prompts_of.encode(self._session.model, self._session.needs_spans, text, tokens, spans, span_unit, segment, first=self.n_tokens == 0)
         self._session.check_room(len(ids), self.n_tokens, spare=0)
         query = self._query(kv_query)
-        self._session.turn += 1
+        self._session.begin_turn()
         self._session.query = query or self._session.query
         self._session.feed(ids, found)
         return len(ids)
 
+    @queued
     def evaluate(self, tokens: Sequence[int], *, generated: bool = False) -> F32:
         """Appends tokens as prefill() does and returns the logits after each of them: [len(tokens), n_vocab]. generated=True: they are
         an answer's, as if generate() had sampled them, so that kv_decode_budget evicts them (teacher forcing)."""
@@ -118,20 +127,25 @@ class LLM:
         if generated and not self.n_tokens:
             raise ValueError("there is no prompt that these tokens could answer: prefill() one first")
         self._session.check_room(len(ids), self.n_tokens, spare=0)
-        self._session.turn += 1
+        self._session.begin_turn()
         return self._session.evaluate(ids, generated)
 
+    @queued
     def compress(self, kv_query: str | None = None, *, kv_budget: int | float | str | None = None,
                  kv_decode_budget: int | float | str | None = None) -> bool:
         """Evicts down to kv_budget, now. False: nothing was over it. ValueError if no kv_budget was given. kv_query and budgets: as generate()."""
         (budget,) = options.budgets(kv_budget, kv_decode_budget, 1, self._session)
         if not (budget and budget[0]):
             self._session.check_compress()
+        self._session.settle()
         self._session.query = self._query(kv_query) or self._session.query
         if budget:
             self._session.set_budget(*budget)
-        return self._session.compress()
+        evicted = self._session.compress()
+        self._session.by_hand = True
+        return evicted
 
+    @queued
     def context(self, text: str | None = None, *, tokens: Sequence[int] | None = None, spans: Sequence[units.Span] | None = None,
                 span_unit: str = "tokens", segment: str | None = None, kv_query: str | None = None) -> Context:
         """Evaluates a context that is to be asked several times, compressed by several policies and budgets: pykvc/context.py.
@@ -139,25 +153,29 @@ class LLM:
         self.reset()
         return Context(self, self.prefill(text, tokens=tokens, spans=spans, span_unit=span_unit, segment=segment, kv_query=kv_query))
 
+    @queued
     def reset(self) -> None:
         """Empties the cache."""
-        self._session.turn += 1
+        self._session.begin_turn()
         self._session.clear()
 
+    @queued
     def truncate(self, n_tokens: int) -> None:
         """Removes the tail, so that n_tokens remain. After an eviction there is a floor: ValueError names it."""
         n_tokens = options.whole("n_tokens", n_tokens, 0, self.n_tokens)
-        self._session.turn += 1
+        self._session.begin_turn()
         self._session.truncate(n_tokens)
 
+    @queued
     def save(self, path: str | os.PathLike) -> None:
         """Writes what the cache holds to a file (pykvc/state.py), at once or not at all."""
         self._session.save(path)
 
+    @queued
     def load(self, path: str | os.PathLike) -> None:
         """Goes on where save() was called. ValueError says what differs or is damaged; the cache is then as it was,
         or empty if only llama.cpp found out."""
-        self._session.turn += 1
+        self._session.begin_turn()
         self._session.load(path)
 
     # -- answers ----------------------------------------------------------------------------------------------------
@@ -169,6 +187,7 @@ class LLM:
     @overload
     def generate(self, prompt: str | None = ..., *, stream: bool, **how: "Unpack[arguments.Prompt]") -> Generation | Stream: ...
 
+    @queued
     def generate(self, prompt: str | None = None, *, shots: Sequence[str] | None = None, question: str | None = None,
                  tokens: Sequence[int] | None = None, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40,
                  top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, seed: int | None = None,
@@ -185,8 +204,9 @@ class LLM:
         spans: (begin, end) of the prompt, in `span_unit` "tokens" or "chars"; or segment= "sentence", a separator,
         "sep:...", "re:...". Policies that do not work on spans pass them over; those that do take sentences if there
         are none. kv_query: the text that a policy which asks (finch) evaluates after each chunk and takes out again; without
-        one, `question`. kv_budget, kv_decode_budget: instead of the LLM's own. All three stay until the next reset or load(). reset=False appends to the cache. compress: evict down to kv_budget when the prompt was evaluated
-        and its first token sampled; None: unless that, or compress(), happened since the last reset.
+        one, `question`. kv_budget, kv_decode_budget: instead of the LLM's own. All three stay until the next reset or load().
+        reset=False appends to the cache. compress: evict down to kv_budget when the prompt was evaluated and its first token
+        sampled; None: at every prompt, unless compress() was called since the last reset (question-out).
 
         ValueError for every mistake, before anything is evaluated. Ctrl-C leaves the LLM usable."""
         if shots is not None or question is not None:
@@ -210,8 +230,7 @@ class LLM:
         echoed = "" if not echo else prompt if prompt is not None else self.detokenize(ids)
         request = Request(ids, found, reset, compress, max_tokens, check_stop(stop),
                           options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed, query, budget, _chat)
-        session.turn += 1
-        pieces = Stream(answer(session, request))
+        pieces = Stream(Steps(self._turns, session.begin_turn(), answer(session, request)))
         if stream:
             return pieces
         for _ in pieces:
@@ -225,6 +244,7 @@ class LLM:
     @overload
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, stream: bool, **how: "Unpack[arguments.Batch]") -> list[Generation] | Iterator[tuple[int, Generation]]: ...
 
+    @queued
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, prefix: str | Sequence[str] | None = None, shots: Sequence[str] | None = None,
                        max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05,
                        repeat_penalty: float = 1.0, seed: int | None = None, stop: str | Sequence[str] | None = None,
@@ -282,8 +302,7 @@ class LLM:
                                     options.sampler(model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), ""))
         if compress and not any(budget and budget[0] for budget in budgets):
             session.check_compress()
-        session.turn += 1
-        done = answers(session, requests, budgets, shared)
+        done = Steps(self._turns, session.begin_turn(), answers(session, requests, budgets, shared), "batch")
         if stream:
             return done
         return [generation for _, generation in sorted(done, key=lambda pair: pair[0])]
@@ -295,6 +314,7 @@ class LLM:
     @overload
     def chat(self, messages: Sequence[Message], *, stream: bool, **how: "Unpack[arguments.Turn]") -> Generation | Stream: ...
 
+    @queued
     def chat(self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None,
              enable_thinking: bool | None = None, chat_template_kwargs: dict[str, Any] | None = None,
              reset: bool | None = None, **how: Any) -> Generation | Stream:
@@ -344,19 +364,23 @@ class LLM:
         """The policy with every parameter."""
         return self._session.setup["kv_policy"]
 
+    @queued
     def logits(self) -> F32:
         """[n_vocab] of the last token evaluated. ValueError if nothing was since the last reset or truncate()."""
         return self._session.logits()
 
+    @queued
     def kept(self) -> list[I32]:
         """Per layer that evicts [n_head_kv, n_kept]: original positions of what the cache holds, ascending. Where heads keep
         different numbers (adakv), n_kept is the longest head's, and a shorter one begins with -1s."""
         return self._session.ctx.kept()
 
+    @queued
     def scores(self) -> list[F32]:
         """Per layer that evicts [n_head_kv, n_kv]: what the policy would rank by now, a column for each of kept(); -inf for -1."""
         return self._session.ctx.scores()
 
+    @queued
     def stats(self) -> dict[str, Any]:
         """n_tokens; cells (in use), cells_allocated, kept [n_layer] (a layer's cells, those of its longest head); bytes_allocated, of
         them bytes_signals (the window of queries, the sums), bytes_resident (of the allocated ones, in memory now: rows that were never
@@ -370,8 +394,11 @@ class LLM:
         return {"n_tokens": self.n_tokens, "cells": int(stats["cells_used"][0]), **stats, **asked}
 
     def close(self) -> None:
-        """Frees the cache and the model; every later call is a ValueError."""
-        self._opened = None
+        """Frees the cache and the model, when the calls of other threads have ended; a later call is a ValueError."""
+        if not self._turns.lost:
+            with self._turns:
+                self._turns.next()
+                self._opened = None
 
     def __enter__(self) -> "LLM":
         return self

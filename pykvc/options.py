@@ -10,6 +10,7 @@ from .policy import Policy
 if TYPE_CHECKING:
     from .session import Session
 
+N_CTX_MAX = 2**31 - 256  # llama.cpp rounds up to 256, and counts positions in 31 bits
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
@@ -17,6 +18,11 @@ def whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
         raise ValueError(f"{name} is a whole number of [{low}, {high}], not {value!r}")
     return int(value)
+
+
+def checked_seed(value: Any) -> int:
+    """2**32 - 1 is llama.cpp's word for a random one: it is as the one before it."""
+    return min(whole("seed", value, 0, 2**32 - 1), 2**32 - 2)
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
@@ -137,4 +143,4 @@ def sampler(model: "_core.Model", temperature: float, top_k: int, top_p: float, 
     """llama.cpp's chain; temperature 0 takes the most likely token."""
     return _core.Sampler(model, temperature=number("temperature", temperature, 0, 1e6), top_k=whole("top_k", top_k, 0),
                          top_p=number("top_p", top_p, 1e-6, 1), min_p=number("min_p", min_p, 0, 1),
-                         repeat_penalty=number("repeat_penalty", repeat_penalty, 1e-6, 1e6), seed=whole("seed", seed, 0, 2**32 - 1))
+                         repeat_penalty=number("repeat_penalty", repeat_penalty, 1e-6, 1e6), seed=checked_seed(seed))

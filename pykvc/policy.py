@@ -66,6 +66,9 @@ class Request:
     spans: list[tuple[int, int]]  # original positions [begin, end), ascending, disjoint; empty unless Policy.spans
 
 
+N_MOST = 2**20  # tokens of a window and of what is always kept
+
+
 class Policy:
     """Base class. Only `name` and `score` are required; `__init__` may set the attributes on the instance."""
     name: ClassVar[str] = ""  # as it stands in stats and state files: two policies of one name must be the same
@@ -140,6 +143,9 @@ class Policy:
             raise ValueError(f"{type(self).__name__} has {' and '.join(sorted(self._overrides))} of its own, so share is 'head'")
         if self.decode not in ("none", "whole", "generated"):
             refuse("decode", "'none', 'whole' or 'generated'")
+        for attribute in ("window", "future", "sinks", "recent"):
+            if getattr(self, attribute) > N_MOST:
+                refuse(attribute, f"at most {N_MOST} tokens")
         if type(self).score is Policy.score:
             raise ValueError(f"{type(self).__name__} has no score(self, layer): it returns F32 [n_head_kv, n_kv]")
 

@@ -1,5 +1,5 @@
 """What a caller gives as a prompt -> token ids and token spans. ValueError names what is valid."""
-from typing import Sequence
+from typing import Iterable, Sequence
 
 from . import _core, options
 from .spans import Span, check_spans, piece_spans, segment_spans, token_lengths, token_spans
@@ -12,7 +12,10 @@ def tokenize(model: "_core.Model", text: str, add_special: bool, parse_special: 
 
 
 def check_ids(model: "_core.Model", tokens: Sequence[int]) -> list[int]:
-    return [options.whole("a token id", token, 0, model.n_vocab - 1) for token in tokens]
+    if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+        raise ValueError(f"tokens is a list of token ids, not {tokens!r}")
+    n_vocab = model.n_vocab
+    return [options.whole("a token id", token, 0, n_vocab - 1) for token in tokens]
 
 
 def join(shots: Sequence[str] | None, question: str | None) -> tuple[str, list[Span]]:

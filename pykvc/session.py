@@ -14,6 +14,7 @@ from .chat import Message
 from .policy import F32
 from .probe import Probe
 from .spans import Span
+from .turns import Turns
 
 N_ANSWER = 32  # tokens of an answer between two evictions of a policy that asks, at least
 
@@ -42,9 +43,10 @@ class Session:
     """Sequence 0 of a context. setup: what a saved state must have the same of."""
 
     def __init__(self, model: "_core.Model", ctx: "_core.Context", setup: dict[str, Any], evicts: bool, needs_spans: bool,
-                 probe: str, window: int, chunk: int) -> None:
+                 probe: str, window: int, chunk: int, turns: Turns | None = None) -> None:
         self.model, self.ctx, self.setup, self.evicts, self.needs_spans = model, ctx, setup, evicts, needs_spans
-        self.turn = 0  # counts what makes a stream of before stale
+        self.turns = turns or Turns()
+        self.in_batch = False  # sequences hold what a batch has evaluated
         self._n_fresh = 0  # how often the cache was emptied or replaced
         self.progress: Callable[[int, int], None] | None = None  # told (tokens done, tokens in all) of a prompt
         self.probe = Probe(probe, window, chunk, self)
@@ -60,6 +62,8 @@ class Session:
         self.n_probed = 0                     # tokens that have repeated themselves
         self.probe.reset()
         self.compressed = False               # since the last clear()
+        self.by_hand = False                  # and by the caller: what comes after is asked of it (question-out)
+        self.unended = False                  # a prompt is being evaluated, its end has not come
         self.kept: list[int] = []             # [n_layer] cells when decoding began
         self.work = self.new_work()
         self._n_prompt = -1                   # tokens when the last prompt ended, -1: it has not
@@ -86,6 +90,20 @@ class Session:
     def floor(self) -> int:
         """Tokens below which the tail cannot be removed; 0 where nothing was evicted."""
         return self.ctx.pos_floor() if self.evicts else 0
+    def begin_turn(self) -> int:
+        """The streams of before are over."""
+        self.settle()
+        return self.turns.next()
+
+    def settle(self) -> None:
+        """What a batch evaluated goes, if that was left half-way."""
+        if self.in_batch:
+            self.turns.next()
+            self.end_batch()
+
+    def end_batch(self) -> None:
+        self.in_batch = False
+        self.clear()
 
     def clear(self) -> None:
         self.ctx.clear()
@@ -109,15 +127,19 @@ class Session:
         self.spans += [(begin + start, end + start) for begin, end in spans]
         if self.needs_spans and self.spans:
             self.ctx.set_spans(self.spans)
-        if self.evicts and ids:
-            self.ctx.begin_prompt()
-            self._n_prompt = -1
+        self._begin_prompt(ids)
         begin, probed_ms = perf_counter(), self.probe.ms
         self._decode_prompt(pending + ids)
         probed_ms = self.probe.ms - probed_ms
         self.work.prefill_ms += 1e3*(perf_counter() - begin) - probed_ms
         self.work.probe_ms += probed_ms
         self.work.n_prompt += len(ids)
+
+    def _begin_prompt(self, ids: list[int]) -> None:
+        if ids:
+            self.unended, self._n_prompt = True, -1
+        if ids and self.evicts:
+            self.ctx.begin_prompt()
 
     def _decode_prompt(self, ids: list[int]) -> None:
         step = self.probe.step if self._asks_for_room else self.ctx.n_batch if self.progress else len(ids)
@@ -176,9 +198,8 @@ class Session:
             self.decode([self.pending])
         if generated:
             self.end_prompt(compress=False)
-        elif self.evicts and ids:
-            self.ctx.begin_prompt()
-            self._n_prompt = -1
+        else:
+            self._begin_prompt(ids)
         return np.concatenate([np.empty((0, self.model.n_vocab), np.float32), *map(np.array, self.each_logits(ids, generated))])
 
     def each_logits(self, ids: list[int], generated: bool) -> Iterator[F32]:
@@ -247,11 +268,12 @@ class Session:
         return evicted
 
     def end_prompt(self, compress: bool | None) -> None:
-        """compress None: once since the last clear(), if there is a budget."""
-        if compress or (compress is None and not self.compressed and self.evicts and self.has_budget):
+        """compress None: if there is a prompt that ends, and a budget, and the caller has not compressed by hand."""
+        if compress or (compress is None and self.unended and not self.by_hand and self.evicts and self.has_budget):
             self.compress()
         elif not self.compressed:
             self.kept = self._kept_now()
+        self.unended = False
         if self.evicts:
             self.ctx.end_prompt()
             self._n_prompt = self.n_tokens
@@ -281,7 +303,8 @@ class Session:
 
     def snapshot(self, cells: bool = True) -> Snapshot:
         about = {"tokens": list(self.tokens), "pending": self.pending, "spans": list(self.spans), "compressed": self.compressed,
-                 "kept": self.kept, "query": self.query, "n_probed": self.n_probed}
+                 "by_hand": self.by_hand, "unended": self.unended, "kept": self.kept, "query": self.query,
+                 "n_probed": self.n_probed}
         return Snapshot(about, self.logits() if self.can_sample else None, self.ctx.save() if cells else None, self.own,
                         self._n_prompt)
 
@@ -303,6 +326,8 @@ class Session:
         self._fresh = False
         self.spans = [tuple(span) for span in there.about["spans"]]
         self.compressed, self.kept = there.about["compressed"], there.about["kept"]
+        self.by_hand = there.about.get("by_hand", self.compressed)  # an older file does not say
+        self.unended = there.about.get("unended", not self.compressed)
         self.query, self.n_probed = there.about["query"], there.about["n_probed"]
         self._n_prompt = there.n_prompt
         if self.evicts and there.n_prompt == self.n_tokens:
@@ -315,6 +340,7 @@ class Session:
             self.ctx.set_spans(self.spans)
 
     def save(self, path: str | os.PathLike) -> None:
+        self.settle()
         now = self.snapshot()
         state.write(path, self.setup, now.about, now.logits, now.cells)
 

@@ -152,11 +152,33 @@ def test_question_out(half):
     assert answer.kv["evictions"] == 1 and half.generate(QUESTION, reset=False, max_tokens=2).kv["evictions"] == 0
 
 
-def test_compress_is_once_per_prompt(half):
-    half.generate(PROMPT, max_tokens=2)
-    before = half.stats()["n_evictions"]
-    half.generate(QUESTION, reset=False, max_tokens=2)
-    assert half.stats()["n_evictions"] == before
+@pytest.mark.parametrize("policy", ["snapkv:window=8", "shotkv:window=8", "keydiff", "h2o", "pyramidkv:window=8", "adakv:window=8"])
+def test_the_budget_holds_on_every_turn(model_path, tmp_path, policy):
+    """Whether or not the first one was below it; also after a file. What goes on from an answer is no prompt, and evicts nothing."""
+    with pykvc.LLM(model_path, n_ctx=512, n_threads=1, kv_policy=policy, kv_budget=48) as llm:
+        mean = lambda kept: round(sum(kept)/len(kept)) if not policy.startswith("adakv") else round(np.mean([(k >= 0).sum()/len(k) for k in llm.kept()]))
+        assert llm.generate("Hello.", max_tokens=2).kv["evictions"] == 0
+        for turn in range(3):
+            answer = llm.generate("".join(SHOTS[turn:turn + 2]) + QUESTION, reset=False, max_tokens=1)
+            assert mean(answer.kv["kept"]) == 48 and answer.kv["evictions"] == 1
+        assert llm.generate(reset=False, max_tokens=3).kv["evictions"] == 0
+        llm.save(tmp_path/"state")
+        llm.reset()
+        llm.load(tmp_path/"state")
+        assert llm.generate(reset=False, max_tokens=3).kv["evictions"] == 0
+        assert llm.generate(QUESTION, reset=False, max_tokens=1).kv["evictions"] == 1
+
+
+def test_what_compress_left_is_asked_as_it_is(half):
+    """compress() by hand: the questions after it are not evicted, until the next reset. compress=False: this prompt is not."""
+    half.reset()
+    half.prefill(PROMPT)
+    assert half.compress()
+    n_evictions = half.stats()["n_evictions"]
+    for _ in range(2):
+        half.generate(QUESTION, reset=False, max_tokens=2)
+        assert half.stats()["n_evictions"] == n_evictions
+    assert half.generate(PROMPT, max_tokens=2).kv["evictions"] == 1
     half.generate(PROMPT, max_tokens=2, compress=False)
     assert half.stats()["cells"] == half.n_tokens
 
