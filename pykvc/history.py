@@ -49,7 +49,7 @@ def resume(session: Session, request: "Request") -> Resumed:
         if request.budget is None and any(session.own):
             session.set_budget(session.setup["kv_budget"], session.setup["kv_decode_budget"])
         session.spans, session.query = [], []  # of the whole prompt, which feed() counts from its own first token
-        session.compressed = False             # each turn is a prompt that ends
+        session.compressed = session.by_hand = False  # each turn is a prompt that ends
     ids, spans = ids[reused:], [(begin - reused, end - reused) for begin, end in spans]
     return Resumed(replace(request, ids=ids, spans=spans), reused, anew)
 
