@@ -5,7 +5,7 @@ from functools import cached_property
 
 from pykvc import _core, chat as chat_of
 from pykvc.spans import Span
-from pykvc.turn import user_turn
+from pykvc.user_turn import user_turn
 
 from .items import Item
 

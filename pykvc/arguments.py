@@ -42,7 +42,7 @@ class Template(TypedDict, total=False):
     chat_template_kwargs: dict[str, Any] | None
 
 
-class Turn(Answer, Template, total=False):
+class Chat(Answer, Template, total=False):
     reset: bool | None
 
 

@@ -13,7 +13,7 @@ from . import __version__, bench, command, flags, models, policies, report, tabl
 from .command import numbers, sentences, values
 from .flags import flag
 from .progress import prompt_bar
-from .turn import answer_once
+from .user_turn import answer_once
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="KV cache eviction inside llama.cpp: a long prompt in a small cache.")

@@ -20,7 +20,7 @@ from .chat import Message
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .arguments import Turn
+    from .arguments import Chat
     from .generation import Generation, Stream
     from .llm import LLM
 
@@ -45,11 +45,11 @@ class Conversation:
         self._asked: weakref.ref[Generator[str, None, Generation]] | None = None
 
     @overload
-    def ask(self, text: str, *, stream: Literal[False] = ..., **how: "Unpack[Turn]") -> "Generation": ...
+    def ask(self, text: str, *, stream: Literal[False] = ..., **how: "Unpack[Chat]") -> "Generation": ...
     @overload
-    def ask(self, text: str, *, stream: Literal[True], **how: "Unpack[Turn]") -> "Stream": ...
+    def ask(self, text: str, *, stream: Literal[True], **how: "Unpack[Chat]") -> "Stream": ...
     @overload
-    def ask(self, text: str, *, stream: bool, **how: "Unpack[Turn]") -> "Generation | Stream": ...
+    def ask(self, text: str, *, stream: bool, **how: "Unpack[Chat]") -> "Generation | Stream": ...
 
     def ask(self, text: str, *, stream: bool = False, max_tokens: int = N_ANSWER, **how: Any) -> "Generation | Stream":
         """Says something and has the model answer. how: temperature, stop, kv_budget ... as LLM.generate().

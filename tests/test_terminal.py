@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import pykvc
 from pykvc import progress
 from pykvc.cli import app
-from pykvc.turn import user_turn
+from pykvc.user_turn import user_turn
 from tiny import write_chat
 
 CHAT = [sys.executable, "-m", "pykvc.cli", "chat", "-t", "1", "-c", "512"]
