@@ -254,7 +254,7 @@ def _escaped(stop: list[str] | None) -> list[str] | None:
 def show_policies(
     name: Annotated[Optional[str], typer.Argument(help="A policy, to see its parameters.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The table as JSON.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="The table as it stands in the README.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table as it stands in docs/policies.md.")] = False,
 ) -> None:
     """List the eviction policies, or the parameters of one."""
     chosen = [p for p in policies() if name in (None, p["name"])]

@@ -19,7 +19,7 @@ def grid(lines: Iterable[Sequence[str]], n_left: int) -> str:
 
 
 def markdown(policies: Sequence[dict[str, Any]]) -> str:
-    """The table of the README."""
+    """The table of docs/policies.md."""
     lines = [["policy", "what it keeps", "generated tokens", "parameters", "paper"]]
     for p in policies:
         parameters = ", ".join(f"{x['name']} {x['value']}" for x in p["params"])

@@ -13,7 +13,7 @@ from pykvc import table
 from pykvc.cli import app
 from pykvc.demo import compose
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/policies.md"
 PROMPT = "The cat sat on the mat. The dog lay on the rug. " * 12
 
 
@@ -43,9 +43,9 @@ def test_policies_name_shows_every_parameter():
         assert all(parameter["name"] in result.stdout for parameter in policy["params"])
 
 
-def test_readme_has_the_table():
-    between = README.read_text().split("<!-- policies -->")[1].split("<!-- /policies -->")[0].strip()
-    assert between == table.markdown(pykvc.policies()), "run `pykvc policies --markdown` and put it into README.md"
+def test_the_page_has_the_table():
+    between = PAGE.read_text().split("<!-- policies -->")[1].split("<!-- /policies -->")[0].strip()
+    assert between == table.markdown(pykvc.policies()), "run `pykvc policies --markdown` and put it into docs/policies.md"
     assert between == invoke("policies", "--markdown").stdout.strip()
 
 

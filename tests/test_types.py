@@ -1,4 +1,4 @@
-"""The Python of README, as a type checker reads it."""
+"""The Python of README and of the guide, as a type checker reads it."""
 import re
 import subprocess
 import sys
@@ -15,7 +15,8 @@ documents: list[str]
 
 
 def test_readme_is_typed(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT/"README.md").read_text(encoding="utf-8"), re.DOTALL)
+    text = "".join((ROOT/page).read_text(encoding="utf-8") for page in ("README.md", "docs/guide.md"))
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(blocks) > 3
     files = [tmp_path/f"block{i}.py" for i in range(len(blocks))]
     for file, block in zip(files, blocks):

@@ -1,0 +1,84 @@
+"""The Python of README and docs runs as it stands, on SmolLM2; links and pages are there."""
+import importlib.util
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT/"README.md", *sorted((ROOT/"docs").glob("*.md"))]
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+BLOCKS = [pytest.param(page, block, id=f"{page.stem}-{i}") for page in PAGES if page.stem != "server"
+          for i, block in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))]
+GIVEN = {  # what the blocks have from elsewhere
+    "report": "The report was written in May. Ada Lovelace signed it. " * 6,
+    "prompt": "".join(f"Q: {a} + 1?\nA: {a + 1}\n\n" for a in range(30)),
+    "question": "Q: 7 + 1?\nA:",
+    "prompts": ["One, two,", "Red, green,", "Rome is"],
+    "questions": ["Q: 7 + 1?\nA:", "Q: 8 + 1?\nA:"],
+    "examples": [f"Q: {a} + 1?\nA: {a + 1}\n\n" for a in range(10)],
+    "documents": ["A cat sat on a mat. " * 4, "A dog sat on a log. " * 4],
+}
+
+
+@pytest.mark.parametrize("page,block", BLOCKS)
+def test_it_runs(page, block, model_path, tmp_path, monkeypatch, capsys):
+    if "llama_cpp" in block and not importlib.util.find_spec("llama_cpp"):
+        pytest.skip("llama-cpp-python is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"model.gguf").symlink_to(model_path)
+    names = dict(GIVEN)
+    exec(compile("import pykvc\n" + block, str(page), "exec"), names)
+    if "kv_policy=\"shotkv\", kv_budget=\"25%\") as llm:  # no model" in block:  # whose output README shows
+        shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
+        assert all(line in page.read_text(encoding="utf-8") for line in shown) and "Rome" in shown[0]
+
+
+def test_the_servers_recipe_runs(model_path, tmp_path, capsys, monkeypatch):
+    """docs/server.md: a document that is asked again and again."""
+    block = next(b for b in BLOCK.findall((ROOT/"docs/server.md").read_text(encoding="utf-8")) if "urllib" in b)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    server = subprocess.Popen([Path(sys.executable).parent/"pykvc", "serve", "-m", model_path, "--port", str(port), "-c", "4096", "-np", "1",
+                               "--kv-policy", "keydiff", "--kv-budget", "50%", "--slot-save-path", tmp_path],
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.1)
+        monkeypatch.chdir(ROOT)
+        exec(compile(block.replace("127.0.0.1:8080", f"127.0.0.1:{port}"), "docs/server.md", "exec"), {})
+        told = capsys.readouterr().out.splitlines()
+        n_document = told[0].split()[0]
+        assert [line.split()[0] for line in told if "tokens reused" in line] == [n_document, n_document]
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if path.startswith("http"):
+            continue
+        file = (page.parent/path).resolve() if path else page
+        assert file.exists(), target
+        if anchor and file.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], target
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT/"docs/README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES[1:] if page.name != "README.md" and f"({page.name})" not in index] == []
