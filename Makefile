@@ -7,7 +7,7 @@ export PYKVC_STOCK := $(CURDIR)/.build/stock/stock
 
 # A fresh machine needs Python 3.10+ and a C++ compiler; CMake and Ninja come from PyPI where they are missing.
 # setuptools: what lm_eval needs comes as source (rouge-score), which setuptools below 70.1 cannot build without isolation.
-TOOLS := pip>=23.1 setuptools>=70.1 scikit-build-core>=0.10 pybind11>=2.12 $(shell command -v cmake >/dev/null || echo cmake) $(shell command -v ninja >/dev/null || echo ninja)
+TOOLS := pip>=23.1 setuptools>=70.1 scikit-build-core>=0.11 pybind11>=2.12 $(shell command -v cmake >/dev/null || echo cmake) $(shell command -v ninja >/dev/null || echo ninja)
 
 PACKAGE   := pyproject.toml CMakeLists.txt $(shell find cpp third_party pykvc -type f -not -path '*/__pycache__/*')
 REFERENCE := $(shell find tests/stock third_party -type f -not -path '*/__pycache__/*')
