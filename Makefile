@@ -7,7 +7,7 @@ export PYKVC_STOCK := $(CURDIR)/.build/stock/stock
 
 # A fresh machine needs Python 3.10+ and a C++ compiler; CMake and Ninja come from PyPI where they are missing.
 # setuptools: what lm_eval needs comes as source (rouge-score), which setuptools below 70.1 cannot build without isolation.
-TOOLS := pip>=23.1 setuptools>=70.1 scikit-build-core>=0.10 pybind11>=2.12 $(shell command -v cmake >/dev/null || echo cmake) $(shell command -v ninja >/dev/null || echo ninja)
+TOOLS := pip>=23.1 setuptools>=70.1 scikit-build-core>=0.11 pybind11>=2.12 $(shell command -v cmake >/dev/null || echo cmake) $(shell command -v ninja >/dev/null || echo ninja)
 
 PACKAGE   := pyproject.toml CMakeLists.txt $(shell find cpp third_party pykvc -type f -not -path '*/__pycache__/*')
 REFERENCE := $(shell find tests/stock third_party -type f -not -path '*/__pycache__/*')
@@ -16,6 +16,9 @@ help:
 	@echo "make venv      .venv with pykvc and what the tests need"
 	@echo "make demo      pykvc demo: a small model, with and without eviction"
 	@echo "make test      every test; PYTEST_ARGS='-k policy' for some"
+	@echo "make lint      ruff and mypy"
+	@echo "make check     lint, and the tests that take no model: under a minute, once .venv is there"
+	@echo "make nightly   test, 40,000 steps of the fuzz test, sanitize with 4,000, an eval without data: hours"
 	@echo "make dev       editable install: again after a change of C++, which compiles only that"
 	@echo "make wheel     dist/*.whl for every Linux (or macOS) of this architecture; slower to build"
 	@echo "make sanitize  the tests under the address and undefined-behaviour sanitizers"
@@ -37,6 +40,7 @@ LLAMA_CPP_PYTHON := CMAKE_ARGS=-DLLAMA_BUILD=OFF pip --disable-pip-version-check
 $(VENV)/installed: $(VENV)/tools $(PACKAGE)
 	$(LLAMA_CPP_PYTHON)
 	$(PIP) --no-build-isolation -C build-dir=.build/pykvc $(NATIVE) '.[test,lm-eval]'
+	rm -f $(VENV)/editable
 	touch $@
 
 .build/stock/stock: $(VENV)/tools $(REFERENCE)
@@ -56,10 +60,31 @@ demo:
 test: venv .build/stock/stock
 	$(VENV)/bin/pytest -q $(PYTEST_ARGS)
 
+# What `make dev` made stays.
+READY := $(if $(wildcard $(VENV)/editable),,venv)
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+# There is no folder for models here, so a test that takes one fails instead of fetching it.
+QUICK := $(addprefix tests/test_,evals_units fetch messages numbers package policies pool share spans types)
+check: lint
+	PYKVC_MODELS=/dev/null/none $(VENV)/bin/pytest -q -m 'not model' $(addsuffix .py,$(QUICK))
+
+nightly: test
+	PYKVC_FUZZ_STEPS=40000 $(VENV)/bin/pytest -q tests/test_cache.py
+	PYKVC_FUZZ_STEPS=4000 $(MAKE) sanitize
+	rm -rf .build/nightly
+	$(VENV)/bin/python -m evals run --task ruler --sets niah_multikey_2,vt --length 1024 --n 2 --policy full,snapkv,kvzip \
+	    --budget 25% --out .build/nightly
+	$(VENV)/bin/python -m evals report --out .build/nightly
+
 dev: $(VENV)/tools
 	$(LLAMA_CPP_PYTHON)
 	$(PIP) --no-build-isolation -C build-dir=.build/pykvc $(NATIVE) -e '.[test,lm-eval]'
 	rm -f $(VENV)/installed
+	touch $(VENV)/editable
 
 # auditwheel looks for symbols and libraries that another Linux may lack, and names the oldest one in the wheel's tag.
 wheel: $(VENV)/tools
@@ -88,4 +113,4 @@ sanitize: .build/stock/stock
 clean:
 	rm -rf .build $(VENV) $(SAN)
 
-.PHONY: help venv demo test dev wheel sanitize clean
+.PHONY: help venv demo test lint check nightly dev wheel sanitize clean

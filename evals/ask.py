@@ -119,7 +119,7 @@ def ask_batch(llm: pykvc.LLM, asked: Jobs, protocol: str, n_parallel: int) -> It
     question_in, i = protocol == "question-in", 0
     while i < len(asked):  # those that may become as long and end alike
         how = _length(asked[i][0])
-        part = list(itertools.takewhile(lambda one: _length(one[0]) == how, asked[i:]))
+        part = list(itertools.takewhile(lambda one, how=how: _length(one[0]) == how, asked[i:]))
         prompts, several = [prompt for _, prompt, _ in part], [case for _, _, case in part]
         n_tails = [len(llm.tokenize(prompt.tail, add_special=False)) for prompt in prompts]
         n_heads = {head: len(llm.tokenize(head)) if head else 0 for head in {prompt.head for prompt in prompts}}

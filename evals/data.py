@@ -29,11 +29,13 @@ def find(data_dir: Path, *names: str) -> Path:
 
 def _lines(path: Path) -> Iterator[Row]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        n_read = 0
         try:
-            for i, line in enumerate(file, 1):
+            for line in file:
                 yield json.loads(line)
+                n_read += 1
         except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path} cannot be read after line {i - 1 if 'i' in locals() else 0}: {error}") from None
+            raise ValueError(f"{path} cannot be read after line {n_read}: {error}") from None
 
 
 def _online(name: str, configuration: str | None, split: str) -> Iterator[Row]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-TOOLS = ["pip>=23.1", "scikit-build-core>=0.10", "pybind11>=2.12", "cmake>=3.24", "ninja"]  # 3.24: CUDA architecture "native"
+TOOLS = ["pip>=23.1", "scikit-build-core>=0.11", "pybind11>=2.12", "cmake>=3.24", "ninja"]  # 3.24: CUDA architecture "native"
 CPU_TESTS = ["test_package.py", "test_engine.py", "test_device.py"]
 BENCH = ["-r", "3", "-n", "64", "-p", "4096,16384", "--kv-policy", "snapkv,keydiff,streaming_llm", "--kv-budget", "512,2048"]
 CPU_BENCH = ["-r", "1", "-n", "8", "-p", "256,512", "--kv-policy", "snapkv,keydiff", "--kv-budget", "64"]

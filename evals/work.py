@@ -13,7 +13,7 @@ from .ask import Asked
 from .cases import Case
 from .items import Item, Options
 from .prompts import Prompt, count, render
-from .store import Row, Rows, key
+from .store import Row, key
 from .tasks import task
 
 N_SPARE = 16  # cells of n_ctx for BOS, and tokens that differ where texts are joined

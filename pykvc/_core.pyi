@@ -100,7 +100,7 @@ class Context:
                  flash_attn: str = "auto", offload_kqv: bool = True, policy: Any = "full", budget: str = "",
                  decode_budget: str = "", cells: str = "") -> None: ...
     @staticmethod
-    def borrow(address: int) -> "Context":
+    def borrow(address: int) -> Context:
         """A llama_context that another program of this process made, and frees: valid until then."""
     @property
     def model(self) -> Model: ...

@@ -26,13 +26,16 @@ class Answer(Common, total=False):
     echo: bool
 
 
-class Prompt(Answer, total=False):
-    shots: Sequence[str] | None
-    question: str | None
+class Question(Answer, total=False):
     tokens: Sequence[int] | None
     spans: Sequence[Span] | None
     span_unit: str
     segment: str | None
+
+
+class Prompt(Question, total=False):
+    shots: Sequence[str] | None
+    question: str | None
     reset: bool
 
 

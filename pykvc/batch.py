@@ -84,7 +84,8 @@ def answers(session: Session, requests: list[Request], budgets: list[tuple[str, 
     ctx, turn = session.ctx, session.turns.number
     session.clear()
     session.in_batch = True
-    waiting, running = deque(enumerate(requests)), []
+    waiting = deque(enumerate(requests))
+    running: list[Running] = []
     free, starts = list(range(ctx.n_seq_max))[::-1], Starts(session)
     try:
         while waiting or running:
@@ -92,7 +93,7 @@ def answers(session: Session, requests: list[Request], budgets: list[tuple[str, 
                 prefix, budget = prefixes[waiting[0][0]], budgets[waiting[0][0]]
                 if prefix and session.probe.kind != "none" and running and not starts.has(prefix, budget):
                     break  # a probe is evaluated in sequence 0, and the session's own
-                start = prefix and starts.get(prefix, budget, free[-1])
+                start = None if prefix is None else starts.get(prefix, budget, free[-1])
                 index, request = waiting.popleft()
                 running.append(_begin(session, index, request, budget, free.pop(), start))
             for done in [r for r in running if r.reason]:

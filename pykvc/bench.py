@@ -71,21 +71,19 @@ def _check(name: str, value: Any) -> Any:
 def run(todo: Sequence[Case], repetitions: int = 5, source: str = "prose", text: str | None = None, tick: Tick = lambda n: None) -> Iterator[Row]:
     """A row for each case. source: "prose", "random" (tokens, as in llama-bench), or the name of `text`."""
     options.whole("repetitions", repetitions, 1)
-    loaded, model = None, None
-    for case in todo:
-        if loaded != (case.model, case.n_gpu_layers):
-            race = model = None  # the one before makes room
-            model = _core.Model(str(case.model), n_gpu_layers=case.n_gpu_layers)
-            loaded = case.model, case.n_gpu_layers
-            tokens = evaluated(model, max(1, *(case.n_past for case in todo)), source, text)
-        race = Race(model, case, tokens, tick)
-        race.warm_up()
-        for r in range(repetitions):
-            if case.n_prompt or not race.rewind():
-                race.prefill(r)
-                race.evict()
-            race.decode(r)
-        yield {**_build(), **_model(model, case), **_parameters(case), "text": source, **race.row()}
+    for (path, n_gpu_layers), cases_of_it in itertools.groupby(todo, key=lambda case: (case.model, case.n_gpu_layers)):
+        model = _core.Model(str(path), n_gpu_layers=n_gpu_layers)
+        tokens = evaluated(model, max(1, *(case.n_past for case in todo)), source, text)
+        for case in cases_of_it:
+            race = Race(model, case, tokens, tick)
+            race.warm_up()
+            for r in range(repetitions):
+                if case.n_prompt or not race.rewind():
+                    race.prefill(r)
+                    race.evict()
+                race.decode(r)
+            yield {**_build(), **_model(model, case), **_parameters(case), "text": source, **race.row()}
+        del race, model  # they make room for the next ones
 
 
 def work(case: Case, repetitions: int) -> int:

@@ -5,7 +5,7 @@ A mistake ends with exit status 2 and one sentence on stderr.
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional, Sequence
 
 import typer
 
@@ -123,7 +123,7 @@ def generate(
              kv_cells=kv_cells or None) as llm, prompt_bar(llm._session):
         sampling = dict(max_tokens=n_predict, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p,
                         repeat_penalty=repeat_penalty, stop=_escaped(stop))
-        stream = answer_once(llm, text, question, system_prompt, raw, _unescape(segment), kv_query, **sampling)
+        stream = answer_once(llm, text, question, system_prompt, raw, segment and _unescape(segment), kv_query, **sampling)
         for piece in stream:
             if not as_json:
                 print(piece, end="", flush=True)
@@ -165,7 +165,7 @@ def show_kept(
     from . import inspect
     name = flags.named(model, hf_repo)
     paths = [inspect.check_output(path) for path in output]
-    found = inspect.look(_prompt(prompt, file), question or "", segment=_unescape(segment), kv_query=kv_query, window=window, model=name,
+    found = inspect.look(_prompt(prompt, file), question or "", segment=segment and _unescape(segment), kv_query=kv_query, window=window, model=name,
                          n_ctx=ctx_size, n_batch=ubatch_size, n_ubatch=ubatch_size, n_threads=threads, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v,
                          kv_policy=kv_policy, kv_budget=kv_budget or None, kv_cells=kv_cells or None)
     for path in paths:
@@ -174,10 +174,10 @@ def show_kept(
 
 
 def _prompt(prompt: str | None, file: str | None) -> str:
-    if (prompt is None) == (file is None):
-        raise ValueError("give a prompt: -p TEXT or -f FILE, one of them")
-    if file is None:
+    if prompt is not None and file is None:
         return prompt
+    if prompt is not None or file is None:
+        raise ValueError("give a prompt: -p TEXT or -f FILE, one of them")
     try:
         return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except OSError as error:
@@ -229,18 +229,19 @@ def run_bench(
     if file is not None and random_tokens:
         raise ValueError("give -f or --random, not both")
     text = None if file is None else _prompt(None, file)
-    lists = dict(model=values(model), n_gpu_layers=numbers(n_gpu_layers), n_threads=numbers(threads), n_batch=numbers(batch_size),
-                 n_ubatch=numbers(ubatch_size), type_k=values(type_k), type_v=values(type_v), flash_attn=values(flash_attn),
-                 n_parallel=numbers(n_parallel), kv_policy=values(kv_policy), kv_budget=values(kv_budget),
-                 kv_decode_budget=values(kv_decode_budget), kv_cells=values(kv_cells),
-                 n_depth=numbers(n_depth), n_prompt=numbers(n_prompt), n_gen=numbers(n_gen))
+    lists: dict[str, Sequence[Any]] = dict(
+        model=values(model), n_gpu_layers=numbers(n_gpu_layers), n_threads=numbers(threads), n_batch=numbers(batch_size),
+        n_ubatch=numbers(ubatch_size), type_k=values(type_k), type_v=values(type_v), flash_attn=values(flash_attn),
+        n_parallel=numbers(n_parallel), kv_policy=values(kv_policy), kv_budget=values(kv_budget),
+        kv_decode_budget=values(kv_decode_budget), kv_cells=values(kv_cells),
+        n_depth=numbers(n_depth), n_prompt=numbers(n_prompt), n_gen=numbers(n_gen))
     todo = bench.cases(**{name: values for name, values in lists.items() if values})
     report.FORMATS[output](todo, report.watched(todo, repetitions, "random" if random_tokens else file or "prose", text))
 
 
-def _unescape(text: str | None) -> str | None:
+def _unescape(text: str) -> str:
     """Backslash-n and -t, which a shell does not make for one; as llama.cpp's -e. Regular expressions have their own."""
-    if text is None or text.startswith("re:"):
+    if text.startswith("re:"):
         return text
     return text.replace("\\n", "\n").replace("\\t", "\t")
 

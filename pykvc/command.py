@@ -25,9 +25,9 @@ def sentences(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **options)
         except ValueError as error:
-            raise typer.Exit(refuse(str(error)))
+            raise typer.Exit(refuse(str(error))) from None
         except KeyboardInterrupt:
-            raise typer.Exit(130)
+            raise typer.Exit(130) from None
     return checked
 
 

@@ -19,7 +19,7 @@ from .turns import Turns, queued
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .arguments import Prompt
+    from .arguments import Question
     from .generation import Generation, Stream
     from .llm import LLM
 
@@ -110,9 +110,9 @@ class Context:
         return evicted
 
     @overload
-    def ask(self, question: str | None = ..., *, stream: Literal[False] = ..., **how: "Unpack[Prompt]") -> "Generation": ...
+    def ask(self, question: str | None = ..., *, stream: Literal[False] = ..., **how: "Unpack[Question]") -> "Generation": ...
     @overload
-    def ask(self, question: str | None = ..., *, stream: Literal[True], **how: "Unpack[Prompt]") -> "Stream": ...
+    def ask(self, question: str | None = ..., *, stream: Literal[True], **how: "Unpack[Question]") -> "Stream": ...
 
     @queued
     def ask(self, question: str | None = None, **how: Any) -> "Generation | Stream":

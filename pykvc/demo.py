@@ -6,6 +6,7 @@ answers: nothing is carried from one row to the next, and what the table says of
 """
 import random
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,8 +17,9 @@ from .table import mebibytes
 
 BUDGET = 0.25
 N_CELLS = 1280
-ROWS = {"full": {}, **{policy: dict(kv_policy=policy, kv_budget=BUDGET) for policy in ("shotkv", "snapkv", "streaming_llm")},
-        f"snapkv, {N_CELLS} cells": dict(kv_policy="snapkv", kv_cells=N_CELLS)}
+ROWS: dict[str, dict[str, Any]] = {
+    "full": {}, **{policy: dict(kv_policy=policy, kv_budget=BUDGET) for policy in ("shotkv", "snapkv", "streaming_llm")},
+    f"snapkv, {N_CELLS} cells": dict(kv_policy="snapkv", kv_cells=N_CELLS)}
 ASKED = ("Italy", "Rome", "Europe")
 
 COUNTRIES = {

@@ -6,6 +6,7 @@ from typing import Any, Generator
 from . import _core, history
 from .session import Session, Work
 from .text import TextStream
+from .turns import Steps
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Generation:
 class Stream:
     """Pieces of text as they come, each of whole characters, none of a stop string. Afterwards `result` is there."""
 
-    def __init__(self, pieces: Generator[str, None, Generation]) -> None:
+    def __init__(self, pieces: Generator[str, None, Generation] | Steps[str]) -> None:
         self._pieces = pieces
         self._result: Generation | None = None
 
@@ -71,7 +72,7 @@ def answer(session: Session, request: Request) -> Generator[str, None, Generatio
     """Yields the pieces of text; returns the Generation. Abandoned half-way, it leaves the session usable."""
     resumed = None
     if request.chat:
-        resumed = history.resume(session, request)
+        resumed = history.resume(session, request, request.chat)
         request = resumed.request
     elif request.reset:
         session.clear()
@@ -81,7 +82,8 @@ def answer(session: Session, request: Request) -> Generator[str, None, Generatio
     if request.ids or session.pending is not None:
         session.feed(request.ids, request.spans)
 
-    text, pieces, tokens = TextStream(request.stop), [request.echo], []
+    text, pieces = TextStream(request.stop), [request.echo]
+    tokens: list[int] = []
     decode_ms, n_decoded, reason, prompt_ended = 0.0, 0, "", False
     if request.echo:
         yield request.echo

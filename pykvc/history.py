@@ -34,9 +34,9 @@ class Resumed:
     anew: str           # why none are, although the cache held a part of the chat; "" otherwise
 
 
-def resume(session: Session, request: "Request") -> Resumed:
-    """Cuts the cache to what a chat's prompt begins with, or empties it."""
-    asked, ids, spans = request.chat, request.ids, request.spans
+def resume(session: Session, request: "Request", asked: Chat) -> Resumed:
+    """Cuts the cache to what a chat's prompt, the request's, begins with, or empties it."""
+    ids, spans = request.ids, request.spans
     reused, anew = _cut(session, asked, ids)
     if anew and (own := _own_tokens(session, asked)):
         reused, anew = own[1], ""

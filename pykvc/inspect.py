@@ -37,6 +37,7 @@ class Attention(Policy):
         self.seen: list[F32] = []  # a layer [n_head, n_kv]
 
     def score(self, layer: Layer) -> F32:
+        assert layer.attn is not None  # since window > 0
         self.seen.append(layer.attn.copy())
         return np.zeros((layer.n_head_kv, layer.n_kv), np.float32)
 

@@ -128,7 +128,10 @@ class _Format:
             stopping_criteria=theirs.StoppingCriteriaList([lambda tokens, logits: tokens[-1] == eos]))
 
 
-class Llama(theirs.Llama):
+_Theirs: Any = theirs.Llama
+
+
+class Llama(_Theirs):
     """llama_cpp.Llama with kv_policy, kv_budget, kv_decode_budget and kv_cells as pykvc.LLM takes them; everything else is
     theirs (n_ctx 512 and flash_attn False by default). Every prompt is evicted to kv_budget when its first token was sampled.
 
@@ -136,6 +139,8 @@ class Llama(theirs.Llama):
     its beginning, and so is the same prompt again: the answer is that of a new Llama. ValueError names what is valid.
 
     Threads may share it: their calls queue, and a call that evaluates something ends the streams of before (RuntimeError)."""
+
+    _requires_eval: bool  # theirs
 
     def __init__(self, model_path: str, *, kv_policy: str | Policy | None = None, kv_budget: int | float | str | None = None,
                  kv_decode_budget: int | float | str | None = None, kv_cells: int | str | None = None, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ see the question, and the compressed context can be asked again and again:
 One LLM is one conversation (sequence 0); generate_batch() uses all n_seq_max sequences. Threads may share it: their calls
 queue, and a call that changes what the cache holds ends the streams of before (pykvc/turns.py).
 """
+import inspect
 import os
 import sys
 from typing import TYPE_CHECKING, Any, Iterator, Literal, Sequence, overload
@@ -57,11 +58,12 @@ class LLM:
         decode_budget = options.budget("kv_decode_budget", kv_decode_budget)
         cells = options.cells(kv_cells)
         policy = options.policy(kv_policy, budget, decode_budget, cells)
-        context = dict(n_batch=options.whole("n_batch", n_batch, 1), n_ubatch=options.whole("n_ubatch", n_ubatch, 1),
-                       n_seq_max=options.whole("n_seq_max", n_seq_max, 1, 256),
-                       n_threads=0 if n_threads is None else options.whole("n_threads", n_threads, 1, 512),
-                       type_k=options.cache_type("type_k", type_k), type_v=options.cache_type("type_v", type_v),
-                       flash_attn=options.flash_attn(flash_attn), policy=policy, budget=budget, decode_budget=decode_budget, cells=cells)
+        context: dict[str, Any] = dict(
+            n_batch=options.whole("n_batch", n_batch, 1), n_ubatch=options.whole("n_ubatch", n_ubatch, 1),
+            n_seq_max=options.whole("n_seq_max", n_seq_max, 1, 256),
+            n_threads=0 if n_threads is None else options.whole("n_threads", n_threads, 1, 512),
+            type_k=options.cache_type("type_k", type_k), type_v=options.cache_type("type_v", type_v),
+            flash_attn=options.flash_attn(flash_attn), policy=policy, budget=budget, decode_budget=decode_budget, cells=cells)
         n_ctx = options.whole("n_ctx", n_ctx, 0, options.N_CTX_MAX)
         n_gpu_layers = options.whole("n_gpu_layers", n_gpu_layers, -1)
         self.seed = options.checked_seed(seed)
@@ -188,20 +190,15 @@ class LLM:
     def generate(self, prompt: str | None = ..., *, stream: bool, **how: "Unpack[arguments.Prompt]") -> Generation | Stream: ...
 
     @queued
-    def generate(self, prompt: str | None = None, *, shots: Sequence[str] | None = None, question: str | None = None,
-                 tokens: Sequence[int] | None = None, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40,
-                 top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, seed: int | None = None,
-                 stop: str | Sequence[str] | None = None, spans: Sequence[units.Span] | None = None, span_unit: str = "tokens",
-                 segment: str | None = None, kv_query: str | None = None, kv_budget: int | float | str | None = None,
-                 kv_decode_budget: int | float | str | None = None, stream: bool = False, reset: bool = True,
-                 compress: bool | None = None, echo: bool = False, _chat: Chat | None = None) -> Generation | Stream:
+    def generate(self, prompt: str | None = None, **how: Any) -> Generation | Stream:
         """Evaluates a prompt and goes on from it: a Generation, or with stream=True a Stream of its text.
 
         The prompt: a string, `tokens`, or `shots` + `question`, where each shot is a span. None with reset=False goes
-        on from what the cache holds. max_tokens -1: until the context is full. stop: strings that end the answer and
-        do not appear in it. temperature 0: the most likely token.
+        on from what the cache holds. stop: strings that end the answer and do not appear in it. By default max_tokens is 128
+        (-1: until the context is full), temperature 0 (the most likely token), top_k 40, top_p 0.95, min_p 0.05,
+        repeat_penalty 1.0, and seed the LLM's own.
 
-        spans: (begin, end) of the prompt, in `span_unit` "tokens" or "chars"; or segment= "sentence", a separator,
+        spans: (begin, end) of the prompt, in `span_unit` "tokens" (the default) or "chars"; or segment= "sentence", a separator,
         "sep:...", "re:...". Policies that do not work on spans pass them over; those that do take sentences if there
         are none. kv_query: the text that a policy which asks (finch) evaluates after each chunk and takes out again; without
         one, `question`. kv_budget, kv_decode_budget: instead of the LLM's own. All three stay until the next reset or load().
@@ -209,6 +206,16 @@ class LLM:
         sampled; None: at every prompt, unless compress() was called since the last reset (question-out).
 
         ValueError for every mistake, before anything is evaluated. Ctrl-C leaves the LLM usable."""
+        return self._generate(None, prompt, **how)
+
+    def _generate(self, rendered: Chat | None, prompt: str | None = None, /, *, shots: Sequence[str] | None = None,
+                  question: str | None = None, tokens: Sequence[int] | None = None, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40,
+                  top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, seed: int | None = None,
+                  stop: str | Sequence[str] | None = None, spans: Sequence[units.Span] | None = None, span_unit: str = "tokens",
+                  segment: str | None = None, kv_query: str | None = None, kv_budget: int | float | str | None = None,
+                  kv_decode_budget: int | float | str | None = None, stream: bool = False, reset: bool = True,
+                  compress: bool | None = None, echo: bool = False) -> Generation | Stream:
+        """generate(). rendered: the chat that the prompt is, to go on from what the cache holds of it."""
         if shots is not None or question is not None:
             if any(given is not None for given in (prompt, tokens, spans, segment)):
                 raise ValueError("shots and question are the prompt and its spans: give no prompt, tokens, spans or segment beside them")
@@ -229,13 +236,18 @@ class LLM:
             session.check_compress()
         echoed = "" if not echo else prompt if prompt is not None else self.detokenize(ids)
         request = Request(ids, found, reset, compress, max_tokens, check_stop(stop),
-                          options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed, query, budget, _chat)
+                          options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed, query, budget, rendered)
         pieces = Stream(Steps(self._turns, session.begin_turn(), answer(session, request)))
         if stream:
             return pieces
         for _ in pieces:
             pass
         return pieces.result
+
+    _parameters = inspect.signature(_generate).parameters.values()  # what help() shows of generate()
+    setattr(generate, "__signature__", inspect.Signature(  # noqa: B010
+        [p.replace(kind=p.KEYWORD_ONLY if p.kind == p.KEYWORD_ONLY else p.POSITIONAL_OR_KEYWORD)
+         for p in _parameters if p.name != "rendered"], return_annotation="Generation | Stream"))
 
     @overload
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, stream: Literal[False] = ..., **how: "Unpack[arguments.Batch]") -> list[Generation]: ...
@@ -279,24 +291,26 @@ class LLM:
             raise ValueError("a policy that asks probes one context: give it as prefix or shots")
         if session.probe.kind != "none" and not compress_prefix:
             raise ValueError("a policy that asks probes a prefix and compresses it: compress_prefix=False is not for it")
-        several = prefix is not None and not isinstance(prefix, str)
-        if several and len(prefix) != len(prompts) or several and spans is not None and len(spans) != len(prompts):
+
+        def prefix_of(text: str | None, own: Any) -> Prefix | None:
+            return None if text is None else Prefix(*prompts_of.encode(
+                model, session.needs_spans, text, None, own, span_unit, segment, first=True), self._query(kv_query), compress_prefix)
+        shared: list[Prefix | None]
+        if prefix is None or isinstance(prefix, str):
+            shared = [prefix_of(prefix, spans)]*len(prompts)
+        elif len(prefix) != len(prompts) or spans is not None and len(spans) != len(prompts):
             raise ValueError(f"prefix, if it is a list, has one for each of the {len(prompts)} prompts, and so has spans")
-        shared: list[Prefix | None] = []
-        for i in range(len(prompts)):
-            if shared and (not several or (prefix[i] == prefix[i - 1] and (spans is None or spans[i] == spans[i - 1]))):
-                shared.append(shared[-1])
-                continue
-            own = prefix[i] if several else prefix
-            shared.append(None if own is None else Prefix(*prompts_of.encode(
-                model, session.needs_spans, own, None, spans[i] if several and spans is not None else spans, span_unit, segment, first=True),
-                self._query(kv_query), compress_prefix))
+        else:
+            shared = []
+            for i, text in enumerate(prefix):
+                same = i > 0 and text == prefix[i - 1] and (spans is None or spans[i] == spans[i - 1])
+                shared.append(shared[-1] if same else prefix_of(text, None if spans is None else spans[i]))
         budgets = options.budgets(kv_budget, kv_decode_budget, len(prompts), session)
         max_tokens = options.whole("max_tokens", max_tokens, -1)
         requests = []
         for prompt, own, mine in zip(prompts, shared, own_spans):
-            text, ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-            ids, found = prompts_of.encode(model, session.needs_spans, text, ids, mine, span_unit, None if own else segment, first=not own)
+            written, given_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+            ids, found = prompts_of.encode(model, session.needs_spans, written, given_ids, mine, span_unit, None if own else segment, first=not own)
             session.check_fits(len(ids), len(own.ids) if own else 0, spare=1 if max_tokens else 0)
             requests.append(Request(ids, [] if own else found, True, compress, max_tokens, check_stop(stop),
                                     options.sampler(model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), ""))
@@ -333,8 +347,8 @@ class LLM:
         prompt, spans = render(messages, add_generation_prompt=True), None
         if session.needs_spans:
             spans = message_spans(prompt, messages, render, chat.token_text(session.model, session.model.eos))
-        return self.generate(prompt, spans=spans, span_unit="chars", reset=reset is not False,
-                             _chat=Chat(messages, prompt, spans) if reset is None else None, **how)
+        return self._generate(Chat(messages, prompt, spans) if reset is None else None, prompt, spans=spans,
+                              span_unit="chars", reset=reset is not False, **how)
 
     def conversation(self, system: str | None = None, messages: Sequence[Message] = (),
                      **template: "Unpack[arguments.Template]") -> Conversation:
@@ -388,7 +402,7 @@ class LLM:
         Of a policy that asks: probe_ms since the last reset. Of kvzip: probe_chunk, the tokens of its largest chunk, and repeat_likelihood, the
         geometric mean of the probabilities that the model gave to tokens it was to repeat (None: it has repeated nothing)."""
         stats, probe = self._session.ctx.stats(), self._session.probe
-        asked = {"probe_ms": probe.ms} if probe.kind != "none" else {}
+        asked: dict[str, float | None] = {"probe_ms": probe.ms} if probe.kind != "none" else {}
         if probe.kind == "max":
             asked |= {"probe_chunk": probe.n_chunk, "repeat_likelihood": probe.likelihood}
         return {"n_tokens": self.n_tokens, "cells": int(stats["cells_used"][0]), **stats, **asked}

@@ -166,10 +166,14 @@ def hub_file(repo: str, pattern: str, local_dir: str | os.PathLike | None = None
         names = hub.list_repo_files(repo)
         fits = [name for name in names if fnmatch.fnmatch(name, pattern)]
         if len(fits) == 1:
-            return Path(hub.hf_hub_download(repo, fits[0], local_dir=local_dir, cache_dir=cache_dir))
+            return Path(hub.hf_hub_download(repo, fits[0], local_dir=_text(local_dir), cache_dir=_text(cache_dir)))
     except Exception as error:
         raise ValueError(f"Hugging Face does not give {repo}: {_reason(error)}") from None
     raise ValueError(f"{len(fits)} files of {repo} fit {pattern!r}, not one: there are {', '.join(fits or names)}")
+
+
+def _text(path: str | os.PathLike | None) -> str | None:
+    return None if path is None else os.fspath(path)
 
 
 def _reason(error: Exception) -> str:

@@ -2,7 +2,7 @@
 import math
 import sys
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import _core
 from .policy import Policy
@@ -15,7 +15,7 @@ CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 
 
 def whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= cast(int, value) <= high:
         raise ValueError(f"{name} is a whole number of [{low}, {high}], not {value!r}")
     return int(value)
 
@@ -26,7 +26,7 @@ def checked_seed(value: Any) -> int:
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Real) or not low <= cast(float, value) <= high:
         raise ValueError(f"{name} is a number of [{low:g}, {high:g}], not {value!r}")
     return float(value)
 
@@ -86,6 +86,7 @@ def policy(value: str | Policy | None, kv_budget: str, kv_decode_budget: str, kv
         print(f"kv_policy: {value}, the recommended one for a budget without a policy", file=sys.stderr)
     elif value is None:
         value = "full"
+    checked: str | Policy
     if isinstance(value, str):
         checked = _core.parse_spec(value)
         name = checked.partition(":")[0]

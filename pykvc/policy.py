@@ -132,7 +132,7 @@ class Policy:
             if not isinstance(getattr(self, attribute), bool):
                 refuse(attribute, "True or False")
         if self.future > 0 and self.window == 0:
-            refuse("window", "the number of queries that future = %d asks a fit of, > 0" % self.future)
+            refuse("window", f"the number of queries that future = {self.future} asks a fit of, > 0")
         if self.attn_rows and (self.window == 0 or self.future > 0):
             refuse("attn_rows", "False where there is no window of queries, or only a fit of it")
         if not isinstance(self.newest, (int, float)) or not self.newest > 0:

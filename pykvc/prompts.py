@@ -1,5 +1,5 @@
 """What a caller gives as a prompt -> token ids and token spans. ValueError names what is valid."""
-from typing import Iterable, Sequence
+from typing import Iterable, Sequence, cast
 
 from . import _core, options
 from .spans import Span, check_spans, piece_spans, segment_spans, token_lengths, token_spans
@@ -27,11 +27,12 @@ def join(shots: Sequence[str] | None, question: str | None) -> tuple[str, list[S
     return "".join(shots) + question, spans
 
 
-def spans_of_each(spans: Sequence[Sequence[Span] | None], n: int) -> list[Sequence[Span] | None]:
+def spans_of_each(spans: Sequence[Span] | Sequence[Sequence[Span] | None], n: int) -> list[Sequence[Span] | None]:
     """Of n prompts that have no prefix; encode() checks what is in them."""
+    each = cast(Sequence[Sequence[Span] | None], spans)
     try:
-        if len(spans) == n and all(own is None or all(len(span) == 2 for span in own) for own in spans):
-            return list(spans)
+        if len(each) == n and all(own is None or all(len(span) == 2 for span in own) for own in each):
+            return list(each)
     except TypeError:  # something in it has no length
         pass
     raise ValueError(f"spans are those of the prefix, or without one a list of (begin, end) pairs for each of the {n} prompts")
@@ -49,19 +50,19 @@ def encode(model: "_core.Model", needs_spans: bool, text: str | None, tokens: Se
         raise ValueError("give spans or segment, not both")
     if span_unit not in ("tokens", "chars"):
         raise ValueError(f"span_unit is 'tokens' or 'chars', not {span_unit!r}")
-    ids = tokenize(model, text, first) if tokens is None else check_ids(model, tokens)
+    ids = tokenize(model, cast(str, text), first) if tokens is None else check_ids(model, tokens)
     if not ids:
         raise ValueError("the prompt is empty")
     if spans is not None and span_unit == "tokens":
         return ids, check_spans(spans, len(ids))
-    if spans is None and segment is None:
-        if not needs_spans:
-            return ids, []
-        segment = "sentence"
+    if spans is None and segment is None and not needs_spans:
+        return ids, []
     pieces = [model.piece(token, True) for token in ids]
     if first and model.add_bos and ids[0] == model.bos:
         pieces[0] = b""  # the tokenizer's, not the text's
     if text is None:  # bytes that are no UTF-8 go through as surrogates and come back the same
         text = b"".join(pieces).decode("utf-8", "surrogateescape")
     lengths = token_lengths(text.encode("utf-8", "surrogateescape"), pieces)
-    return ids, token_spans(text, segment_spans(text, segment) if spans is None else spans, lengths)
+    if spans is None:
+        spans = segment_spans(text, "sentence" if segment is None else segment)
+    return ids, token_spans(text, spans, lengths)

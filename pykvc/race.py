@@ -59,13 +59,13 @@ class Cache:
     """A context whose sequences all evaluate the same. What takes time returns ns."""
 
     def __init__(self, model: "_core.Model", case: Case, n_past: int, evicts: bool) -> None:
-        policy = dict(policy=case.kv_policy, budget=case.kv_budget, decode_budget=case.kv_decode_budget) if evicts else dict(policy="full")
-        if evicts:
-            policy["cells"] = case.kv_cells
+        own = case.kv_policy, case.kv_budget, case.kv_decode_budget, case.kv_cells
+        policy, budget, decode_budget, cells = own if evicts else ("full", "", "", "")
         chunk = options.parameter(case.kv_policy, "chunk") if evicts and case.repeats else 0
         n_ctx = -(-(n_past + max(1 + case.n_gen, chunk and chunk + N_REQUEST))//256)*256
         self.ctx = _core.Context(model, n_ctx=n_ctx, n_batch=case.n_batch, n_ubatch=case.n_ubatch, n_seq_max=case.n_parallel,
-                                 n_threads=case.n_threads, type_k=case.type_k, type_v=case.type_v, flash_attn=case.flash_attn, **policy)
+                                 n_threads=case.n_threads, type_k=case.type_k, type_v=case.type_v, flash_attn=case.flash_attn,
+                                 policy=policy, budget=budget, decode_budget=decode_budget, cells=cells)
         self.n_past, self.seqs = n_past, range(case.n_parallel)
         self.evicts, self.has_budget = evicts, bool(evicts and (case.kv_budget or case.kv_cells))
         self.session: Session | None = None  # that a repetition is evaluated in

@@ -312,6 +312,7 @@ class Session:
         """ValueError: llama.cpp cannot read its state; the cache is then empty."""
         self.clear()
         try:
+            assert there.cells is not None, "a snapshot without the cache is for recall()"
             self.ctx.load(there.cells)
             if self.ctx.pos_max() + 1 != len(there.about["tokens"]):
                 raise ValueError(f"it holds {self.ctx.pos_max() + 1} tokens, its header says {len(there.about['tokens'])}")
@@ -341,8 +342,8 @@ class Session:
 
     def save(self, path: str | os.PathLike) -> None:
         self.settle()
-        now = self.snapshot()
-        state.write(path, self.setup, now.about, now.logits, now.cells)
+        now = self.snapshot(cells=False)
+        state.write(path, self.setup, now.about, now.logits, self.ctx.save())
 
     def load(self, path: str | os.PathLike) -> None:
         there = Snapshot(*state.read(path, self.setup))

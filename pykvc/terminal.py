@@ -29,7 +29,7 @@ class Talk:
         options.whole("max_tokens", how["max_tokens"], -1)
         check_stop(how["stop"])
         names = "temperature", "top_k", "top_p", "min_p", "repeat_penalty"
-        options.sampler(llm._session.model, *(how[name] for name in names), llm.seed)
+        options.sampler(llm._session.model, **{name: how[name] for name in names}, seed=llm.seed)
         self.llm, self.how, self.conversation = llm, how, Conversation(llm, system)
         self.typed = sys.stdin.isatty()
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)

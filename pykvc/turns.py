@@ -4,11 +4,12 @@ import functools
 import os
 import threading
 import weakref
-from typing import Any, Callable, Generator, Iterator, ParamSpec, TypeVar
+from typing import Any, Callable, Generator, Iterator, TypeVar, cast
 
 from . import _core
 
-P, R, T = ParamSpec("P"), TypeVar("R"), TypeVar("T")
+Call = TypeVar("Call", bound=Callable[..., Any])
+T = TypeVar("T")
 
 HALF_DONE = "this process was forked while another thread used this model, so what it holds is half-done: make a new one here"
 ENDING = "the interpreter is ending"
@@ -96,13 +97,13 @@ class Steps(Iterator[T]):
             self._steps.close()
 
 
-def queued(call: Callable[P, R]) -> Callable[P, R]:
+def queued(call: Call) -> Call:
     """A method of what has `_turns`: it waits for the calls of other threads."""
     @functools.wraps(call)
     def alone(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self._turns:
             return call(self, *args, **kwargs)
-    return alone
+    return cast(Call, alone)
 
 
 def _at_exit() -> None:

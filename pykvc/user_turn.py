@@ -52,6 +52,8 @@ def answer_once(llm: "LLM", text: str, question: str | None, system: str | None,
     session = llm._session
     if question is not None and session.probe.kind == "mean":
         kv_query = kv_query or question
+    units: dict[str, Any]
+    last: dict[str, Any]
     if raw or not chat.templates(session.model):
         if system:
             raise ValueError("a system message is for a model with a chat template, and not for --raw")

@@ -17,6 +17,13 @@ if N_GPU_LAYERS := int(os.environ.get("PYKVC_TEST_NGL", "0")):
     _core.Model = DeviceModel
 
 
+def pytest_collection_modifyitems(items):
+    """-m "not model": the tests that fetch nothing and need no second build."""
+    for item in items:
+        if {"model_path", "stock"} & set(item.fixturenames):
+            item.add_marker("model")
+
+
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     """SmolLM2-135M, fetched on the first use."""

@@ -78,7 +78,7 @@ class Blocks(pykvc.Policy):
         return np.zeros((layer.n_head_kv, layer.n_kv), np.float32)
 
     def budgets(self, request):
-        return [64*(3 + l % 3) for l in range(len(request.layers))]
+        return [64*(3 + il % 3) for il in range(len(request.layers))]
 
     def keep(self, il, request, n_keep):
         n_head_kv, n_kv = request.layers[il].pos.shape

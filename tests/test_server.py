@@ -380,7 +380,7 @@ def test_mutated_slot_files(server):
         (server.slots_folder/"m.bin").write_bytes(data)
         status, reply = server.post("/slots/0?action=restore", {"filename": "m.bin"})
         assert status == 400 and "restore" in reply["error"]["message"]
-    for i in range(8):
+    for _ in range(8):
         data = bytearray(good[:-24])
         at = rng.choice([rng.randrange(200), len(data) - 1 - rng.randrange(3000)])
         data[at:at + 4] = rng.randbytes(4)
