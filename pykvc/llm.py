@@ -244,11 +244,6 @@ class LLM:
             pass
         return pieces.result
 
-    _parameters = inspect.signature(_generate).parameters.values()  # what help() shows of generate()
-    setattr(generate, "__signature__", inspect.Signature(  # noqa: B010
-        [p.replace(kind=p.KEYWORD_ONLY if p.kind == p.KEYWORD_ONLY else p.POSITIONAL_OR_KEYWORD)
-         for p in _parameters if p.name != "rendered"], return_annotation="Generation | Stream"))
-
     @overload
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, stream: Literal[False] = ..., **how: "Unpack[arguments.Batch]") -> list[Generation]: ...
     @overload
@@ -425,6 +420,17 @@ class LLM:
         if self._opened is None:
             raise ValueError("this LLM was closed")
         return self._opened
+
+
+def _without(signature: inspect.Signature, name: str) -> inspect.Signature:
+    """And none is for positions alone."""
+    shown = [p if p.kind == p.KEYWORD_ONLY else p.replace(kind=p.POSITIONAL_OR_KEYWORD)
+             for p in signature.parameters.values() if p.name != name]
+    return signature.replace(parameters=shown)
+
+
+# what help() shows
+setattr(LLM.generate, "__signature__", _without(inspect.signature(LLM._generate), "rendered"))  # noqa: B010
 
 
 def _log(level: int, text: str) -> None:
