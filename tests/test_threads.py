@@ -193,7 +193,7 @@ sys.exit(7)
 def test_the_interpreter_ends_while_a_daemon_asks(tmp_path, api):
     """The call ends, and the process does as it was told."""
     path = tiny.write_chat(tmp_path/"model.gguf", {})
-    done = subprocess.run([sys.executable, "-c", ENDS, str(path), api], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-I", "-c", ENDS, str(path), api], capture_output=True, text=True, timeout=300)
     assert done.returncode == 7 and not done.stderr, done.stderr
 
 
@@ -330,7 +330,7 @@ with pykvc.LLM(path, **{**how, "kv_policy": Slow()}) as llm:
 
 @pytest.mark.skipif(N_GPU_LAYERS > 0, reason="a GPU's memory does not come along")
 def test_forks_after_use(path):
-    done = subprocess.run([sys.executable, "-c", FORKS, str(path)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-I", "-c", FORKS, str(path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
