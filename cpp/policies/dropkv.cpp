@@ -82,7 +82,8 @@ std::unique_ptr<policy> make(const params & p) {
 } // namespace
 
 const policy_info dropkv_info = {
-    "dropkv", "Keeps, for each KV head, the tokens without which the outputs of the last queries would change most. Evicts the prompt only.", "",
+    "dropkv", "Keeps, for each KV head, the tokens without which the outputs of the last queries would change most; loses facts "
+    "that are asked for later. Evicts the prompt only.", "",
     decode_mode::none, false, list_params, make,
     "auto",
 };
