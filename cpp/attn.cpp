@@ -78,6 +78,10 @@ static std::vector<int32_t> ranges_of(const layer_signals & sig, const std::vect
     return res;
 }
 
+int32_t engine::n_masks(uint32_t s, const layer_signals & sig) const {
+    return n_held(s, sig.il) < (int64_t) sig.pos.size() ? sig.n_head : 1;
+}
+
 // A step of attn_scores.h; null where the layer is not on the CPU.
 static ggml_custom_op_t cpu_step(const ggml_tensor * k, const char * name) {
     auto * dev = device_of(k);
@@ -87,7 +91,7 @@ static ggml_custom_op_t cpu_step(const ggml_tensor * k, const char * name) {
 
 std::vector<float> engine::attention_of(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
         bool largest, const std::vector<int32_t> & slots) const {
-    const int32_t n_mask = n_held(s, sig.il) < (int64_t) sig.pos.size() ? sig.n_head : 1;
+    const int32_t n_mask = n_masks(s, sig);
     const auto ranges = ranges_of(sig, queries, n_mask);
     // The tiles know neither attention sinks nor a soft cap.
     const bool tiles = !getenv("PYKVC_STOCK_ATTENTION") && !attn[sig.il].sinks && !model.hparams.attn_soft_cap &&
@@ -232,7 +236,7 @@ std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, con
 
 std::vector<float> engine::attention_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries) const {
     const int32_t n_window = cfg->need.window, n_query = (int32_t) queries.size();
-    const int32_t n_mask = n_held(s, sig.il) < (int64_t) sig.pos.size() ? sig.n_head : 1;
+    const int32_t n_mask = n_masks(s, sig);
     const auto mask = mask_of(queries, ranges_of(sig, queries, n_mask), n_mask, n_window, sig.n_kv, {});
 
     auto * res = begin_graph(lctx);

@@ -298,6 +298,7 @@ private:
                                        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const;
     std::vector<float> attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
                                        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const;
+    int32_t n_masks(uint32_t s, const layer_signals & sig) const; // one for all heads, or where some lack slots one for each
     // F32 [n_head, n_query, n_kv]: of each query, in their order.
     std::vector<float> attention_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries) const;
 

@@ -68,7 +68,8 @@ void engine::give_back_rows(uint32_t s, bool all) const {
         for (const auto * t : { layer.k_stream[s], layer.v_stream[s] }) {
             const bool trans = t == layer.v_stream[s] && kv.v_trans && n > 0; // a channel's rows lie together
             const size_t n_row = trans ? ggml_type_size(t->type) : t->nb[1];
-            for (int64_t c = 0; has_pages(layer.k) && c < (trans ? t->ne[0] : 1); ++c) {
+            const int64_t n_part = !has_pages(layer.k) ? 0 : trans ? t->ne[0] : 1;
+            for (int64_t c = 0; c < n_part; ++c) {
                 char * begin = (char *) t->data + c*t->ne[1]*n_row;
                 give_back(begin + n*n_row, begin + t->ne[1]*n_row);
             }

@@ -187,7 +187,7 @@ class Llama(_Theirs):
         """As pykvc.LLM.stats(), but for prefill_ms and decode_ms."""
         stats = self._opened.stats()
         cells = int(stats["cells_used"][0])
-        return {"n_tokens": self._opened.pos_max() + 1, "cells": cells,
+        return {"n_tokens": self._opened.pos_max() + 1, "cells": cells, "bytes_resident": self._opened.bytes_resident(),
                 **{key: value for key, value in stats.items() if key not in ("prefill_ms", "decode_ms")}}
 
     def kept(self) -> list[I32]:

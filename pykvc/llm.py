@@ -400,7 +400,8 @@ class LLM:
         asked: dict[str, float | None] = {"probe_ms": probe.ms} if probe.kind != "none" else {}
         if probe.kind == "max":
             asked |= {"probe_chunk": probe.n_chunk, "repeat_likelihood": probe.likelihood}
-        return {"n_tokens": self.n_tokens, "cells": int(stats["cells_used"][0]), **stats, **asked}
+        return {"n_tokens": self.n_tokens, "cells": int(stats["cells_used"][0]), **stats,
+                "bytes_resident": self._session.ctx.bytes_resident(), **asked}
 
     def close(self) -> None:
         """Frees the cache and the model, when the calls of other threads have ended; a later call is a ValueError."""

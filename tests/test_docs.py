@@ -1,15 +1,10 @@
 """The Python of README and docs runs as it stands, on SmolLM2; links and pages are there."""
-import importlib.util
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+
+from evals.served import Server
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT/"README.md", *sorted((ROOT/"docs").glob("*.md"))]
@@ -29,8 +24,6 @@ GIVEN = {  # what the blocks have from elsewhere
 
 @pytest.mark.parametrize("page,block", BLOCKS)
 def test_it_runs(page, block, model_path, tmp_path, monkeypatch, capsys):
-    if "llama_cpp" in block and not importlib.util.find_spec("llama_cpp"):
-        pytest.skip("llama-cpp-python is not installed")
     monkeypatch.chdir(tmp_path)
     (tmp_path/"model.gguf").symlink_to(model_path)
     names = dict(GIVEN)
@@ -43,27 +36,13 @@ def test_it_runs(page, block, model_path, tmp_path, monkeypatch, capsys):
 def test_the_servers_recipe_runs(model_path, tmp_path, capsys, monkeypatch):
     """docs/server.md: a document that is asked again and again."""
     block = next(b for b in BLOCK.findall((ROOT/"docs/server.md").read_text(encoding="utf-8")) if "urllib" in b)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    server = subprocess.Popen([Path(sys.executable).parent/"pykvc", "serve", "-m", model_path, "--port", str(port), "-c", "4096", "-np", "1",
-                               "--kv-policy", "keydiff", "--kv-budget", "50%", "--slot-save-path", tmp_path],
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                break
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.1)
+    how = ("-m", model_path, "-c", 4096, "-np", 1, "--kv-policy", "keydiff", "--kv-budget", "50%", "--slot-save-path", tmp_path)
+    with Server(tmp_path/"log", *how).wait() as server:
         monkeypatch.chdir(ROOT)
-        exec(compile(block.replace("127.0.0.1:8080", f"127.0.0.1:{port}"), "docs/server.md", "exec"), {})
+        exec(compile(block.replace("127.0.0.1:8080", f"127.0.0.1:{server.port}"), "docs/server.md", "exec"), {})
         told = capsys.readouterr().out.splitlines()
         n_document = told[0].split()[0]
         assert [line.split()[0] for line in told if "tokens reused" in line] == [n_document, n_document]
-    finally:
-        server.terminate()
-        server.wait(20)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

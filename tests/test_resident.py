@@ -18,8 +18,7 @@ def model(model_path):
 
 
 def resident(ctx):
-    stats = ctx.stats()
-    return stats["bytes_resident"] - stats["bytes_signals"]
+    return ctx.bytes_resident() - ctx.stats()["bytes_signals"]
 
 
 @pytest.mark.parametrize("how", [{}, {"flash_attn": "off"}, {"type_k": "q8_0", "type_v": "q8_0"}], ids=["f16", "transposed", "q8_0"])

@@ -18,26 +18,19 @@ namespace kvc {
 
 namespace {
 
-struct rkv : policy {
-    const int32_t     window;
-    const pool_params pool;
-    const float       lambda;
+struct rkv : window_policy {
+    const float lambda;
 
-    explicit rkv(const params & p) : window(p.i("window")), pool(p), lambda((float) p.f("lambda")) {}
+    explicit rkv(const params & p) : window_policy(p), lambda((float) p.f("lambda")) {}
 
     needs need() const override {
-        needs n;
-        n.window = window;
-        n.keys   = true;
+        needs n = window_policy::need();
+        n.keys = true;
         return n;
     }
 
     int32_t n_recent(int32_t budget) const override {
         return std::min(budget, window);
-    }
-
-    int32_t min_budget() const override {
-        return window + 1;
     }
 
     void score(const layer_view & v, float * out) const override {
