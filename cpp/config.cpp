@@ -134,6 +134,7 @@ std::shared_ptr<const config> engine::variant(const char * policy, const char * 
     }
     if (policy) {
         const auto own = make_config(text, "", "", is_bounded() ? cfg->cells_text : "", cfg->guess, is_pooled());
+        check_weights(own->pol->share, kv.layers.size());
         const auto & has = cfg->need, & wants = own->need;
         const std::string why =
             wants.window > has.window ? "needs the last " + std::to_string(wants.window) + " queries, and this context keeps " + std::to_string(has.window) :

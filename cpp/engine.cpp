@@ -22,6 +22,7 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
             throw std::invalid_argument("this model cannot evict: its layers have different numbers of KV heads");
         }
     }
+    check_weights(cfg->pol->share, kv.layers.size());
     if (kv.n_stream > 1 && cfg->pol->heads_differ()) {
         throw std::invalid_argument(cfg->spec + " gives heads different budgets, which several sequences in one context "
                 "do not support yet: use n_seq_max 1");

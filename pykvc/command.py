@@ -1,5 +1,6 @@
 """What the command lines share: usage errors as one sentence, values in comma lists."""
 import functools
+import os
 import re
 import sys
 from typing import Any, Callable, Sequence
@@ -9,6 +10,7 @@ import typer
 
 def run(app: typer.Typer) -> None:
     """Entry point. Usage errors, too, are a sentence and no box."""
+    sys.path.append(os.getcwd())  # a policy written in Python is named module:Class, as uvicorn names an app
     try:
         status = app(standalone_mode=False)
     except Exception as error:

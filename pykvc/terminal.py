@@ -8,13 +8,13 @@ from typing import Any
 
 from rich.console import Console
 
-from . import chat, options
+from . import chat
 from .conversation import Conversation
 from .generation import Generation
 from .llm import LLM
 from .progress import prompt_bar
+from .sampling import Sampler, SamplingParams
 from .table import mebibytes
-from .text import check_stop
 
 COMMANDS = ("/clear forgets the conversation, /system TEXT begins a new one, Ctrl-C stops an answer, "
             "/exit or Ctrl-D ends")
@@ -26,10 +26,7 @@ class Talk:
     def __init__(self, llm: LLM, system: str | None, how: dict[str, Any]) -> None:
         if llm.chat_template is None and not chat.templates(llm._session.model):
             raise ValueError("this model has no chat template, so it cannot chat: `pykvc generate` goes on from a text")
-        options.whole("max_tokens", how["max_tokens"], -1)
-        check_stop(how["stop"])
-        names = "temperature", "top_k", "top_p", "min_p", "repeat_penalty"
-        options.sampler(llm._session.model, **{name: how[name] for name in names}, seed=llm.seed)
+        Sampler(llm._session.model, SamplingParams(**how), llm.seed)
         self.llm, self.how, self.conversation = llm, how, Conversation(llm, system)
         self.typed = sys.stdin.isatty()
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
