@@ -16,6 +16,8 @@ def policies() -> list[dict[str, Any]]:
 def parse_spec(spec: str) -> str:
     """The canonical form of a spec: every parameter, in declared order. ValueError names what is valid."""
 
+def needs(spec: str) -> dict[str, Any]: """What a policy with these parameters is given, as the table has it for the default ones."""
+
 def parse_budget(text: str, name: str = "kv_budget") -> tuple[str, float]:
     """('none' | 'tokens' | 'ratio', value)."""
 

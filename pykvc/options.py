@@ -138,10 +138,10 @@ def _literal(text: str) -> Any:
 
 
 def needs(policy: str | Policy) -> dict[str, Any]:
-    """What a policy is given, of those that Python has to provide: spans, sums, probe ('none' | 'mean' | 'max')."""
+    """What a policy is given, as _core.needs(): spans, sums, outputs, probe ('none' | 'mean' | 'max') ..."""
     if isinstance(policy, Policy):
         return {"spans": policy.spans, "sums": policy.sums, "outputs": policy.outputs, "probe": "none"}
-    return next(p["needs"] for p in _core.policies() if p["name"] == policy.partition(":")[0])
+    return _core.needs(policy)
 
 
 def parameters(policy: str) -> dict[str, str]:

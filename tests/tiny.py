@@ -172,3 +172,25 @@ def _byte_characters() -> list[str]:
     printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printed else next(others)) for byte in range(256)]
+
+
+def lora(path: Path, base: Path, rank: int = 4, alpha: float = 8, seed: int = 9, only: str = "") -> dict[str, np.ndarray]:
+    """A LoRA of a llama that write() wrote, of all its matrices or of those with `only` in their names: what it adds to each, at scale 1."""
+    rng, added = np.random.default_rng(seed), {}
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_type("adapter")
+    w.add_string("adapter.type", "lora")
+    w.add_float32("adapter.lora.alpha", alpha)
+    for tensor in gguf.GGUFReader(base).tensors:
+        if not tensor.name.startswith("blk.") or "norm" in tensor.name or only not in tensor.name:
+            continue
+        n_out, n_in = tensor.data.shape
+        a, b = (rng.standard_normal(shape).astype(np.float32)*0.05 for shape in ((rank, n_in), (n_out, rank)))
+        w.add_tensor(tensor.name + ".lora_a", a)
+        w.add_tensor(tensor.name + ".lora_b", b)
+        added[tensor.name] = alpha/rank*(b @ a)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return added
