@@ -109,14 +109,19 @@ def policy(value: str | Policy | None, kv_budget: str, kv_decode_budget: str, kv
     return checked
 
 
+def in_python(spec: str) -> tuple[str, str, str] | None:
+    """(module, class, arguments) of "module:Class:key=value,..."; None: it is none."""
+    named = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)(?::(.*))?", spec.strip())
+    return None if not named or named[1] in {p["name"] for p in _core.policies()} else (named[1], named[2], named[3] or "")
+
+
 def written_in_python(spec: str) -> Policy | None:
     """"module:Class" or "module:Class:key=value,...": an instance, made with these arguments; None: it names none.
 
     ValueError: there is no such module or class, or it does not take them."""
-    named = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)(?::(.*))?", spec.strip())
-    if not named or named[1] in {p["name"] for p in _core.policies()}:
+    if not (named := in_python(spec)):
         return None
-    module, name, given = named.groups()
+    module, name, given = named
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -124,7 +129,7 @@ def written_in_python(spec: str) -> Policy | None:
     if not (isinstance(cls, type) and issubclass(cls, Policy)):
         raise ValueError(f"kv_policy {spec!r}: {name} is no subclass of pykvc.Policy")
     try:
-        return cls(**{key.strip(): _literal(value.strip()) for key, value in (item.split("=", 1) for item in (given or "").split(",") if item)})
+        return cls(**{key.strip(): _literal(value.strip()) for key, value in (item.split("=", 1) for item in given.split(",") if item)})
     except (TypeError, ValueError) as error:
         raise ValueError(f"kv_policy {spec!r}: {error}") from None
 

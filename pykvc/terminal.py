@@ -16,6 +16,7 @@ from .progress import prompt_bar
 from .sampling import Sampler, SamplingParams
 from .table import mebibytes
 
+POLICY = "snapkv"  # each eviction comes after a message, whose words say what is needed: docs/benchmarks.md
 COMMANDS = ("/clear forgets the conversation, /system TEXT begins a new one, Ctrl-C stops an answer, "
             "/exit or Ctrl-D ends")
 
@@ -87,6 +88,14 @@ class Talk:
                 answer.close()  # Ctrl-C: what was said so far is part of the conversation
         print(flush=True)
         self.console.print(told(answer.result, self.llm), style="dim")
+
+
+def with_policy(opening: dict[str, Any]) -> dict[str, Any]:
+    """What LLM() takes, with the policy that is best in a chat where a budget or cells are given and no policy."""
+    if opening["kv_policy"] is None and any(opening[name] for name in ("kv_budget", "kv_decode_budget", "kv_cells")):
+        print(f"kv_policy: {POLICY}, the recommended one for a chat without a policy", file=sys.stderr)
+        return {**opening, "kv_policy": POLICY}
+    return opening
 
 
 def told(answer: Generation, llm: LLM) -> str:
