@@ -2,7 +2,9 @@
 
 #include "engine.h"
 
+#include "llama-arch.h"
 #include "llama-context.h"
+#include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
 #include "llama-memory-hybrid-idx.h"
@@ -110,6 +112,14 @@ std::shared_ptr<const config> engine::configure(const llama_model & model, const
         const char * c = getenv("LLAMA_ARG_KV_CELLS");
         cfg = make_config(name, b ? b : "", d ? d : "", c ? c : "", true);
     }
+    if (cfg && (cparams.ctx_other || cparams.ctx_type == LLAMA_CONTEXT_TYPE_MTP)) {
+        const std::string why = "a draft's context reads another one's cells or layers, so its own cache is never evicted";
+        if (asked) {
+            throw std::invalid_argument(cfg->spec + ": " + why + ": give it the policy full");
+        }
+        LLAMA_LOG_WARN("%s is ignored here: %s\n", cfg->spec.c_str(), why.c_str());
+        return nullptr;
+    }
     if (cfg && cfg->need.sums) {
         if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED) {
             throw std::invalid_argument(cfg->spec + " sums the attention of every query, which flash attention never forms: "
@@ -188,6 +198,14 @@ parts parts_of(llama_memory_i * mem) {
 
 llama_kv_cache * cache_of(llama_context * lctx) {
     return parts_of(lctx->get_memory()).cache;
+}
+
+std::vector<std::string> architectures() {
+    std::vector<std::string> res;
+    for (int i = 0; i < LLM_ARCH_UNKNOWN; ++i) {
+        res.push_back(llm_arch_name((llm_arch) i));
+    }
+    return res;
 }
 
 int32_t n_head_kv_of(llama_context * lctx, int32_t ikv) {

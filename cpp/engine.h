@@ -393,6 +393,7 @@ std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, con
 std::string & last_error();
 
 parts parts_of(llama_memory_i * mem);
+std::vector<std::string> architectures(); // llama.cpp's own list
 llama_kv_cache * cache_of(llama_context * lctx);
 
 int32_t n_head_kv_of(llama_context * lctx, int32_t ikv); // KV heads of a layer of its cache

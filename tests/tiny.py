@@ -8,6 +8,8 @@ import numpy as np
 import families
 
 N_EMBD, N_HEAD, N_HEAD_KV, N_FF, N_VOCAB = 64, 4, 2, 96, 128
+N_LAYER = families.N_LAYER  # where it is not 3
+ARCHS = ["llama", "qwen2", "gemma3", "gpt-oss", "hunyuan-dense", "openelm", "deci", "t5", "qwen2vl", "mamba", *families.WRITE]
 
 
 def write(path: Path, arch: str = "llama", n_layer: int | None = None, n_ctx: int = 4096, head_dim: int = 32, yarn: float = 1, quant: str = "F32",
@@ -19,8 +21,8 @@ def write(path: Path, arch: str = "llama", n_layer: int | None = None, n_ctx: in
     gguf.GGMLQuantizationType names it. tokenizer: writes one of n_vocab tokens; none otherwise. seed: of the weights. mute: a token
     that is never the likeliest."""
     rng = np.random.default_rng(seed)
-    n_layer = n_layer or families.N_LAYER.get(arch, 3)
-    head_dim = 16 if arch == "qwen2vl" else head_dim  # 32: a block of a quantized cache
+    n_layer = n_layer or N_LAYER.get(arch, 3)
+    head_dim = 16 if arch in ("qwen2", "qwen2vl") else head_dim  # 32: a block of a quantized cache
     w = gguf.GGUFWriter(path, arch)
     w.add_context_length(n_ctx)
     w.add_embedding_length(N_EMBD)
