@@ -1,5 +1,6 @@
 """The families people run, as tiny random GGUFs: what tests/tiny.py writes beyond what all models have. Layer patterns are the real ones."""
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
 import gguf
@@ -102,6 +103,31 @@ class Tensors:
 
     def heads_kv(self, attends):
         self.w.add_head_count_kv([N_HEAD_KV if attends(i) else 0 for i in range(self.n_layer)])
+
+
+def write_eye(path: Path) -> Path:
+    """What sees for qwen2vl: a vision encoder of one layer for llama-server's --mmproj, with random weights."""
+    n, rng = 32, np.random.default_rng(0)
+    w = gguf.GGUFWriter(path, "clip")
+    w.add_bool("clip.has_vision_encoder", True)
+    w.add_string("clip.projector_type", "qwen2vl_merger")
+    for key, value in {"embedding_length": n, "attention.head_count": 2, "feed_forward_length": n, "block_count": 1, "projection_dim": N_EMBD,
+                       "image_size": 56, "patch_size": 14}.items():
+        w.add_uint32(f"clip.vision.{key}", value)
+    w.add_float32("clip.vision.attention.layer_norm_epsilon", 1e-5)
+    for key in ("image_mean", "image_std"):
+        w.add_array(f"clip.vision.{key}", [0.5]*3)
+    shapes = {"v.patch_embd.weight": (n, 3, 14, 14), "v.patch_embd.weight.1": (n, 3, 14, 14), "v.post_ln.weight": (n,), "v.post_ln.bias": (n,)}
+    for name in ("attn_q", "attn_k", "attn_v", "attn_out", "ffn_up", "ffn_down", "ln1", "ln2"):
+        shapes |= {f"v.blk.0.{name}.weight": (n,) if name.startswith("ln") else (n, n), f"v.blk.0.{name}.bias": (n,)}
+    shapes |= {"mm.0.weight": (4*n, 4*n), "mm.0.bias": (4*n,), "mm.2.weight": (N_EMBD, 4*n), "mm.2.bias": (N_EMBD,)}
+    for name, shape in shapes.items():
+        w.add_tensor(name, (rng.standard_normal(shape)/10).astype(np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
 
 
 def every_fourth(i):

@@ -1,4 +1,5 @@
 """`pykvc serve`: what was evaluated is not evaluated again, on every kind of cache we evict from; and what a slot's file holds."""
+import base64
 import http.client
 import json
 import os
@@ -7,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+import families
 import pykvc
 import tiny
 from evals.served import Server
@@ -316,3 +318,33 @@ def http_post(server, body):
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("POST", "/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
     return connection
+
+
+# -- images -----------------------------------------------------------------------------------------------------------------
+
+IMAGE = base64.b64encode(b"P6 56 56 255\n" + bytes(range(256))*36 + bytes(56*56*3 - 256*36)).decode()  # a netpbm picture
+
+
+def test_an_image_is_400_where_its_positions_are_no_count_of_tokens(tmp_path):
+    """Neither its slot nor the one that answers meanwhile notices. Without a policy it is looked at."""
+    model = tiny.write_chat(tmp_path/"model.gguf", {}, arch="qwen2vl", n_layer=2, mute_eos=True)
+    how = ("-m", model, "--mmproj", families.write_eye(tmp_path/"eye.gguf"), "--no-warmup", "-c", 2*N_CTX, "-np", 2, "-t", 1)
+
+    def seen(server, **more):
+        prompt = {"prompt_string": f"a {server.ok('/props')['media_marker']} b", "multimodal_data": [IMAGE]}
+        return {"prompt": prompt, "n_predict": 4, "id_slot": 0, "temperature": 0, **more}
+    with Server(tmp_path/"log", *how).wait() as server:
+        assert server.ok("/completion", seen(server))["timings"]["prompt_n"] > 4
+    with Server(tmp_path/"log", *how, "--kv-policy", OWN, "--kv-budget", "40%", "--slots").wait() as server:
+        alone = ask(server, TURNS[0], 40, slot=1, cache_prompt=False)
+        first = ask(server, DOCUMENT)
+        connection, events = server.stream("/completion", {"prompt": TURNS[0], "n_predict": 40, "temperature": 0, "id_slot": 1, "cache_prompt": False})
+        next(events)
+        for policy in ({}, {"kv_policy": "full"}):
+            status, reply = server.post("/completion", seen(server, **policy))
+            assert status == 400 and "images" in reply["error"]["message"], reply
+        *_, last = events
+        connection.close()
+        assert last["kv"]["n_kept"] == alone["kv"]["n_kept"] and last["tokens_predicted"] == 40
+        on = ask(server, DOCUMENT + first["tokens"] + QUESTIONS[0])
+        assert on["timings"]["cache_n"] == len(DOCUMENT) + 5
