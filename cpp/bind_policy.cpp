@@ -276,6 +276,7 @@ void bind_policy(py::module_ & m) {
     using namespace kvc;
     using namespace py::literals;
     m.def("policies", &table, "The policy table: name, title, paper, decode, layers_differ, heads_differ, needs, params.");
+    m.def("architectures", &architectures, "Names of all that llama.cpp knows.");
     m.def("parse_spec", [](const std::string & s) { return parse_spec(s).canonical(); }, "spec"_a,
             "The canonical form of a spec: every parameter, in declared order. ValueError names what is valid.");
     m.def("needs", [](const std::string & s) {

@@ -13,6 +13,8 @@ def policies() -> list[dict[str, Any]]:
     default, None: it cannot share), recommended (for a budget without a policy), needs (of the default parameters: window,
     newest, sums, keys, spans), params [{name, value, doc, min, max, choices, integer}]."""
 
+def architectures() -> list[str]: """Names of all that llama.cpp knows: docs/architectures.md says what evicts."""
+
 def parse_spec(spec: str) -> str:
     """The canonical form of a spec: every parameter, in declared order. ValueError names what is valid."""
 

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
 
 class Mark:
-    """Where a session is now, to come back to. In memory, a copy of what the cache holds; a cache that is whole is cut instead."""
+    """Where a session is now, to come back to. In memory, a copy of what the cache holds; a cache that is whole is cut instead, unless
+    layers are recurrent."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.n_tokens, self.moment = weakref.proxy(session), session.n_tokens, session.moment  # close() frees it at once
-        self.snapshot = session.snapshot(cells=session.evicts)
+        self.snapshot = session.snapshot(cells=session.evicts or session.ctx.pos_floor() > 0)
 
     def return_to(self) -> None:
         """ValueError: a whole cache was emptied since, or holds other tokens."""
