@@ -28,7 +28,7 @@ ggml_backend_dev_t device_of(const ggml_tensor * t) {
     return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // plain host memory names none
 }
 
-static bool can_run(ggml_backend_dev_t dev, const ggml_tensor * op) {
+bool can_run(ggml_backend_dev_t dev, const ggml_tensor * op) {
     return !lacking.count(ggml_op_name(op->op)) && ggml_backend_dev_supports_op(dev, op);
 }
 

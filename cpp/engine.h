@@ -288,9 +288,8 @@ private:
 
     // evict.cpp
     bool     run(llama_context * lctx, const job & j);
-    void     compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep);
-    void     compact_rows(ggml_tensor * t, bool trans, int32_t n_head_dim, int32_t n_src, int32_t n_dst, const int32_t * slots) const;
-    void     compact_sums(int32_t ikv, uint32_t s, int32_t n_src, int32_t n_dst, const int32_t * slots) const;
+    void     compact(llama_context * lctx, uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep);
+    void     clear_free_sums(uint32_t s, const std::vector<int32_t> & n_keep) const;
     void     clear_sums(uint32_t s);
     std::vector<span> sentences(const stream & q) const;
 
@@ -405,6 +404,7 @@ void flush_copies(llama_context * lctx);
 bool uses_flash_attn(llama_context * lctx);
 
 ggml_backend_dev_t device_of(const ggml_tensor * t);
+bool can_run(ggml_backend_dev_t dev, const ggml_tensor * op); // but for what pretend_lacking() named
 
 // A small graph of ours, between those of the model: build it, then run it for one result.
 llm_graph_result * begin_graph(llama_context * lctx);

@@ -1,6 +1,7 @@
 // One eviction: signals -> scores -> plan -> compaction. Nothing is moved before the whole plan stands.
 
 #include "engine.h"
+#include "gather.h"
 #include "select.h"
 #include "spans.h"
 
@@ -140,7 +141,7 @@ bool engine::run(llama_context * lctx, const job & j) {
         n_before += r.layers[l].n_kv;
         n_after  += n_keep[l];
     }
-    compact(s, slots, n_keep);
+    compact(lctx, s, slots, n_keep);
     st.compact_ms += ms_since(t0);
     const int64_t n_evicted = (n_before - n_after)/n_layer();
     st.n_evictions++;
@@ -153,21 +154,22 @@ bool engine::run(llama_context * lctx, const job & j) {
 
 // Moves the kept rows of every layer to its rows [0, n_keep), cells [n_base - n_keep, n_base), and rewrites the cell
 // table to match.
-void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep) {
+void engine::compact(llama_context * lctx, uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep) {
     auto & q = streams[s];
     const int32_t n_base = *std::max_element(n_keep.begin(), n_keep.end());
     const llama_pos last = (llama_pos) q.tokens.size() - 1;
 
+    std::vector<piece> pieces;
     int32_t n_exact = n_base; // trailing slots in which all heads of all layers hold the same, newest positions
     for (int32_t l = 0; l < n_layer(); ++l) {
         const auto & layer = kv.layers[l];
         const auto   pos   = slot_pos(s, l);
         const int32_t n_kv = n_slots(s, l), n = n_keep[l];
 
-        compact_rows(layer.k_stream[s], false,      model.hparams.n_embd_head_k(layer.il), n_kv, n, slots[l].data());
-        compact_rows(layer.v_stream[s], kv.v_trans, model.hparams.n_embd_head_v(layer.il), n_kv, n, slots[l].data());
+        add_pieces(rows_of_cache(layer.k_stream[s], false,      model.hparams.n_embd_head_k(layer.il), n_hkv), n, slots[l].data(), pieces);
+        add_pieces(rows_of_cache(layer.v_stream[s], kv.v_trans, model.hparams.n_embd_head_v(layer.il), n_hkv), n, slots[l].data(), pieces);
         if (tensors[l].sums) {
-            compact_sums(l, s, n_kv, n, slots[l].data());
+            add_pieces(rows_of_sums(tensors[l].sums, s), n, slots[l].data(), pieces);
         }
 
         std::vector<int32_t> kept((size_t) n_hkv*n);
@@ -192,6 +194,8 @@ void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots
         }
         q.probed[l] = std::move(probed);
     }
+    move_rows(lctx, pieces);
+    clear_free_sums(s, n_keep);
     q.n_kept = n_keep;
     q.n_base = n_base;
     q.floor  = last + 1 - n_exact;
@@ -211,51 +215,13 @@ void engine::compact(uint32_t s, const std::vector<std::vector<int32_t>> & slots
     give_back_rows(s, false);
 }
 
-// K or V of one stream, any type: whole rows of a head are moved as bytes, so nothing is quantized twice. Empty rows are
-// zeros: what is masked is still multiplied by 0, and NaN would stay NaN.
-void engine::compact_rows(ggml_tensor * t, bool trans, int32_t n_head_dim, int32_t n_src, int32_t n_dst, const int32_t * slots) const {
-    if (trans) { // the rows' values of each channel lie together
-        const size_t es = ggml_type_size(t->type), n_rows = t->ne[1];
-        std::vector<uint8_t> src(n_src*es), dst;
-        for (int32_t j = 0; j < n_hkv*n_head_dim; ++j) {
-            const int32_t * keep = slots + (size_t) (j/n_head_dim)*n_dst;
-            dst.assign(n_dst*es, 0);
-            ggml_backend_tensor_get(t, src.data(), j*n_rows*es, src.size());
-            for (int32_t i = 0; i < n_dst; ++i) {
-                if (keep[i] >= 0) {
-                    memcpy(&dst[i*es], &src[keep[i]*es], es);
-                }
-            }
-            ggml_backend_tensor_set(t, dst.data(), j*n_rows*es, dst.size());
-        }
-        return;
-    }
-    const size_t n_row = t->nb[1], n_head = ggml_row_size(t->type, n_head_dim);
-    std::vector<uint8_t> src(n_src*n_row), dst(n_dst*n_row, 0);
-    ggml_backend_tensor_get(t, src.data(), 0, src.size());
-    for (int32_t i = 0; i < n_dst; ++i) {
-        for (int32_t h = 0; h < n_hkv; ++h) {
-            const int32_t j = slots[(size_t) h*n_dst + i];
-            if (j >= 0) {
-                memcpy(&dst[i*n_row + h*n_head], &src[j*n_row + h*n_head], n_head);
-            }
-        }
-    }
-    ggml_backend_tensor_set(t, dst.data(), 0, dst.size());
-}
-
 // Free rows have a sum of 0: the graph only adds.
-void engine::compact_sums(int32_t ikv, uint32_t s, int32_t n_src, int32_t n_dst, const int32_t * slots) const {
-    auto * t = tensors[ikv].sums;
-    std::vector<float> src(n_src), dst(n_src, 0.0f);
-    for (int32_t h = 0; h < n_hkv; ++h) {
-        const size_t offs = s*t->nb[2] + h*t->nb[1];
-        ggml_backend_tensor_get(t, src.data(), offs, src.size()*sizeof(float));
-        for (int32_t i = 0; i < n_dst; ++i) {
-            const int32_t j = slots[(size_t) h*n_dst + i];
-            dst[i] = j < 0 ? 0.0f : src[j];
+void engine::clear_free_sums(uint32_t s, const std::vector<int32_t> & n_keep) const {
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        auto * t = tensors[l].sums;
+        for (int32_t h = 0; t && h < n_hkv; ++h) {
+            ggml_backend_tensor_memset(t, 0, s*t->nb[2] + h*t->nb[1] + n_keep[l]*sizeof(float), (t->ne[0] - n_keep[l])*sizeof(float));
         }
-        ggml_backend_tensor_set(t, dst.data(), offs, dst.size()*sizeof(float));
     }
 }
 
