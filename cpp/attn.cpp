@@ -39,12 +39,12 @@ void run_graph(llama_context * lctx, llm_graph_result * res, ggml_tensor * out, 
     llama_synchronize(lctx);
 }
 
-// softmax(scale * Q K^T + mask) of the ring's queries: F32 [n_kv, window, n_head], of a mask F32 [n_kv, window, 1 or n_head]. With a weight
-// F32 [1, window, n_head] their sum: F32 [n_kv, 1, n_head].
+// softmax(scale * Q K^T + mask) of the ring's queries: F32 [n_kv, n_ring, n_head], of a mask F32 [n_kv, n_ring, 1 or n_head]. With a weight
+// F32 [1, n_ring, n_head] their sum: F32 [n_kv, 1, n_head].
 ggml_tensor * engine::graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, ggml_tensor * weight) const {
     const auto & hp    = model.hparams;
     const auto & layer = kv.layers[ikv];
-    const int64_t n_head = hp.n_head(layer.il), head_dim = hp.n_embd_head_k(layer.il), n_window = cfg->need.window;
+    const int64_t n_head = hp.n_head(layer.il), head_dim = hp.n_embd_head_k(layer.il), n_window = n_ring(ikv);
 
     auto * k = layer.k;
     k = ggml_view_3d(ctx, k, head_dim, n_hkv, mask->ne[0], ggml_row_size(k->type, head_dim), k->nb[1], s*k->nb[2]);
@@ -193,7 +193,7 @@ static std::vector<float> mask_of(const std::vector<ring_query> & queries, const
 
 std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
         const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const {
-    const int32_t n_window = cfg->need.window;
+    const int32_t n_window = n_ring(sig.il);
     const auto mask = mask_of(queries, ranges, n_mask, n_window, sig.n_kv, slots);
     std::vector<float> weight(n_window, 0.0f); // 0: a row of the ring that is not asked for
     for (const auto & query : queries) {
@@ -235,20 +235,24 @@ std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, con
 }
 
 std::vector<float> engine::attention_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries) const {
-    const int32_t n_window = cfg->need.window, n_query = (int32_t) queries.size();
+    const int32_t n_window = n_ring(sig.il), n_query = (int32_t) queries.size(), n_reader = (int32_t) readers[sig.il].size();
     const int32_t n_mask = n_masks(s, sig);
-    const auto mask = mask_of(queries, ranges_of(sig, queries, n_mask), n_mask, n_window, sig.n_kv, {});
+    const auto all = of_all_readers(sig.il, queries);
+    const auto mask = mask_of(all, ranges_of(sig, all, n_mask), n_mask, n_window, sig.n_kv, {});
 
     auto * res = begin_graph(lctx);
     auto * m = ggml_new_tensor_3d(res->get_ctx(), GGML_TYPE_F32, sig.n_kv, n_window, n_mask);
     ggml_set_input(m);
     auto * out = graph_scores(res->get_ctx(), s, sig.il, m, nullptr); // [n_kv, n_window, n_head]
     run_graph(lctx, res, out, [&]() { ggml_backend_tensor_set(m, mask.data(), 0, ggml_nbytes(m)); });
-    std::vector<float> rows((size_t) sig.n_head*n_query*sig.n_kv);
+    std::vector<float> rows((size_t) sig.n_head*n_query*sig.n_kv, 0.0f), row(sig.n_kv);
     for (int32_t h = 0; h < sig.n_head; ++h) {
-        for (int32_t i = 0; i < n_query; ++i) {
-            ggml_backend_tensor_get(out, rows.data() + ((size_t) h*n_query + i)*sig.n_kv, h*out->nb[2] + queries[i].row*out->nb[1],
-                    sig.n_kv*sizeof(float));
+        for (size_t i = 0; i < all.size(); ++i) {
+            ggml_backend_tensor_get(out, row.data(), h*out->nb[2] + all[i].row*out->nb[1], sig.n_kv*sizeof(float));
+            float * mean = rows.data() + ((size_t) h*n_query + i % n_query)*sig.n_kv;
+            for (int32_t j = 0; j < sig.n_kv; ++j) {
+                mean[j] += n_reader == 1 ? row[j] : row[j]/n_reader;
+            }
         }
     }
     return rows;

@@ -237,7 +237,6 @@ static void refuse_unsupported(const config & cfg, const llama_model & model, co
     else if (hp.ple_n_heads > 0)                          { why = "it looks up earlier tokens in the cache"; }
     else if (hp.use_alibi)                                { why = "ALiBi needs the distance to every cell"; }
     else if (hp.n_rel_attn_bkts > 0)                      { why = "its relative positions need the distance to every cell"; }
-    else if (hp.n_layer_kv_from_start >= 0 && hp.n_layer_kv_from_start < (int32_t) hp.n_layer_all) { why = "its layers share caches"; }
     else if (model.arch == LLM_ARCH_GROK)                 { why = "its attention scores are transformed in a way not tested"; }
     else if (!cparams.causal_attn || cparams.embeddings)  { why = "an embedding context evaluates all its tokens at once"; }
     if (!why.empty()) {

@@ -44,7 +44,7 @@ static ggml_context_ptr scratch() {
 void engine::ask_device(int32_t ikv, int32_t n_ubatch) {
     const auto & hp = model.hparams;
     auto & t = tensors[ikv];
-    const int64_t n_kv = kv.layers[ikv].k->ne[1], n_head = hp.n_head(kv.layers[ikv].il), n_window = cfg->need.window;
+    const int64_t n_kv = kv.layers[ikv].k->ne[1], n_head = hp.n_head(kv.layers[ikv].il), n_window = n_ring(ikv);
     auto * dev = device_of(kv.layers[ikv].k);
 
     ggml_context_ptr graph;

@@ -41,6 +41,7 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
         reset(q);
     }
     attn.resize(kv.layers.size());
+    find_readers();
     if (cfg->need.outputs || cfg->need.plus) {
         find_outputs();
     }

@@ -157,7 +157,7 @@ public:
     void build_tap (llm_graph_result * res, int il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cur,
                     ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale);
     void set_cache_rows(ggml_tensor * rows, const llama_ubatch * ubatch, int32_t ikv, bool trans) const;
-    void set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch) const;
+    void set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch, int32_t i_reader, int32_t n_reader) const;
     void set_seen(ggml_tensor * mask, const llama_ubatch * ubatch, int32_t ikv) const;
     void set_bias(ggml_tensor * bias, int32_t ikv) const;
     void set_empty(ggml_tensor * bias, int32_t ikv) const;
@@ -316,7 +316,10 @@ private:
 
     // signal.cpp
     void alloc_signals(const llama_cparams & cparams);
-    std::vector<float> read_ring(uint32_t s, int32_t ikv) const; // F32 [head_dim*n_head, window]
+    void find_readers(); // throws where they differ in what they read
+    int32_t n_ring(int32_t ikv) const; // queries in the ring of a sequence: a window of each reader
+    std::vector<ring_query> of_all_readers(int32_t ikv, const std::vector<ring_query> & queries) const; // of the first one: their mean
+    std::vector<float> read_ring(uint32_t s, int32_t ikv) const; // F32 [n_ring, head_dim*n_head]
     layer_signals no_signals(uint32_t s, int32_t ikv) const;
     layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const;
     std::vector<float> score(uint32_t s, const layer_signals & sig, int32_t budget) const; // F32 [n_head_kv, n_kv], -inf where a slot is empty
@@ -354,14 +357,16 @@ private:
     std::vector<std::function<void()>> jobs;
     bool stale = false;           // cells a layer reads changed outside an update: graphs must go
 
+    std::vector<std::vector<int32_t>> readers; // [n_layer] layers of the model that read the cache of one, ascending: it, and who shares it
+
     // what attention was given, for the graphs of ours
     struct layer_attn { ggml_tensor * sinks = nullptr; float scale = 0; rotation turn; };
     std::vector<layer_attn> attn; // [n_layer]
 
     struct layer_tensors {
-        ggml_tensor * win  = nullptr; // F16 or F32 [head_dim*n_head, window*n_stream] ring of the last queries
+        ggml_tensor * win  = nullptr; // F16 or F32 [head_dim*n_head, n_ring*n_stream] ring of the last queries
         ggml_tensor * sums = nullptr; // F32 [kv_size, n_head_kv, n_stream]
-        ggml_tensor * ones = nullptr; // F32 [n_ubatch*n_head] all 1/g
+        ggml_tensor * ones = nullptr; // F32 [n_ubatch*n_head] all 1/g, 1/(g*n_reader) where several layers read
         ggml_tensor * inputs = nullptr; // F32 [1, window*n_stream] ring of the squared norms of what the last queries were made from
         bool out_prod = true;         // the layer's device has it
     };

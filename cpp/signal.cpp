@@ -44,7 +44,7 @@ void engine::alloc_signals(const llama_cparams & cparams) {
         auto & t = tensors[l];
         if (cfg->need.window > 0) {
             t.win = ggml_new_tensor_2d(ctx.get(), ring_type(layer.k->type), (int64_t) hp.n_embd_head_k(layer.il)*hp.n_head(layer.il),
-                    (int64_t) cfg->need.window*kv.n_stream);
+                    (int64_t) n_ring(l)*kv.n_stream);
             ggml_format_name(t.win, "kvc_window_l%d", layer.il);
         }
         if (cfg->need.plus) {
@@ -71,15 +71,51 @@ void engine::alloc_signals(const llama_cparams & cparams) {
     for (size_t l = 0; l < kv.layers.size(); ++l) {
         ask_device((int32_t) l, (int32_t) cparams.n_ubatch);
         if (tensors[l].ones) {
-            const std::vector<float> ones(tensors[l].ones->ne[0], (float) n_hkv/hp.n_head(kv.layers[l].il));
+            const std::vector<float> ones(tensors[l].ones->ne[0], (float) n_hkv/hp.n_head(kv.layers[l].il)/readers[l].size());
             ggml_backend_tensor_set(tensors[l].ones, ones.data(), 0, ggml_nbytes(tensors[l].ones));
         }
     }
 }
 
+// Whoever reads a layer's cache has a say in what it keeps.
+void engine::find_readers() {
+    const auto & hp = model.hparams;
+    readers.resize(kv.layers.size());
+    for (const auto & [il, ikv] : kv.map_layer_ids) {
+        readers[ikv].push_back(il);
+    }
+    for (size_t l = 0; l < kv.layers.size(); ++l) {
+        std::sort(readers[l].begin(), readers[l].end());
+        for (const int32_t il : readers[l]) {
+            if (hp.n_head(il) != hp.n_head(kv.layers[l].il) || hp.n_embd_head_k(il) != hp.n_embd_head_k(kv.layers[l].il)) {
+                throw std::invalid_argument("this model (" + model.arch_name() + ") cannot evict: layers that share a cache have different heads");
+            }
+        }
+        if (readers[l].size() > 1 && (cfg->need.future > 0 || cfg->need.outputs || cfg->need.plus)) {
+            throw std::invalid_argument(cfg->spec + " looks at one layer's queries or output, and in this model (" + model.arch_name() +
+                    ") several layers read one cache: name a policy that does not, for example snapkv");
+        }
+    }
+}
+
+int32_t engine::n_ring(int32_t ikv) const {
+    return cfg->need.window*(int32_t) readers[ikv].size();
+}
+
+std::vector<ring_query> engine::of_all_readers(int32_t ikv, const std::vector<ring_query> & queries) const {
+    const int32_t n = (int32_t) readers[ikv].size();
+    std::vector<ring_query> res;
+    for (int32_t i = 0; i < n; ++i) {
+        for (const auto & q : queries) {
+            res.push_back({ q.pos, i*cfg->need.window + q.row, q.weight/n });
+        }
+    }
+    return res;
+}
+
 std::vector<float> engine::read_ring(uint32_t s, int32_t ikv) const {
     const auto * win = tensors[ikv].win;
-    std::vector<float> res((size_t) win->ne[0]*cfg->need.window);
+    std::vector<float> res((size_t) win->ne[0]*n_ring(ikv));
     const size_t n_bytes = ggml_row_size(win->type, res.size());
     if (win->type == GGML_TYPE_F32) {
         ggml_backend_tensor_get(win, res.data(), s*n_bytes, n_bytes);
@@ -158,7 +194,7 @@ void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
     if (q.cfg->need.attn_rows) {
         sig.attn_rows = attention_rows(lctx, s, sig, queries);
     } else {
-        sig.attn = attention_of(lctx, s, sig, queries, false);
+        sig.attn = attention_of(lctx, s, sig, of_all_readers(sig.il, queries), false);
     }
 }
 

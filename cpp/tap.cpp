@@ -21,13 +21,15 @@ namespace {
 
 class window_input : public llm_graph_input_i {
 public:
-    window_input(const engine * e, ggml_tensor * rows, int64_t n_tokens) : e(e), rows(rows), n_tokens(n_tokens) {}
-    void set_input(const llama_ubatch * ubatch) override { e->set_window_rows(rows, ubatch); }
+    window_input(const engine * e, ggml_tensor * rows, int64_t n_tokens, int32_t i_reader, int32_t n_reader) :
+        e(e), rows(rows), n_tokens(n_tokens), i_reader(i_reader), n_reader(n_reader) {}
+    void set_input(const llama_ubatch * ubatch) override { e->set_window_rows(rows, ubatch, i_reader, n_reader); }
     bool can_reuse(const llm_graph_params & params) override { return params.ubatch.n_tokens == n_tokens; }
 private:
     const engine * e;
     ggml_tensor  * rows; // I64 [n_rows]
     int64_t        n_tokens;
+    int32_t        i_reader, n_reader;
 };
 
 class rows_input : public llm_graph_input_i {
@@ -195,6 +197,11 @@ void engine::build_tap(llm_graph_result * res, int il, ggml_tensor * q, ggml_ten
     auto * gf  = res->get_gf();
     const int32_t ikv = kv.map_layer_ids.at(il);
     const auto & t = tensors[ikv];
+    const int32_t n_reader = (int32_t) readers[ikv].size();
+    const int32_t i_reader = (int32_t) (std::find(readers[ikv].begin(), readers[ikv].end(), il) - readers[ikv].begin());
+    if (n_reader > 1 && (sinks || (i_reader > 0 && attn[ikv].scale != kq_scale))) { // found out when the context is created, as below
+        throw std::invalid_argument("this model (" + model.arch_name() + ") cannot evict: layers that share a cache read it in different ways");
+    }
     attn[ikv] = { sinks, kq_scale, {} };
     if (cfg->need.future > 0 && !rotation::find(q, attn[ikv].turn)) { // found out when the context is created: graphs are reserved there
         throw std::invalid_argument(cfg->spec + " rotates queries to the positions to come, but this model (" + model.arch_name() +
@@ -206,12 +213,13 @@ void engine::build_tap(llm_graph_result * res, int il, ggml_tensor * q, ggml_ten
 
     if (t.win) {
         const int64_t n_row = std::min<int64_t>(n_tps, cfg->need.window); // only the last ones can be in the window
-        auto * rows = ggml_get_tensor(ctx, "kvc_window_rows");
+        const std::string name = name_of("window_rows", { (uint32_t) i_reader, (uint32_t) n_reader });
+        auto * rows = ggml_get_tensor(ctx, name.c_str());
         if (!rows) {
             rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_row*n_seqs);
             ggml_set_input(rows);
-            ggml_set_name(rows, "kvc_window_rows");
-            res->add_input(std::make_unique<window_input>(this, rows, q->ne[2]));
+            ggml_set_name(rows, name.c_str());
+            res->add_input(std::make_unique<window_input>(this, rows, q->ne[2], i_reader, n_reader));
         }
         if (t.inputs) {
             auto * x = input_of(q);
@@ -290,7 +298,7 @@ void engine::set_seen(ggml_tensor * mask, const llama_ubatch * ubatch, int32_t i
     }
 }
 
-void engine::set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch) const {
+void engine::set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch, int32_t i_reader, int32_t n_reader) const {
     const int64_t n_window = cfg->need.window;
     const int64_t n_seqs = kv.n_stream > 1 ? ubatch->n_seqs_unq : 1;
     const int64_t n_tps  = ubatch->n_tokens/n_seqs;
@@ -299,7 +307,8 @@ void engine::set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch) co
     for (int64_t s = 0; s < n_seqs; ++s) {
         for (int64_t i = 0; i < n_row; ++i) {
             const int64_t tok = s*n_tps + n_tps - n_row + i;
-            data[s*n_row + i] = kv.seq_to_stream[ubatch->seq_id[tok][0]]*n_window + ubatch->pos[tok] % n_window;
+            const int64_t ring = (int64_t) kv.seq_to_stream[ubatch->seq_id[tok][0]]*n_reader + i_reader;
+            data[s*n_row + i] = ring*n_window + ubatch->pos[tok] % n_window;
         }
     }
     ggml_backend_tensor_set(rows, data.data(), 0, ggml_nbytes(rows));

@@ -17,6 +17,7 @@ class Tensors:
     put: Callable
     ones: Callable
     n_layer: int
+    n_vocab: int
     head_dim: int = 32
 
     def norms(self, b, *names, n=N_EMBD):
@@ -100,6 +101,16 @@ class Tensors:
             self.put(f"{b}{name}.weight", n, N_EMBD)
         self.norms(b, "ssm_norm", n=N_STATE)
         self.put(b + "ssm_out.weight", N_EMBD, n_value)
+
+    def per_layer(self, n):
+        self.put("per_layer_token_embd.weight", self.n_vocab, n*self.n_layer)
+        self.put("per_layer_model_proj.weight", n*self.n_layer, N_EMBD)
+        self.ones("per_layer_proj_norm.weight", n)
+
+    def per_layer_of(self, b, n):
+        self.put(b + "inp_gate.weight", n, N_EMBD)
+        self.put(b + "proj.weight", N_EMBD, n)
+        self.norms(b, "post_norm")
 
     def heads_kv(self, attends):
         self.w.add_head_count_kv([N_HEAD_KV if attends(i) else 0 for i in range(self.n_layer)])
@@ -247,27 +258,60 @@ def lfm2(t: Tensors) -> None:
         t.swiglu(b)
 
 
-def gemma4(t: Tensors) -> None:
-    """A global layer after five with a window of 32: larger heads, fewer of them, and values are the keys before their norm."""
+def gemma4(t: Tensors, n_shared: int = 0) -> None:
+    """A global layer after five with a window of 32: larger heads, fewer of them, and values are the keys before their norm. n_shared (as in E2B
+    and E4B): of the last layers, which read the caches of the last global one and the last window before them."""
+    n_each = 16 if n_shared else 0  # of an embedding for each layer
     windows = [i % 6 != 5 for i in range(t.n_layer)]
     t.heads()
     t.w.add_key_length_swa(16)
     t.w.add_value_length_swa(16)
     t.w.add_sliding_window(32)
     t.w.add_sliding_window_pattern(windows)
-    t.w.add_embedding_length_per_layer_input(0)
+    t.w.add_embedding_length_per_layer_input(n_each)
+    t.w.add_shared_kv_layers(n_shared)
     t.w.add_head_count_kv([4 if window else N_HEAD_KV for window in windows])
     t.w.add_feed_forward_length(N_FF)
     t.w.add_rope_dimension_count(t.head_dim)
     t.w.add_rope_dimension_count_swa(16)
     t.norms("", "output_norm")
     t.w.add_tensor("rope_freqs.weight", np.repeat([1, 1e30], t.head_dim//4).astype(np.float32))  # a part of a head is not rotated
+    if n_each:
+        t.per_layer(n_each)
     for i, window in enumerate(windows):
         b, d = f"blk.{i}.", 16 if window else t.head_dim
         t.norms(b, "attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
         t.norms(b, "attn_q_norm", "attn_k_norm", n=d)
         t.attention(b, d, 4 if window else N_HEAD_KV, v=window)
         t.swiglu(b)
+        if n_each:
+            t.per_layer_of(b, n_each)
+
+
+def gemma3n(t: Tensors) -> None:
+    """A global layer after four with a window of 32. From layer 20 on they read the caches of layers 18 and 19."""
+    n_each, n_altup, n_laurel = 256, 4, 64  # as llama.cpp has them
+    t.heads()
+    t.w.add_sliding_window(32)
+    t.w.add_sliding_window_pattern([i % 5 != 4 for i in range(t.n_layer)])
+    t.w.add_head_count_kv(N_HEAD_KV)
+    t.w.add_feed_forward_length(N_FF)
+    t.norms("", "output_norm")
+    t.per_layer(n_each)
+    t.put("altup_proj.weight", n_altup - 1, N_EMBD, N_EMBD)
+    t.put("altup_unembd_proj.weight", n_altup - 1, N_EMBD, N_EMBD)
+    for i in range(t.n_layer):
+        b = f"blk.{i}."
+        t.norms(b, "attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "altup_correct_scale", "altup_router_norm", "laurel_post_norm")
+        t.norms(b, "attn_q_norm", "attn_k_norm", n=t.head_dim)
+        t.attention(b)
+        t.swiglu(b)
+        t.per_layer_of(b, n_each)
+        t.put(b + "altup_correct_coef.weight", n_altup, n_altup)
+        t.put(b + "altup_predict_coef.weight", n_altup**2, n_altup)
+        t.put(b + "altup_router.weight", n_altup, N_EMBD)
+        t.put(b + "laurel_l.weight", n_laurel, N_EMBD)
+        t.put(b + "laurel_r.weight", N_EMBD, n_laurel)
 
 
 def qwen3(t: Tensors, vision: bool = False) -> None:
@@ -320,6 +364,7 @@ def phi3(t: Tensors) -> None:
 
 HYBRID = {"qwen35": qwen35, "qwen3next": lambda t: qwen35(t, True), "granitehybrid": granite_hybrid, "falcon-h1": falcon_h1, "jamba": jamba,
           "nemotron_h": nemotron_h, "lfm2": lfm2}
-OTHERS = {"gemma4": gemma4, "qwen3vl": lambda t: qwen3(t, True), "qwen3moe": qwen3, "llama4": llama4, "phi3": phi3}
+SHARED = {"gemma4:shared": lambda t: gemma4(t, 6), "gemma3n": gemma3n}  # caches that several layers read
+OTHERS = {"gemma4": gemma4, **SHARED, "qwen3vl": lambda t: qwen3(t, True), "qwen3moe": qwen3, "llama4": llama4, "phi3": phi3}
 WRITE = HYBRID | OTHERS
-N_LAYER = {**dict.fromkeys(WRITE, 8), "gemma4": 12, "falcon-h1": 3, "qwen3vl": 3, "qwen3moe": 3, "phi3": 3}
+N_LAYER = {**dict.fromkeys(WRITE, 8), "gemma4": 12, "gemma4:shared": 12, "gemma3n": 30, "falcon-h1": 3, "qwen3vl": 3, "qwen3moe": 3, "phi3": 3}

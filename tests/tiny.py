@@ -23,7 +23,7 @@ def write(path: Path, arch: str = "llama", n_layer: int | None = None, n_ctx: in
     rng = np.random.default_rng(seed)
     n_layer = n_layer or N_LAYER.get(arch, 3)
     head_dim = 16 if arch in ("qwen2", "qwen2vl") else head_dim  # 32: a block of a quantized cache
-    w = gguf.GGUFWriter(path, arch)
+    w = gguf.GGUFWriter(path, arch.partition(":")[0])
     w.add_context_length(n_ctx)
     w.add_embedding_length(N_EMBD)
     w.add_block_count(n_layer)
@@ -47,7 +47,7 @@ def write(path: Path, arch: str = "llama", n_layer: int | None = None, n_ctx: in
 
     put("token_embd.weight", n_vocab, N_EMBD, scale=1.0, mute=mute)
     if arch in families.WRITE:
-        families.WRITE[arch](families.Tensors(w, put, ones, n_layer, head_dim))
+        families.WRITE[arch](families.Tensors(w, put, ones, n_layer, n_vocab, head_dim))
         return _finish(w, path)
     second = {"openelm": N_HEAD_KV//2, "deci": 0}.get(arch, N_HEAD_KV)  # KV heads of the second layer
     if second != N_HEAD_KV:

@@ -68,7 +68,6 @@ def verdict(a: Architecture) -> str:
            "an index beside the cache picks what attention reads" if index else
            "a latent (MLA) cache" if latent and (not plain or "hybrid" in "".join(a.inputs)) else
            "ALiBi needs the distance to every cell" if re.search(r"^ {4}hparams.f_max_alibi_bias = ", a.facts, re.M) else
-           "its layers share caches" if re.search(r"n_layer_kv_from_start = \d", a.facts) else
            "a layer that routes has a KV head of its own" if "hparams.router_layer" in a.facts else
            "its attention scores are transformed in a way not tested" if a.name == "grok" else "")
     if why:
@@ -79,8 +78,7 @@ def verdict(a: Architecture) -> str:
     elif "attn_inp_kv_iswa" in a.inputs:
         res += " its global layers" + (", where it has sliding windows" if "attn_inp_kv" in a.inputs else "")
     but = ["MROPE" in a.rope and "images are refused" + (" where it has M-RoPE" if "?" in a.rope else ""),
-           latent and "refused with a latent (MLA) cache", "max_alibi_bias" in a.facts.lower() and "refused with ALiBi",
-           "n_layer_kv_from_start" in a.facts and "refused where layers share caches (E2B, E4B)"]
+           latent and "refused with a latent (MLA) cache", "max_alibi_bias" in a.facts.lower() and "refused with ALiBi"]
     return "; ".join(filter(None, [res, *but]))
 
 
@@ -88,7 +86,7 @@ def verdict(a: Architecture) -> str:
 
 COSTS = [  # model, layers that grow, of how many, values of K and V a layer and token, what evicts
     ("Qwen3-Next-80B-A3B", 12, 48, 2*2*256, True), ("Granite-4.0-H-Small", 4, 40, 2*8*128, True), ("LFM2-1.2B", 6, 16, 2*8*64, True),
-    ("Qwen3-VL-8B", 36, 36, 2*8*128, True), ("gpt-oss-20b", 12, 24, 2*8*64, True), ("Gemma 3n E4B", 4, 35, 2*2*256, False),
+    ("Qwen3-VL-8B", 36, 36, 2*8*128, True), ("gpt-oss-20b", 12, 24, 2*8*64, True), ("Gemma 3n E4B", 4, 35, 2*2*256, True),
     ("DeepSeek-V2-Lite", 27, 27, 512 + 64, False),
 ]
 
