@@ -39,33 +39,9 @@ void run_graph(llama_context * lctx, llm_graph_result * res, ggml_tensor * out, 
     llama_synchronize(lctx);
 }
 
-// softmax(scale * Q K^T + mask) of the ring's queries: F32 [n_kv, n_ring, n_head], of a mask F32 [n_kv, n_ring, 1 or n_head]. With a weight
-// F32 [1, n_ring, n_head] their sum: F32 [n_kv, 1, n_head].
-ggml_tensor * engine::graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, ggml_tensor * weight) const {
-    const auto & hp    = model.hparams;
-    const auto & layer = kv.layers[ikv];
-    const int64_t n_head = hp.n_head(layer.il), head_dim = hp.n_embd_head_k(layer.il), n_window = n_ring(ikv);
-
-    auto * k = layer.k;
-    k = ggml_view_3d(ctx, k, head_dim, n_hkv, mask->ne[0], ggml_row_size(k->type, head_dim), k->nb[1], s*k->nb[2]);
-    auto * win = tensors[ikv].win;
-    auto * q = ggml_view_3d(ctx, win, head_dim, n_head, n_window, ggml_row_size(win->type, head_dim), win->nb[1], (size_t) s*n_window*win->nb[1]);
-    q = win->type == GGML_TYPE_F32 ? q : ggml_cast(ctx, q, GGML_TYPE_F32);
-
-    auto * out = ggml_mul_mat(ctx, ggml_permute(ctx, k, 0, 2, 1, 3), ggml_permute(ctx, q, 0, 2, 1, 3)); // [n_kv, n_window, n_head]
-    ggml_prec_set_acc(out, GGML_PREC_F32);
-    if (hp.attn_soft_cap) {
-        out = ggml_scale(ctx, out, 1.0f/hp.f_attn_logit_softcapping);
-        out = ggml_scale(ctx, ggml_tanh(ctx, out), hp.f_attn_logit_softcapping);
-    }
-    out = ggml_soft_max_ext(ctx, out, mask, attn[ikv].scale, 0.0f);
-    ggml_soft_max_add_sinks(out, attn[ikv].sinks);
-    return weight ? graph_dot(ctx, ikv, out, weight) : out;
-}
-
 // Which slots a query head's queries see: I32 [2, n_query, n_mask], from and up to. By the positions of head 0, since from the floor
 // on all agree; of each head where one has empty slots.
-static std::vector<int32_t> ranges_of(const layer_signals & sig, const std::vector<ring_query> & queries, int32_t n_mask) {
+std::vector<int32_t> ranges_of(const layer_signals & sig, const std::vector<ring_query> & queries, int32_t n_mask) {
     std::vector<int32_t> res;
     for (int32_t h = 0; h < n_mask; ++h) {
         const int32_t * pos = sig.pos.data() + (size_t) (h/(sig.n_head/sig.n_head_kv))*sig.n_kv;
@@ -169,93 +145,6 @@ std::vector<float> engine::attention_tiles(llama_context * lctx, uint32_t s, con
         all[i/n_seen*sig.n_kv + slots[i % n_seen]] = given[i];
     }
     return all;
-}
-
-// What a graph is to mask: F32 [n_kv, n_window, n_mask], by rows of the ring.
-static std::vector<float> mask_of(const std::vector<ring_query> & queries, const std::vector<int32_t> & ranges, int32_t n_mask, int32_t n_window,
-        int32_t n_kv, const std::vector<int32_t> & slots) {
-    std::vector<float> seen(n_kv, slots.empty() ? 0.0f : -INFINITY);
-    for (const int32_t j : slots) {
-        seen[j] = 0.0f;
-    }
-    std::vector<float> mask((size_t) n_mask*n_window*n_kv, 0.0f);
-    for (size_t i = 0; i < queries.size(); ++i) {
-        for (int32_t h = 0; h < n_mask; ++h) {
-            const int32_t * range = &ranges[2*((size_t) h*queries.size() + i)];
-            float * row = mask.data() + ((size_t) h*n_window + queries[i].row)*n_kv;
-            std::copy(seen.begin(), seen.end(), row);
-            std::fill(row, row + range[0], -INFINITY);
-            std::fill(row + range[1], row + n_kv, -INFINITY);
-        }
-    }
-    return mask;
-}
-
-std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
-        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const {
-    const int32_t n_window = n_ring(sig.il);
-    const auto mask = mask_of(queries, ranges, n_mask, n_window, sig.n_kv, slots);
-    std::vector<float> weight(n_window, 0.0f); // 0: a row of the ring that is not asked for
-    for (const auto & query : queries) {
-        weight[query.row] = query.weight;
-    }
-
-    auto * res = begin_graph(lctx);
-    auto * ctx = res->get_ctx();
-    auto * m = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, sig.n_kv, n_window, n_mask);
-    auto * w = largest ? nullptr : ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_window, sig.n_head);
-    for (auto * input : { m, w }) {
-        if (input) {
-            ggml_set_input(input);
-        }
-    }
-    auto * out = graph_scores(ctx, s, sig.il, m, w);
-    run_graph(lctx, res, out, [&]() {
-        ggml_backend_tensor_set(m, mask.data(), 0, ggml_nbytes(m));
-        for (int32_t h = 0; w && h < sig.n_head; ++h) {
-            ggml_backend_tensor_set(w, weight.data(), h*w->nb[2], weight.size()*sizeof(float));
-        }
-    });
-    std::vector<float> each(ggml_nelements(out)); // F32 [n_kv, 1 or n_window, n_head]
-    ggml_backend_tensor_get(out, each.data(), 0, ggml_nbytes(out));
-    if (!largest) {
-        return each;
-    }
-    std::vector<float> given((size_t) sig.n_kv*sig.n_head, 0.0f);
-    for (int32_t h = 0; h < sig.n_head; ++h) {
-        for (const auto & query : queries) {
-            const float * row = each.data() + ((size_t) h*n_window + query.row)*sig.n_kv;
-            float * to = given.data() + (size_t) h*sig.n_kv;
-            for (int32_t j = 0; j < sig.n_kv; ++j) {
-                to[j] = std::max(to[j], query.weight*row[j]);
-            }
-        }
-    }
-    return given;
-}
-
-std::vector<float> engine::attention_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries) const {
-    const int32_t n_window = n_ring(sig.il), n_query = (int32_t) queries.size(), n_reader = (int32_t) readers[sig.il].size();
-    const int32_t n_mask = n_masks(s, sig);
-    const auto all = of_all_readers(sig.il, queries);
-    const auto mask = mask_of(all, ranges_of(sig, all, n_mask), n_mask, n_window, sig.n_kv, {});
-
-    auto * res = begin_graph(lctx);
-    auto * m = ggml_new_tensor_3d(res->get_ctx(), GGML_TYPE_F32, sig.n_kv, n_window, n_mask);
-    ggml_set_input(m);
-    auto * out = graph_scores(res->get_ctx(), s, sig.il, m, nullptr); // [n_kv, n_window, n_head]
-    run_graph(lctx, res, out, [&]() { ggml_backend_tensor_set(m, mask.data(), 0, ggml_nbytes(m)); });
-    std::vector<float> rows((size_t) sig.n_head*n_query*sig.n_kv, 0.0f), row(sig.n_kv);
-    for (int32_t h = 0; h < sig.n_head; ++h) {
-        for (size_t i = 0; i < all.size(); ++i) {
-            ggml_backend_tensor_get(out, row.data(), h*out->nb[2] + all[i].row*out->nb[1], sig.n_kv*sizeof(float));
-            float * mean = rows.data() + ((size_t) h*n_query + i % n_query)*sig.n_kv;
-            for (int32_t j = 0; j < sig.n_kv; ++j) {
-                mean[j] += n_reader == 1 ? row[j] : row[j]/n_reader;
-            }
-        }
-    }
-    return rows;
 }
 
 } // namespace kvc

@@ -131,10 +131,11 @@ std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, c
     const bool own_length = c->layers_differ && !c->pol->heads_differ() && !c->pooled;
     const auto n_keep = own_length ? c->pol->budgets(r) : std::vector<int32_t>(layers.size(), r.budget);
 
+    const bool off_host = std::any_of(layers.begin(), layers.end(), [&](uint32_t il) { return on_gpu(model, cparams, il); });
     next_rows.resize(hp.n_layer(), 0);
     for (size_t i = 0; i < layers.size(); ++i) {
         uint32_t n = (uint32_t) n_keep[i] + cparams.n_ubatch;
-        if (own_length && on_gpu(model, cparams, layers[i])) {
+        if (own_length && off_host) { // of layers on the host, too: what all see ends where the longest one does
             n = GGML_PAD(n, N_PAD) + N_PAD; // kernels want whole blocks, and run() keeps up to one block more
         }
         next_rows[layers[i]] = std::min(n, cparams.n_ctx_seq);

@@ -238,6 +238,7 @@ static void refuse_unsupported(const config & cfg, const llama_model & model, co
     else if (hp.use_alibi)                                { why = "ALiBi needs the distance to every cell"; }
     else if (hp.n_rel_attn_bkts > 0)                      { why = "its relative positions need the distance to every cell"; }
     else if (model.arch == LLM_ARCH_GROK)                 { why = "its attention scores are transformed in a way not tested"; }
+    else if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) { why = "its heads are split over devices (split mode tensor)"; }
     else if (!cparams.causal_attn || cparams.embeddings)  { why = "an embedding context evaluates all its tokens at once"; }
     if (!why.empty()) {
         throw std::invalid_argument("this model (" + model.arch_name() + ") cannot evict: " + why);
@@ -256,8 +257,15 @@ void engine::attach(std::shared_ptr<const config> cfg, const llama_model & model
     if (!cfg) {
         return;
     }
-    refuse_unsupported(*cfg, model, cparams, mem);
     const auto own = parts_of(mem);
+    if (own.cache && own.cache->other) { // a draft's, which reads another context's cells
+        if (!cfg->guess) {
+            throw std::invalid_argument(cfg->spec + ": this context shares another one's cells, where only that one can evict");
+        }
+        LLAMA_LOG_WARN("%s: not for this context, which shares another one's cells\n", cfg->spec.c_str());
+        return;
+    }
+    refuse_unsupported(*cfg, model, cparams, mem);
     own.cache->kvc.reset(new engine(std::move(cfg), model, cparams, *own.cache));
     own.cache->kvc->mem = own;
 }

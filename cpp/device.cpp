@@ -55,8 +55,9 @@ void engine::ask_device(int32_t ikv, int32_t n_ubatch) {
         if (t.win) {
             const int64_t n_row = std::min<int64_t>(n_window, n_ubatch);
             ggml_set_rows(ctx, t.win, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, t.win->ne[0], n_row), ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_row));
-            graph_scores(ctx, 0, ikv, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_kv, n_window),
-                    ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, n_window, n_head));
+            const auto p = largest_part(ikv);
+            graph_reduced(ctx, ikv, graph_scores(ctx, 0, ikv, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_kv, p.n_row), p),
+                    ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, p.n_row, p.n_head*n_head/n_hkv), cfg->need.probe == probe::max);
         }
         if (t.inputs) {
             ggml_set_rows(ctx, t.inputs, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, 1), ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1));

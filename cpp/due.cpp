@@ -25,6 +25,12 @@ std::vector<int32_t> engine::frozen(uint32_t s, cause why) const {
     return res;
 }
 
+// A budget may be as large as an int32 is.
+int64_t engine::n_decode(uint32_t s) const {
+    const auto & q = streams[s];
+    return q.decode_budget.of(std::max(1, (int32_t) q.tokens.size() - q.gen));
+}
+
 // Slots the mean layer keeps.
 int32_t engine::target(uint32_t s, cause why, int32_t n_new, const std::vector<int32_t> & n_frozen) const {
     const auto & q = streams[s];
@@ -38,12 +44,11 @@ int32_t engine::target(uint32_t s, cause why, int32_t n_new, const std::vector<i
         return q.prompt_budget.kind == budget::none ? std::numeric_limits<int32_t>::max() :
             std::min(std::max(q.prompt_budget.of(n_tokens), q.cfg->pol->min_budget()), n_most);
     }
-    const int32_t n_decode = q.decode_budget.of(n_tokens - q.gen);
     if (q.cfg->decode == decode_mode::whole) { // a short prompt may hold less than what is always kept
-        return std::min(std::max(q.n_prompt + n_decode, q.cfg->pol->min_budget()), n_most);
+        return (int32_t) std::min<int64_t>(std::max<int64_t>(q.n_prompt + n_decode(s), q.cfg->pol->min_budget()), n_most);
     }
     const int64_t sum = std::accumulate(n_frozen.begin(), n_frozen.end(), (int64_t) 0);
-    return std::min((int32_t) std::lround((double) sum/n_layer()) + n_decode, n_most);
+    return (int32_t) std::min<int64_t>(std::lround((double) sum/n_layer()) + n_decode(s), n_most);
 }
 
 bool engine::has_limit(uint32_t s) const {
@@ -53,14 +58,13 @@ bool engine::has_limit(uint32_t s) const {
 // By how many slots is the mean layer of a sequence that generates over its limit?
 int64_t engine::n_over(uint32_t s) const {
     const auto & q = streams[s];
-    const int32_t n_decode = q.decode_budget.of(std::max(1, (int32_t) q.tokens.size() - q.gen));
     int64_t n = 0;
     for (int32_t l = 0; l < n_layer(); ++l) {
         n += n_slots(s, l);
     }
     const int64_t n_mean  = (n + n_layer() - 1)/n_layer();
-    const int64_t n_limit = q.cfg->decode == decode_mode::whole ? std::max(q.n_prompt + n_decode, q.cfg->pol->min_budget()) : q.n_prompt + n_decode;
-    return n_mean - n_limit;
+    const int64_t n_limit = q.n_prompt + n_decode(s);
+    return n_mean - (q.cfg->decode == decode_mode::whole ? std::max<int64_t>(n_limit, q.cfg->pol->min_budget()) : n_limit);
 }
 
 // Would n_new more tokens take it over its limit and one interval, and is there anything to evict?

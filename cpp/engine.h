@@ -98,6 +98,7 @@ struct layer_signals {
     std::vector<float>   o_norm; // F32 [n_head, n_kv]
     std::vector<float>   attn_rows;  // F32 [n_head, n_query, n_kv]
     std::vector<float>   value_rows; // F32 [n_head_kv, n_kv, value_dim]
+    std::vector<float>   reduced;    // F32 [n_head_kv, n_out, n_kv] by policy::reduce_keys()
 
     layer_view view(int32_t n_layer, int32_t budget) const;
 };
@@ -108,6 +109,15 @@ struct ring_query {
     int32_t   row; // of the ring
     float     weight;
 };
+
+// Rows of a layer's ring and its KV heads that one graph takes.
+struct ring_part {
+    int32_t row, n_row, head, n_head;
+
+    bool has(const ring_query & q) const { return q.row >= row && q.row < row + n_row; }
+};
+
+std::vector<int32_t> ranges_of(const layer_signals & sig, const std::vector<ring_query> & queries, int32_t n_mask);
 
 // How a layer's queries were rotated before they reached attention, read off the model's own graph.
 struct rotation {
@@ -270,6 +280,7 @@ private:
     // due.cpp
     std::vector<int32_t> frozen(uint32_t s, cause why) const;
     int32_t  target(uint32_t s, cause why, int32_t n_new, const std::vector<int32_t> & n_frozen) const;
+    int64_t  n_decode(uint32_t s) const; // tokens of the answer that may stay
     llama_pos first_query(uint32_t s) const;
     bool     has_queries(uint32_t s) const;
     bool     is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) const;
@@ -287,6 +298,7 @@ private:
     void     in_update(llama_context * lctx, std::function<void()> fn);
 
     // evict.cpp
+    int32_t  n_block() const; // rows by which layers differ: what kernels want of views off the host
     bool     run(llama_context * lctx, const job & j);
     void     compact(llama_context * lctx, uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep);
     void     clear_free_sums(uint32_t s, const std::vector<int32_t> & n_keep) const;
@@ -300,8 +312,10 @@ private:
     ggml_tensor * graph_sums(ggml_context * ctx, int32_t ikv, ggml_tensor * kq, int64_t s0) const;
     ggml_tensor * graph_dot(ggml_context * ctx, int32_t ikv, ggml_tensor * x, ggml_tensor * w) const;
 
-    // attn.cpp
-    ggml_tensor * graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, ggml_tensor * weight) const;
+    // attn.cpp, attn_graph.cpp
+    ggml_tensor * graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, const ring_part & p) const;
+    ggml_tensor * graph_reduced(ggml_context * ctx, int32_t ikv, ggml_tensor * each, ggml_tensor * weight, bool largest) const;
+    ring_part largest_part(int32_t ikv) const; // that one graph ever takes
     // F32 [n_head, n_kv]: the weighted sum, or the largest, of what the queries give to each slot. slots: those that they see, ascending,
     // of all heads; empty: all of them.
     std::vector<float> attention_of(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
@@ -321,7 +335,8 @@ private:
     std::vector<ring_query> of_all_readers(int32_t ikv, const std::vector<ring_query> & queries) const; // of the first one: their mean
     std::vector<float> read_ring(uint32_t s, int32_t ikv) const; // F32 [n_ring, head_dim*n_head]
     layer_signals no_signals(uint32_t s, int32_t ikv) const;
-    layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const;
+    // whole: the keys themselves, although the policy has a graph for what it needs of them.
+    layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv, bool whole = false) const;
     std::vector<float> score(uint32_t s, const layer_signals & sig, int32_t budget) const; // F32 [n_head_kv, n_kv], -inf where a slot is empty
     void read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const;
     void read_keys(uint32_t s, layer_signals & sig) const;
@@ -329,6 +344,11 @@ private:
     void read_values(uint32_t s, layer_signals & sig) const;
     void read_sums(uint32_t s, layer_signals & sig) const;
     void read_probed(uint32_t s, layer_signals & sig) const;
+
+    // reduce.cpp
+    ggml_tensor * graph_head(ggml_context * ctx, ggml_tensor * t, uint32_t s, int64_t head_dim, int32_t h, int64_t n_kv) const;
+    bool reduce_keys(llama_context * lctx, uint32_t s, layer_signals & sig) const; // false: the policy or the device has no graph for it
+    bool reduce_values(llama_context * lctx, uint32_t s, layer_signals & sig) const;
 
     // probe.cpp
     std::vector<float> read_probe(llama_context * lctx, uint32_t s, int32_t ikv, int32_t n_new, int32_t n_probe, llama_pos begin,
@@ -355,7 +375,7 @@ private:
     llama_context * computes = nullptr; // the cache's own, known from its first ubatch on
     std::vector<job>    due;
     std::vector<std::function<void()>> jobs;
-    bool stale = false;           // cells a layer reads changed outside an update: graphs must go
+    bool stale = false;           // where layers or heads differ, cells a layer reads changed outside an update: graphs must go
 
     std::vector<std::vector<int32_t>> readers; // [n_layer] layers of the model that read the cache of one, ascending: it, and who shares it
 

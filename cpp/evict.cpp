@@ -56,6 +56,23 @@ static bool holds_frozen(const request & r, const policy & pol) {
     return n <= (int64_t) r.layers.size()*std::max(0, r.budget - pol.min_budget());
 }
 
+// Where only some layers are offloaded, those on the host come by a few rows more.
+int32_t engine::n_block() const {
+    const bool off_host = std::any_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) { return !ggml_backend_buffer_is_host(layer.k->buffer); });
+    return off_host ? 256 : 1;
+}
+
+// The one place that says what views of the cache are off the host: they begin at whole blocks, and so are whole blocks themselves.
+static void check_blocks(const std::string & who, const std::vector<int32_t> & n_keep, int32_t n_block) {
+    const int32_t n_base = *std::max_element(n_keep.begin(), n_keep.end());
+    for (const int32_t n : n_keep) {
+        if ((n_base - n) % n_block != 0) {
+            throw std::logic_error(who + ": layers of " + std::to_string(n_base) + " and " + std::to_string(n) + " rows do not differ by whole blocks of " +
+                    std::to_string(n_block));
+        }
+    }
+}
+
 bool engine::run(llama_context * lctx, const job & j) {
     const uint32_t s = j.s;
     auto & q = streams[s];
@@ -103,7 +120,7 @@ bool engine::run(llama_context * lctx, const job & j) {
     if ((int32_t) n_keep.size() != n_layer()) {
         throw std::invalid_argument(conf.spec + ": budgets() must give one number per layer, " + std::to_string(n_layer()));
     }
-    const int32_t n_block = ggml_backend_buffer_is_host(kv.layers[0].k->buffer) ? 1 : 256;
+    const int32_t n_block = this->n_block();
     for (int32_t l = 0; is_bounded() && l < n_layer(); ++l) {
         const int32_t n_rows = is_pooled() ? (int32_t) kv.get_size() : n_rows_max(l);
         const int32_t n_most = n_rows - n_to_free(s, j.n_new) - (conf.layers_differ ? n_block - 1 : 0);
@@ -117,6 +134,7 @@ bool engine::run(llama_context * lctx, const job & j) {
         }
     }
     n_keep = in_blocks(r, n_keep, n_block, conf.pol->min_budget());
+    check_blocks(conf.spec, n_keep, n_block);
     std::vector<std::vector<int32_t>> slots(n_layer());
     for (int32_t l = 0; l < n_layer(); ++l) {
         if (n_keep[l] < 1 || n_keep[l] > r.layers[l].n_kv) {

@@ -76,15 +76,20 @@ static int32_t first_moved(const int32_t * slots, int32_t n_dst, int32_t n_hkv) 
     return first;
 }
 
-static ggml_tensor * slots_of(ggml_context * ctx, ggml_tensor * all, int64_t at, int64_t n, const cache_rows & rows) {
-    const size_t head = n*sizeof(int32_t);
-    return rows.channels ? alias(ctx, all, GGML_TYPE_I32, at*sizeof(int32_t), { n, rows.ne2, rows.ne3, 1 }, { sizeof(int32_t), 0, head, head*rows.ne3 }) :
-                           alias(ctx, all, GGML_TYPE_I32, at*sizeof(int32_t), { n, rows.ne2, 1, 1 }, { sizeof(int32_t), head, head*rows.ne2, head*rows.ne2 });
+// The slots that GET_ROWS takes: I32 [n, ne2, ne3], of each channel its head's again.
+static void add_slots(const piece & p, std::vector<int32_t> & out) {
+    for (int32_t h = 0; h < p.rows.n_head_kv; ++h) {
+        for (int64_t c = 0; c < (p.rows.channels ? p.rows.ne2 : 1); ++c) {
+            out.insert(out.end(), p.slots + (size_t) h*p.stride, p.slots + (size_t) h*p.stride + p.n);
+        }
+    }
 }
 
 // The two ops of a piece; its slots begin at `at` of all.
 static std::pair<ggml_tensor *, ggml_tensor *> ops_of(ggml_context * ctx, const piece & p, ggml_tensor * all, int64_t at) {
-    auto * got = ggml_get_rows(ctx, view_of(ctx, p.rows, 0, p.rows.n_rows), slots_of(ctx, all, at, p.n, p.rows));
+    const size_t nb1 = p.n*sizeof(int32_t), nb2 = nb1*p.rows.ne2;
+    auto * slots = ggml_view_3d(ctx, all, p.n, p.rows.ne2, p.rows.ne3, nb1, nb2, at*sizeof(int32_t));
+    auto * got   = ggml_get_rows(ctx, view_of(ctx, p.rows, 0, p.rows.n_rows), slots);
     return { got, ggml_cpy(ctx, got, view_of(ctx, p.rows, p.begin, p.n)) };
 }
 
@@ -94,7 +99,7 @@ static bool can_gather(const cache_rows & rows) {
     }
     ggml_context_ptr ctx(ggml_init({ 16*ggml_tensor_overhead(), nullptr, true }));
     const int32_t slot = 0;
-    const auto ops = ops_of(ctx.get(), { rows, 0, 1, &slot, 1 }, ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, rows.n_head_kv), 0);
+    const auto ops = ops_of(ctx.get(), { rows, 0, 1, &slot, 1 }, ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, rows.ne2*rows.ne3), 0);
     auto * dev = device_of(rows.t);
     return can_run(dev, ops.first) && can_run(dev, ops.second);
 }
@@ -169,9 +174,7 @@ static void gather(llama_context * lctx, const std::vector<piece> & pieces) {
     std::vector<int64_t> at;
     for (const piece & p : pieces) {
         at.push_back((int64_t) slots.size());
-        for (int32_t h = 0; h < p.rows.n_head_kv; ++h) {
-            slots.insert(slots.end(), p.slots + (size_t) h*p.stride, p.slots + (size_t) h*p.stride + p.n);
-        }
+        add_slots(p, slots);
     }
     auto * res = begin_graph(lctx);
     auto * all = ggml_new_tensor_1d(res->get_ctx(), GGML_TYPE_I32, (int64_t) slots.size());

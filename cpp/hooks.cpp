@@ -82,7 +82,7 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     for (const auto & r : todo) {
         auto & q = streams[r.s];
         due.erase(std::remove_if(due.begin(), due.end(), [&](const job & j) { return j.s == r.s; }), due.end());
-        stale = true;
+        stale |= cfg->layers_differ; // else every layer begins at its first row, whatever is removed
         if (r.end == 0) {
             clear_sums(r.s);
             reset(q);

@@ -19,6 +19,9 @@
 #include <string>
 #include <vector>
 
+struct ggml_context;
+struct ggml_tensor;
+
 namespace kvc {
 
 // A probe is a text that is evaluated after the context to see what it attends to, and taken out again: what the cells
@@ -64,6 +67,7 @@ struct layer_view {
     const float   * o_norm; // F32 [n_head, n_kv] L2 norm of W_O^h v, W_O^h the query head's slice of the output projection, or null
     const float   * attn_rows;  // F32 [n_head, n_query, n_kv] softmax(scale * Q K^T + mask), the oldest query first, or null
     const float   * value_rows; // F32 [n_head_kv, n_kv, value_dim], or null
+    const float   * reduced;    // F32 [n_head_kv, n_out, n_kv] what reduce_keys() made of the keys, which are then null; or null
 };
 
 struct span { int32_t begin, end; }; // original positions [begin, end)
@@ -112,6 +116,13 @@ public:
 
     // F32 [n_head_kv, n_kv], higher is kept longer.
     virtual void score(const layer_view & v, float * out) const = 0;
+
+    // What score() needs of the keys as a graph, which runs where they lie: of one KV head's F32 [head_dim, n_kv], with future > 0 the fit of
+    // its query heads F32 [head_dim, n_group] and [head_dim, head_dim, n_group], F32 [n_kv, n_out]. Null: score() takes the keys themselves.
+    virtual ggml_tensor * reduce_keys(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * mean, ggml_tensor * cov) const {
+        (void) ctx, (void) keys, (void) mean, (void) cov;
+        return nullptr;
+    }
 
     // Slots to keep of layer il: I32 [n_head_kv, n_keep], ascending in each head. The default keeps n_frozen,
     // n_sink() and n_recent(n_keep), then the best scores; equal scores go to the older slot, and a head keeps r.heads if there are

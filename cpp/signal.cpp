@@ -20,7 +20,7 @@ namespace kvc {
 layer_view layer_signals::view(int32_t n_layer, int32_t budget) const {
     const auto ptr = [](const std::vector<float> & v) { return v.empty() ? nullptr : v.data(); };
     return { il, n_layer, n_kv, n_head, n_head_kv, head_dim, n_query, value_dim, budget, pos.data(), ptr(attn), ptr(sums), ptr(keys), ptr(probed),
-        ptr(q_mean), ptr(q_cov), ptr(v_norm), ptr(o_norm), ptr(attn_rows), ptr(value_rows) };
+        ptr(q_mean), ptr(q_cov), ptr(v_norm), ptr(o_norm), ptr(attn_rows), ptr(value_rows), ptr(reduced) };
 }
 
 // Attention over F16 or quantized keys rounds its queries at least as coarsely.
@@ -131,10 +131,10 @@ layer_signals engine::no_signals(uint32_t s, int32_t ikv) const {
     const auto & hp = model.hparams;
     const uint32_t il = kv.layers[ikv].il;
     return { ikv, n_slots(s, ikv), (int32_t) hp.n_head(il), n_hkv, (int32_t) hp.n_embd_head_k(il), 0, (int32_t) hp.n_embd_head_v(il),
-            slot_pos(s, ikv), {}, {}, {}, {}, {}, {}, {}, {}, {}, {} };
+            slot_pos(s, ikv), {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {} };
 }
 
-layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv) const {
+layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv, bool whole) const {
     layer_signals sig = no_signals(s, ikv);
     if (sig.n_kv == 0) {
         throw std::invalid_argument("the sequence is empty");
@@ -144,8 +144,8 @@ layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv
     if (need.future > 0)                   { read_fit(lctx, s, sig); }
     else if (need.window > 0 && !probed)   { read_attn(lctx, s, sig); }
     if (need.sums)       { read_sums(s, sig); }
-    if (need.keys)       { read_keys(s, sig); }
-    if (need.values)     { read_values(s, sig); }
+    if (need.keys   && (whole || !reduce_keys(lctx, s, sig)))   { read_keys(s, sig); }
+    if (need.values && (whole || !reduce_values(lctx, s, sig))) { read_values(s, sig); }
     if (need.outputs)    { sig.o_norm = output_norms(lctx, s, ikv); }
     if (need.value_rows) { sig.value_rows = plain_values(s, ikv); }
     if (probed)               { read_probed(s, sig); }

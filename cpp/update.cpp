@@ -16,21 +16,26 @@
 namespace kvc {
 
 void engine::update(llama_context * lctx) {
-    // nothing may leave here but by last_error(): llama_decode is C
-    try {
-        llama_synchronize(lctx);
-        for (const auto & fn : std::exchange(jobs, {})) {
+    // Nothing may leave here but by last_error(): llama_decode is C. What fails for one sequence is not what fails for the others.
+    const auto attempt = [&](const auto & fn) {
+        try {
             fn();
+        } catch (const std::exception & e) {
+            last_error() = e.what();
+            LLAMA_LOG_ERROR("%s: %s\n", cfg->spec.c_str(), e.what());
         }
-        for (const auto & j : std::exchange(due, {})) {
+    };
+    attempt([&]() { llama_synchronize(lctx); });
+    for (const auto & fn : std::exchange(jobs, {})) {
+        attempt(fn);
+    }
+    for (const auto & j : std::exchange(due, {})) {
+        attempt([&]() {
             run(lctx, j);
             if (j.why == cause::prompt) {
                 end_prompt((llama_seq_id) j.s);
             }
-        }
-    } catch (const std::exception & e) {
-        last_error() = e.what();
-        LLAMA_LOG_ERROR("%s: %s\n", cfg->spec.c_str(), e.what());
+        });
     }
     stale = false;
 }
@@ -139,7 +144,7 @@ std::vector<layer_signals> engine::signals(llama_context * lctx, llama_seq_id se
     std::vector<layer_signals> res;
     in_update(lctx, [&]() {
         for (int32_t l = 0; l < n_layer(); ++l) {
-            res.push_back(read_signals(lctx, s, l));
+            res.push_back(read_signals(lctx, s, l, true));
         }
     });
     return res;

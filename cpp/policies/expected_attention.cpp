@@ -12,6 +12,8 @@
 
 #include "policies.h"
 
+#include "ggml.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -84,6 +86,20 @@ struct expected_attention : policy {
         return sinks + recent + 1;
     }
 
+    // k . mean + k^T cov k / 2 for each query head
+    ggml_tensor * reduce_keys(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * mean, ggml_tensor * cov) const override {
+        ggml_tensor * all = nullptr;
+        for (int64_t g = 0; g < mean->ne[1]; ++g) {
+            auto * c = ggml_view_2d(ctx, cov, cov->ne[0], cov->ne[1], cov->nb[1], g*cov->nb[2]);
+            auto * m = ggml_view_2d(ctx, mean, mean->ne[0], 1, mean->nb[1], g*mean->nb[1]);
+            auto * squares = ggml_sum_rows(ctx, ggml_mul(ctx, ggml_mul_mat(ctx, c, keys), keys)); // [1, n_kv]
+            squares = ggml_scale(ctx, ggml_reshape_2d(ctx, squares, keys->ne[1], 1), 0.5f);
+            auto * logits = ggml_add(ctx, squares, ggml_mul_mat(ctx, keys, m)); // [n_kv, 1]
+            all = all ? ggml_concat(ctx, all, logits, 1) : logits;
+        }
+        return all;
+    }
+
     void score(const layer_view & v, float * out) const override {
         const int32_t n_group = v.n_head / v.n_head_kv;
         const int32_t n_first = std::min(sinks, v.n_kv);
@@ -92,12 +108,16 @@ struct expected_attention : policy {
         std::vector<float> z(n);
         float best = 0;
         for (int32_t h = 0; h < v.n_head_kv; ++h) {
-            const float * keys  = v.keys   + ((size_t) h * v.n_kv + n_first) * v.head_dim;
             const float * norm  = v.v_norm + (size_t) h * v.n_kv + n_first;
             float       * score = out      + (size_t) h * v.n_kv + n_first;
             std::fill(score, score + n, 0.0f);
             for (int32_t g = h * n_group; g < (h + 1) * n_group && n > 0; ++g) {
-                expected_logits(keys, n, v.head_dim, v.q_mean + (size_t) g * v.head_dim, v.q_cov + (size_t) g * v.head_dim * v.head_dim, z.data());
+                if (v.reduced) {
+                    std::copy_n(v.reduced + (size_t) g * v.n_kv + n_first, n, z.data());
+                } else {
+                    expected_logits(v.keys + ((size_t) h * v.n_kv + n_first) * v.head_dim, n, v.head_dim, v.q_mean + (size_t) g * v.head_dim,
+                        v.q_cov + (size_t) g * v.head_dim * v.head_dim, z.data());
+                }
                 const float most = *std::max_element(z.begin(), z.end());
                 double total = 0;
                 for (float & x : z) {

@@ -7,6 +7,8 @@
 
 #include "policies.h"
 
+#include "ggml.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -23,7 +25,18 @@ struct keydiff : policy {
         return n;
     }
 
+    ggml_tensor * reduce_keys(ggml_context * ctx, ggml_tensor * keys, ggml_tensor *, ggml_tensor *) const override {
+        auto * unit   = ggml_l2_norm(ctx, keys, 1e-12f);
+        auto * sums   = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, unit))); // [1, head_dim]
+        auto * anchor = ggml_l2_norm(ctx, ggml_scale(ctx, ggml_reshape_2d(ctx, sums, keys->ne[0], 1), 1.0f / keys->ne[1]), 1e-8f);
+        return ggml_scale(ctx, ggml_mul_mat(ctx, unit, anchor), -1.0f); // [n_kv, 1]
+    }
+
     void score(const layer_view & v, float * out) const override {
+        if (v.reduced) {
+            std::copy_n(v.reduced, v.n_head_kv * v.n_kv, out);
+            return;
+        }
         const int32_t n = v.head_dim;
 
         std::vector<float> norm(v.n_kv);

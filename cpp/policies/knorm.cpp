@@ -7,6 +7,9 @@
 
 #include "policies.h"
 
+#include "ggml.h"
+
+#include <algorithm>
 #include <cmath>
 
 namespace kvc {
@@ -22,7 +25,16 @@ struct knorm : policy {
         return n;
     }
 
+    ggml_tensor * reduce_keys(ggml_context * ctx, ggml_tensor * keys, ggml_tensor *, ggml_tensor *) const override {
+        auto * norms = ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, keys))); // [1, n_kv]
+        return ggml_scale(ctx, ggml_reshape_2d(ctx, norms, keys->ne[1], 1), -1.0f);
+    }
+
     void score(const layer_view & v, float * out) const override {
+        if (v.reduced) {
+            std::copy_n(v.reduced, v.n_head_kv * v.n_kv, out);
+            return;
+        }
         for (int32_t i = 0; i < v.n_head_kv * v.n_kv; ++i) {
             const float * k = v.keys + (size_t) i * v.head_dim;
             out[i] = -std::sqrt(dot(k, k, v.head_dim));

@@ -1,0 +1,203 @@
+"""Layers whose memory is not the host's, on a device that the CPU plays (tests/stock/counting.cpp): what is kept, and what crosses."""
+import counting
+import numpy as np
+import pytest
+import tiny
+
+import pykvc
+from pykvc import _core
+
+N, BUDGET, BLOCK = 700, 300, 256
+EVICTS = [p["name"] for p in pykvc.policies() if not p["heads_differ"] and p["name"] != "full"]
+PLAIN = [name for name in EVICTS if next(p for p in pykvc.policies() if p["name"] == name)["needs"]["probe"] == "none"]
+BY_POSITION = ["streaming_llm", "random", "random_head", "random_shot"]  # no rounding can change what they keep
+TOKENS = np.random.default_rng(5).integers(1, 100, 4*N).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def device():
+    with counting.registered() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("offload")/"llama.gguf", n_layer=4)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Heads of 64, whose rows are whole numbers of I32 in every type."""
+    return tiny.write(tmp_path_factory.mktemp("offload")/"wide.gguf", n_layer=4, head_dim=64)
+
+
+def context(path, policy, n_gpu_layers=99, budget=str(BUDGET), **how):
+    model = _core.Model(str(path), n_gpu_layers=n_gpu_layers)
+    ctx = _core.Context(model, **{"n_ctx": 2048, "n_ubatch": 128, "n_threads": 1, **how}, policy=policy, budget=budget)
+    if policy.partition(":")[0] in ("shotkv", "random_shot"):
+        ctx.set_spans([(i, i + 20) for i in range(0, N - 40, 20)])
+    return ctx
+
+
+def in_blocks(ctx):
+    """Views of the cache off the host begin at whole blocks."""
+    kept = np.asarray(ctx.seq_stats()["kept"])
+    return not ((kept.max() - kept) % BLOCK).any()
+
+
+@pytest.mark.parametrize("n_gpu_layers", [99, 2])
+@pytest.mark.parametrize("policy", PLAIN)
+def test_what_is_kept_is_what_the_scores_say(device, path, policy, n_gpu_layers):
+    ctx = context(path, policy, n_gpu_layers)
+    on_spans = policy in ("shotkv", "random_shot")  # whose spans are of the first turn, and not known to plan()
+    for step in range(1 if on_spans else 2):
+        ctx.decode(TOKENS[N*step:N*(step + 1)])
+        pos, scores = ctx.kept(), ctx.scores()
+        assert ctx.evict() and in_blocks(ctx)
+        if not on_spans:
+            for il, (kept, slots) in enumerate(zip(ctx.kept(), _core.plan(ctx.policy, pos, scores, BUDGET, n_block=BLOCK))):
+                np.testing.assert_array_equal(kept, np.take_along_axis(pos[il], slots, axis=1), err_msg=f"layer {il}")
+    ctx.decode(TOKENS[:3])
+    assert np.isfinite(ctx.logits()).all()
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "h2o", "random_head"])
+def test_kept_as_on_the_host(device, path, policy):
+    kept = []
+    for n_gpu_layers in (0, 2, 99):
+        ctx = context(path, policy, n_gpu_layers)
+        ctx.decode(TOKENS[:N])
+        ctx.evict()
+        kept.append(ctx.kept())
+    for others in kept[1:]:
+        for a, b in zip(kept[0], others):
+            same = np.mean([len(np.intersect1d(x, y))/len(x) for x, y in zip(a, b)])
+            assert same == 1 if policy != "h2o" else same > 0.98  # sums round
+
+
+@pytest.mark.parametrize("cache", ["f16", "f32", "bf16", "q8_0", "q5_1", "q4_0"])
+@pytest.mark.parametrize("policy", ["snapkv:window=8", "h2o", "knorm:share=layers", "pyramidkv:window=8"])
+def test_a_graph_moves_the_bytes_that_the_host_would(device, wide, policy, cache):
+    """Whatever the type of the cache, with values transposed (h2o) or not. pretend_lacking() has rows moved through the host."""
+    if policy == "h2o" and cache.startswith("q"):
+        pytest.skip("a quantized V needs flash attention")
+    states, read = [], []
+    for lacking in ([], ["GET_ROWS"]):
+        ctx = context(wide, policy, type_k=cache, type_v=cache)
+        ctx.decode(TOKENS[:N])
+        _core.pretend_lacking(lacking)
+        try:
+            device.reset()
+            assert ctx.evict()
+            read.append(device.read)
+        finally:
+            _core.pretend_lacking([])
+        ctx.decode(TOKENS[N:N + 5])
+        states.append((ctx.save(), ctx.logits().tobytes()))
+    assert states[0] == states[1]
+    rows = 4*N*2*2*64*{"f16": 2, "f32": 4, "bf16": 2, "q8_0": 34/32, "q5_1": 24/32, "q4_0": 18/32}[cache]
+    assert read[1] > read[0] + rows/3
+
+
+@pytest.mark.parametrize("policy", ["streaming_llm", "random", "snapkv:window=8", "tova", "h2o", "pyramidkv:window=8", "chunkkv:window=8", "shotkv:window=8",
+                                    "pyramidinfer:window=64", "knorm", "keydiff", "expected_attention:window=16"])
+def test_scores_cross_and_rows_do_not(device, path, policy):
+    n_head, n_layer = 4, 4
+    ctx = context(path, policy)
+    ctx.decode(TOKENS[:N])
+    device.reset()
+    assert ctx.evict()
+    window = 16*n_head*32*2 if policy.startswith("expected") else 0  # of queries, which are fitted on the host
+    norms = 2*N*4 if policy.startswith("expected") else 0
+    assert device.read <= n_layer*(n_head*N*4 + window + norms + 64)
+
+
+def test_a_cache_that_stays_on_the_host(device, path):
+    ctx = context(path, "snapkv:window=8", offload_kqv=False)
+    there = context(path, "snapkv:window=8", 0)
+    for c in (ctx, there):
+        c.decode(TOKENS[:N])
+    device.reset()
+    assert ctx.evict() and there.evict() and device.read == 0
+    same = [len(np.intersect1d(a, b))/a.size for x, y in zip(ctx.kept(), there.kept()) for a, b in zip(x, y)]
+    assert np.mean(same)*2 > 0.95
+
+
+def test_layers_differ_by_blocks_over_many_turns(device, path):
+    """Ratios, whose longest layer has another length at each turn: views would begin anywhere without rounding."""
+    for n_gpu_layers in (99, 2):
+        ctx = context(path, "pyramidkv:window=8,beta=8", n_gpu_layers, budget="40%", n_ctx=4096)
+        for turn in range(6):
+            ctx.begin_prompt()
+            ctx.decode(TOKENS[turn*410:(turn + 1)*410 - 37*turn])
+            ctx.evict()
+            assert in_blocks(ctx), (n_gpu_layers, turn, ctx.seq_stats()["kept"])
+            ctx.end_prompt()
+            for token in TOKENS[:3]:
+                ctx.decode(np.array([token], np.int32))
+        assert np.isfinite(ctx.logits()).all()
+
+
+@pytest.mark.parametrize("policy", ["snapkv:window=8", "h2o", "keydiff:share=layers"])
+def test_states_tails_and_copies(device, path, policy):
+    ctx = context(path, policy, n_seq_max=2, n_ctx=1024)
+    ctx.decode(TOKENS[:N])
+    ctx.evict()
+    state = ctx.save_seq()
+    ctx.decode(TOKENS[:20])
+    expected = ctx.logits().copy()
+    if policy != "h2o":  # whose sums cannot be taken back
+        assert ctx.remove_tail(N)
+        ctx.decode(TOKENS[:20])
+        np.testing.assert_allclose(ctx.logits(), expected, atol=2e-2)
+    ctx.load_seq(state, 1)
+    ctx.decode(TOKENS[:20], 1)
+    np.testing.assert_allclose(ctx.logits(), expected, atol=2e-2)
+    ctx.clear(0)
+    ctx.copy(1, 0)
+    ctx.decode(TOKENS[20:25], 0)
+    again = ctx.logits().copy()
+    ctx.decode(TOKENS[20:25], 1)
+    np.testing.assert_allclose(ctx.logits(), again, atol=2e-2)
+
+
+@pytest.mark.parametrize("policy", ["pyramidinfer", "snapkv:window=1024"])
+def test_the_workspace_does_not_grow_with_the_context(device, tmp_path, policy):
+    path = tiny.write(tmp_path/"long.gguf", n_layer=1, n_ctx=65536)
+    grown = []
+    for n in (8192, 32768):
+        ctx = context(path, policy, budget="2048", n_ctx=n, n_ubatch=512)
+        ctx.decode(np.tile(TOKENS, 12)[:n - 600])
+        before = device.allocated
+        assert ctx.evict()
+        grown.append(device.allocated - before)
+        del ctx
+    assert max(grown) < 80*2**20  # of 32 MiB for probabilities; all of them would be 134 MB a window of 256
+
+
+@pytest.mark.parametrize("policy, n", [("snapkv:window=8", 0), ("keydiff:share=head", 0), ("pyramidkv:window=8", 1)])
+def test_a_rollback_reserves_nothing_where_layers_are_alike(path, policy, n):
+    ctx = context(path, policy, 0)
+    ctx.decode(TOKENS[:N])
+    ctx.evict()
+    ctx.decode(TOKENS[:9])
+    lines = []
+    _core.set_log(lambda level, text: lines.append(text))
+    try:
+        for _ in range(3):
+            ctx.remove_tail(N + 4)
+            ctx.decode(TOKENS[4:9])
+    finally:
+        _core.set_log(None)
+    assert bool(sum("graph_reserve" in line for line in lines)) == bool(n), lines
+
+
+@pytest.mark.parametrize("decode", ["2147483647", "2147483000"])
+def test_a_limit_as_large_as_an_int_evicts_nothing(path, decode):
+    ctx = _core.Context(_core.Model(str(path)), n_ctx=1024, policy="tova:interval=8", budget="300", decode_budget=decode)
+    ctx.decode(TOKENS[:400])
+    ctx.evict()
+    ctx.end_prompt()
+    for i in range(40):
+        ctx.decode(TOKENS[i:i + 1])
+    assert ctx.n_evictions() == 1 and ctx.seq_stats()["cells"] == 340
