@@ -21,6 +21,7 @@ help:
 	@echo "make docs      the pages of docs/ and the reference as a site: .build/site/index.html"
 	@echo "make nightly   test, 40,000 steps of the fuzz test, sanitize with 4,000, an eval without data: hours"
 	@echo "make dev       editable install: again after a change of C++, which compiles only that"
+	@echo "make webui     llama.cpp's web page for pykvc serve: needs npm, a minute or two; once, later builds keep it"
 	@echo "make wheel     dist/*.whl for every Linux (or macOS) of this architecture; slower to build"
 	@echo "make sanitize  the tests under the address and undefined-behaviour sanitizers"
 	@echo "make clean     everything that was built (downloads stay in ~/.cache/pykvc)"
@@ -91,6 +92,11 @@ dev: $(VENV)/tools
 	rm -f $(VENV)/installed
 	touch $(VENV)/editable
 
+# The option stays in the build folder's cache.
+webui: $(READY)
+	$(PIP) --no-build-isolation --no-deps --force-reinstall -C build-dir=.build/pykvc $(NATIVE) -C cmake.define.LLAMA_BUILD_UI=ON \
+	    $(if $(wildcard $(VENV)/editable),-e) .
+
 # auditwheel looks for symbols and libraries that another Linux may lack, and names the oldest one in the wheel's tag.
 wheel: $(VENV)/tools
 	rm -rf .build/wheel.raw
@@ -118,4 +124,4 @@ sanitize: .build/stock/stock
 clean:
 	rm -rf .build $(VENV) $(SAN)
 
-.PHONY: help venv demo test lint check docs nightly dev wheel sanitize clean
+.PHONY: help venv demo test lint check docs nightly dev webui wheel sanitize clean
