@@ -3,6 +3,8 @@ import json
 import re
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
 import pykvc
@@ -51,7 +53,6 @@ def test_the_notebook_runs(model_path, tmp_path):
 
         jupyter nbconvert --to notebook --execute --inplace docs/notebook.ipynb
     """
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(ROOT/"docs/notebook.ipynb", as_version=4)
     said = _printed(notebook)
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
