@@ -4,7 +4,6 @@
 #include "spans.h"
 
 #include "llama-context.h"
-#include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
@@ -144,9 +143,9 @@ int32_t kvc_end_prompt(llama_context * ctx, llama_seq_id seq_id) {
 
 llama_pos kvc_floor(llama_context * ctx, llama_seq_id seq_id) {
     return guarded([&]() {
-        need_cache(ctx, seq_id);
+        const auto & kv = need_cache(ctx, seq_id);
         auto * e = engine::of(ctx);
-        return e ? e->floor(seq_id) : 0;
+        return e ? e->floor(seq_id) : parts_of(ctx->get_memory()).recurrent ? kv.seq_pos_max(seq_id) + 1 : 0;
     });
 }
 
@@ -202,8 +201,8 @@ int32_t kvc_get_usage(llama_context * ctx, kvc_usage * out) {
         for (const auto & it : ctx->get_memory()->memory_breakdown()) {
             out->bytes_allocated += it.second;
         }
-        if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(ctx->get_memory())) { // the window layers: the same with or without us
-            out->bytes_used = out->bytes_full = n_used(*iswa->get_swa())*row_bytes(*iswa->get_swa(), hp);
+        if (const auto * windows = parts_of(ctx->get_memory()).windows) { // the same with or without us
+            out->bytes_used = out->bytes_full = n_used(*windows)*row_bytes(*windows, hp);
         }
         auto * e = engine::of(ctx);
         if (!e) {
@@ -231,8 +230,8 @@ int32_t kvc_get_usage(llama_context * ctx, kvc_usage * out) {
 
 int64_t kvc_resident_bytes(llama_context * ctx) {
     return guarded([&]() {
-        const auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(ctx->get_memory());
-        return (int64_t) (engine::resident_bytes(need_cache(ctx, 0)) + (iswa ? engine::resident_bytes(*iswa->get_swa()) : 0));
+        const auto * windows = parts_of(ctx->get_memory()).windows;
+        return (int64_t) (engine::resident_bytes(need_cache(ctx, 0)) + (windows ? engine::resident_bytes(*windows) : 0));
     });
 }
 

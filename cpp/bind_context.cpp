@@ -101,6 +101,24 @@ engine & Context::evictor() const {
     return *e;
 }
 
+void Context::set_adapters(std::vector<std::shared_ptr<Adapter>> used, std::vector<float> scales) {
+    if (used.size() != scales.size()) {
+        throw std::invalid_argument("set_adapters: each adapter has a scale");
+    }
+    std::vector<llama_adapter_lora *> all;
+    for (const auto & a : used) {
+        if (a->model->ptr != model->ptr) {
+            throw std::invalid_argument("set_adapters: an adapter of another model");
+        }
+        all.push_back(a->ptr.get());
+    }
+    begin_call();
+    if (llama_set_adapters_lora(ctx.get(), all.data(), all.size(), scales.data()) != 0) {
+        fail("the adapters cannot be used");
+    }
+    adapters = std::move(used);
+}
+
 void Context::run(llama_batch & batch) {
     if (calls_end) {
         PyErr_SetNone(PyExc_SystemExit); // which ends a thread without a word

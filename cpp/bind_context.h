@@ -14,6 +14,7 @@ extern std::atomic<bool> calls_end; // the interpreter ends: nothing more is eva
 class Context {
 public:
     std::shared_ptr<Model> model;
+    std::vector<std::shared_ptr<Adapter>> adapters; // in use by ctx
     std::shared_ptr<llama_context> ctx;
     std::string spec = "full";
     int32_t n_rows = 0; // rows of logits of the last decode
@@ -52,6 +53,7 @@ public:
     llama_pos pos_max(int32_t seq) const;
     engine & evictor() const;
 
+    void set_adapters(std::vector<std::shared_ptr<Adapter>> used, std::vector<float> scales);
     void run(llama_batch & batch);
     void decode(const i32_array & tokens, int32_t seq, const std::string & logits);
     void decode_some(const int32_t * tokens, int32_t n, int32_t seq, int8_t * out); // at most n_batch; out: which have logits

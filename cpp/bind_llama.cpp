@@ -1,4 +1,4 @@
-// llama.cpp and the engine on it, as Model, Context and Sampler.
+// llama.cpp and the engine on it, as Model and Context.
 
 #include "bind_context.h"
 
@@ -52,63 +52,15 @@ void begin_call() {
     log_errors.clear();
 }
 
-//
-// Sampler
-//
-
-class Sampler {
-public:
-    llama_sampler_ptr chain;
-
-    Sampler(const Model & m, float temperature, int top_k, float top_p, float min_p, float repeat_penalty, uint32_t seed) {
-        if (!(temperature >= 0) || top_k < 0 || !(top_p > 0 && top_p <= 1) || !(min_p >= 0 && min_p <= 1) || !(repeat_penalty > 0)) {
-            throw std::invalid_argument("sampling: temperature >= 0, top_k >= 0, top_p in (0, 1], min_p in [0, 1], repeat_penalty > 0");
-        }
-        chain.reset(llama_sampler_chain_init(llama_sampler_chain_default_params()));
-        if (repeat_penalty != 1.0f) {
-            llama_sampler_chain_add(chain.get(), llama_sampler_init_penalties(llama_vocab_n_tokens(m.vocab), 64, repeat_penalty, 0.0f, 0.0f));
-        }
-        if (temperature == 0) {
-            llama_sampler_chain_add(chain.get(), llama_sampler_init_greedy());
-            return;
-        }
-        if (top_k > 0) {
-            llama_sampler_chain_add(chain.get(), llama_sampler_init_top_k(top_k));
-        }
-        llama_sampler_chain_add(chain.get(), llama_sampler_init_top_p(top_p, 1));
-        llama_sampler_chain_add(chain.get(), llama_sampler_init_min_p(min_p, 1));
-        llama_sampler_chain_add(chain.get(), llama_sampler_init_temp(temperature));
-        llama_sampler_chain_add(chain.get(), llama_sampler_init_dist(seed));
+static std::string kind_of(ggml_backend_dev_t dev) {
+    switch (ggml_backend_dev_type(dev)) {
+        case GGML_BACKEND_DEVICE_TYPE_CPU:   return "CPU";
+        case GGML_BACKEND_DEVICE_TYPE_GPU:   return "GPU";
+        case GGML_BACKEND_DEVICE_TYPE_IGPU:  return "IGPU";
+        case GGML_BACKEND_DEVICE_TYPE_ACCEL: return "ACCEL";
+        default:                             return "other";
     }
-
-    llama_token sample_row(const kvc::f32_array & logits) {
-        if (logits.ndim() != 1 || logits.size() == 0) {
-            throw std::invalid_argument("logits must be F32 [n_vocab]");
-        }
-        return pick(logits.data(), (int32_t) logits.size());
-    }
-
-    llama_token sample(Context & ctx, int32_t row) {
-        if (ctx.n_rows == 0 || row >= ctx.n_rows || row < -ctx.n_rows) {
-            throw std::invalid_argument("sample: the last decode left " + std::to_string(ctx.n_rows) + " rows of logits");
-        }
-        const int32_t n_vocab = llama_vocab_n_tokens(ctx.model->vocab);
-        return pick(llama_get_logits(ctx.ctx.get()) + (size_t) (row < 0 ? ctx.n_rows + row : row)*n_vocab, n_vocab);
-    }
-
-private:
-    llama_token pick(const float * logits, int32_t n_vocab) {
-        std::vector<llama_token_data> data(n_vocab);
-        for (llama_token t = 0; t < n_vocab; ++t) {
-            data[t] = { t, logits[t], 0.0f };
-        }
-        llama_token_data_array cur = { data.data(), data.size(), -1, false };
-        llama_sampler_apply(chain.get(), &cur);
-        const llama_token res = cur.data[cur.selected].id;
-        llama_sampler_accept(chain.get(), res);
-        return res;
-    }
-};
+}
 
 } // namespace kvc
 
@@ -138,20 +90,29 @@ void bind_llama(py::module_ & m) {
     m.def("why_failed", &why_failed, "what"_a, "what, and why, as llama.cpp or the engine said since begin_call().");
 
     m.def("devices", []() {
-        static const std::map<int, const char *> kinds = { { GGML_BACKEND_DEVICE_TYPE_CPU, "CPU" }, { GGML_BACKEND_DEVICE_TYPE_GPU, "GPU" },
-            { GGML_BACKEND_DEVICE_TYPE_IGPU, "IGPU" }, { GGML_BACKEND_DEVICE_TYPE_ACCEL, "ACCEL" } };
         std::vector<std::tuple<std::string, std::string, std::string>> res;
         for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
             auto * dev = ggml_backend_dev_get(i);
-            const auto kind = kinds.find(ggml_backend_dev_type(dev));
-            res.emplace_back(ggml_backend_dev_name(dev), ggml_backend_dev_description(dev), kind == kinds.end() ? "other" : kind->second);
+            res.emplace_back(ggml_backend_dev_name(dev), ggml_backend_dev_description(dev), kind_of(dev));
         }
         return res;
     }, "Name, description and kind (CPU, GPU, IGPU, ACCEL) of what this build can run on.");
+    m.def("device_memory", []() {
+        std::vector<std::tuple<std::string, std::string, size_t, size_t>> res;
+        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+            auto * dev = ggml_backend_dev_get(i);
+            size_t free = 0, total = 0;
+            ggml_backend_dev_memory(dev, &free, &total);
+            res.emplace_back(ggml_backend_dev_name(dev), kind_of(dev), free, total);
+        }
+        return res;
+    }, "Name, kind, free and total bytes of each; of the CPU both are what ggml says, which is no measure of what is free.");
     m.def("pretend_lacking", kvc::pretend_lacking, "ops"_a, "Tests: no device runs these ops of ggml, if it is asked.");
 
     py::class_<Model, std::shared_ptr<Model>>(m, "Model", "A loaded GGUF. ValueError: not a GGUF, truncated, unknown architecture.")
-        .def(py::init<const std::string &, int, bool, bool, bool>(), "path"_a, py::kw_only(), "n_gpu_layers"_a = 0, "use_mmap"_a = true, "use_mlock"_a = false, "vocab_only"_a = false)
+        .def(py::init<const std::string &, int, bool, bool, bool, int, const std::vector<float> &>(), "path"_a, py::kw_only(), "n_gpu_layers"_a = 0, "use_mmap"_a = true,
+                "use_mlock"_a = false, "vocab_only"_a = false, "main_gpu"_a = -1, "tensor_split"_a = std::vector<float>(),
+                "main_gpu: the one device that is used; -1: layers are split over all, in the proportions of tensor_split, as much to each if that is empty.")
         .def_property_readonly("desc", [](const Model & m) { return m.str(llama_model_desc); })
         .def_property_readonly("arch", [](const Model & m) { return m.meta()["general.architecture"]; })
         .def_property_readonly("meta", &Model::meta)
@@ -178,6 +139,10 @@ void bind_llama(py::module_ & m) {
         .def("is_eog", [](const Model & m, llama_token t) { m.check(t); return llama_vocab_is_eog(m.vocab, t); }, "token"_a)
         .def("apply_chat_template", &Model::chat, "messages"_a, "add_assistant"_a = true, "template"_a = py::none());
 
+    py::class_<Adapter, std::shared_ptr<Adapter>>(m, "Adapter", "A LoRA of a model, in a GGUF of its own. ValueError: it is none, or another model's.")
+        .def(py::init<std::shared_ptr<Model>, const std::string &>(), "model"_a, "path"_a)
+        .def_property_readonly("is_activated", &Adapter::is_activated, "By words of the prompt (aLoRA).");
+
     py::class_<Context>(m, "Context", "A llama_context with its cache.")
         .def(py::init<std::shared_ptr<Model>, uint32_t, uint32_t, uint32_t, uint32_t, int, int, const std::string &, const std::string &, const std::string &,
                 bool, const py::object &, const std::string &, const std::string &, const std::string &>(), "model"_a, py::kw_only(), "n_ctx"_a = 0, "n_batch"_a = 2048,
@@ -193,6 +158,7 @@ void bind_llama(py::module_ & m) {
         .def_property_readonly("flash_attn", [](const Context & c) { return kvc::uses_flash_attn(c.ctx.get()); })
         .def_property_readonly("policy", [](const Context & c) { return c.spec; })
         .def_property_readonly("n_layer_kv", [](const Context & c) { return c.usage().n_layer; })
+        .def("set_adapters", &Context::set_adapters, "adapters"_a, "scales"_a, "LoRAs of what is evaluated from now on, each times its scale.")
         .def("decode", &Context::decode, "tokens"_a, "seq"_a = 0, "logits"_a = "last", "Appends tokens to a sequence, in calls of n_batch.")
         .def("decode_batch", &Context::decode_batch, "tokens"_a, "seqs"_a, "One token for each of several sequences, in one call.")
         .def("logits", &Context::logits, "F32 [n_rows, n_vocab] of the last decode.")
@@ -236,11 +202,4 @@ void bind_llama(py::module_ & m) {
         .def("load", [](Context & c, const std::string & d) { c.load(d, -1); }, "data"_a)
         .def("save_seq", &Context::save, "seq"_a = 0)
         .def("load_seq", [](Context & c, const std::string & d, int32_t seq) { c.check_seq(seq); c.load(d, seq); }, "data"_a, "seq"_a = 0);
-
-    py::class_<Sampler>(m, "Sampler", "llama.cpp's chain: penalties, top_k, top_p, min_p, temp, dist; temperature 0 is greedy.")
-        .def(py::init<const Model &, float, int, float, float, float, uint32_t>(), "model"_a, py::kw_only(), "temperature"_a = 0.0f, "top_k"_a = 40, "top_p"_a = 0.95f,
-                "min_p"_a = 0.05f, "repeat_penalty"_a = 1.0f, "seed"_a = 0)
-        .def("sample", &Sampler::sample, "ctx"_a, "row"_a = -1, "The token, accepted.")
-        .def("sample_row", &Sampler::sample_row, "logits"_a, "The same from logits F32 [n_vocab] that were kept.")
-        .def("reset", [](Sampler & s) { llama_sampler_reset(s.chain.get()); });
 }

@@ -30,9 +30,18 @@ public:
     std::shared_ptr<llama_model> ptr;
     const llama_vocab * vocab = nullptr;
 
-    Model(const std::string & path, int n_gpu_layers, bool use_mmap, bool use_mlock, bool vocab_only) {
+    Model(const std::string & path, int n_gpu_layers, bool use_mmap, bool use_mlock, bool vocab_only, int main_gpu, std::vector<float> tensor_split) {
         begin_call();
         auto mp = llama_model_default_params();
+        if (tensor_split.size() > llama_max_devices()) {
+            throw std::invalid_argument("tensor_split has " + std::to_string(tensor_split.size()) + " devices: llama.cpp knows at most " + std::to_string(llama_max_devices()));
+        }
+        tensor_split.resize(llama_max_devices(), 0.0f);
+        mp.tensor_split = tensor_split.data();
+        if (main_gpu >= 0) {
+            mp.split_mode = LLAMA_SPLIT_MODE_NONE;
+            mp.main_gpu   = main_gpu;
+        }
         mp.n_gpu_layers = n_gpu_layers;
         mp.vocab_only   = vocab_only;
         mp.load_mode    = use_mlock ? LLAMA_LOAD_MODE_MLOCK : use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
@@ -143,6 +152,23 @@ public:
         res.resize(n);
         return res;
     }
+};
+
+// Contexts of one model may be made by several threads, and llama.cpp lists its adapters without a lock: the GIL is held.
+class Adapter {
+public:
+    std::shared_ptr<Model> model; // outlives ptr
+    std::unique_ptr<llama_adapter_lora, void (*)(llama_adapter_lora *)> ptr{ nullptr, llama_adapter_lora_free };
+
+    Adapter(std::shared_ptr<Model> m, const std::string & path) : model(std::move(m)) {
+        begin_call();
+        ptr.reset(llama_adapter_lora_init(model->ptr.get(), path.c_str()));
+        if (!ptr) {
+            fail(path + " is not a LoRA of this model");
+        }
+    }
+
+    bool is_activated() const { return llama_adapter_get_alora_n_invocation_tokens(ptr.get()) > 0; }
 };
 
 } // namespace kvc

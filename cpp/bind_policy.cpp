@@ -157,15 +157,19 @@ std::shared_ptr<const config> config_from_python(const py::object & pol, const s
             kv_budget, kv_decode_budget, kv_cells);
 }
 
+static py::dict needs_dict(const needs & nd) {
+    py::dict n;
+    n["window"] = nd.window; n["newest"] = nd.newest; n["sums"] = nd.sums; n["keys"] = nd.keys; n["spans"] = nd.spans;
+    n["future"] = nd.future; n["values"] = nd.values; n["outputs"] = nd.outputs; n["attn_rows"] = nd.attn_rows; n["value_rows"] = nd.value_rows;
+    n["probe"] = nd.probe == probe::none ? "none" : nd.probe == probe::mean ? "mean" : "max";
+    return n;
+}
+
 static py::list table() {
     py::list res;
     for (const auto & info : policy_table()) {
         const auto pol = info.make_policy(parse_spec(info.name).p);
-        const auto nd = pol->need();
-        py::dict d, n;
-        n["window"] = nd.window; n["newest"] = nd.newest; n["sums"] = nd.sums; n["keys"] = nd.keys; n["spans"] = nd.spans;
-        n["future"] = nd.future; n["values"] = nd.values; n["outputs"] = nd.outputs; n["attn_rows"] = nd.attn_rows; n["value_rows"] = nd.value_rows;
-        n["probe"] = nd.probe == probe::none ? "none" : nd.probe == probe::mean ? "mean" : "max";
+        py::dict d;
         py::list params;
         for (const auto & p : info.all_params()) {
             py::dict x;
@@ -177,7 +181,7 @@ static py::list table() {
         d["layers_differ"] = info.layers_differ || pol->share.layers_differ(); d["recommended"] = std::string(info.name) == recommended;
         d["values"] = info.values ? py::object(py::str(info.values)) : py::none();
         d["share"] = info.share ? py::object(py::str(info.share)) : py::none();
-        d["heads_differ"] = pol->heads_differ(); d["needs"] = n; d["params"] = params;
+        d["heads_differ"] = pol->heads_differ(); d["needs"] = needs_dict(pol->need()); d["params"] = params;
         res.append(d);
     }
     return res;
@@ -272,8 +276,13 @@ void bind_policy(py::module_ & m) {
     using namespace kvc;
     using namespace py::literals;
     m.def("policies", &table, "The policy table: name, title, paper, decode, layers_differ, heads_differ, needs, params.");
+    m.def("architectures", &architectures, "Names of all that llama.cpp knows.");
     m.def("parse_spec", [](const std::string & s) { return parse_spec(s).canonical(); }, "spec"_a,
             "The canonical form of a spec: every parameter, in declared order. ValueError names what is valid.");
+    m.def("needs", [](const std::string & s) {
+        const auto sp = parse_spec(s);
+        return needs_dict(sp.info->make_policy(sp.p)->need());
+    }, "spec"_a, "What a policy with these parameters is given, as the table has it for the default ones.");
     m.def("parse_budget", [](const std::string & s, const std::string & name) {
         const auto b = parse_budget(s, name.c_str());
         return py::make_tuple(b.kind == budget::none ? "none" : b.kind == budget::tokens ? "tokens" : "ratio", b.value);

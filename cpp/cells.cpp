@@ -53,6 +53,25 @@ static bool on_gpu(const llama_model & model, const llama_cparams & cparams, uin
     return cparams.offload_kqv && ggml_backend_dev_type(model.dev_layer(il)) != GGML_BACKEND_DEVICE_TYPE_CPU;
 }
 
+// Layers that will hold a row for every token: of a hybrid what its cache says, asked of one of a single cell.
+static std::vector<uint32_t> layers_of(const llama_model & model, const llama_context_params & params, const llama_cparams & cparams) {
+    const auto & hp = model.hparams;
+    if (llm_arch_is_hybrid(model.arch)) {
+        llama_cparams small = cparams;
+        small.n_ctx = small.n_ctx_seq = small.n_seq_max = 1;
+        const std::unique_ptr<llama_memory_i> memory(model.create_memory({ params.type_k, params.type_v, false, params.ctx_type, nullptr }, small));
+        const auto * kv = parts_of(memory.get()).cache;
+        return kv ? kv->get_layer_ids() : std::vector<uint32_t>();
+    }
+    std::vector<uint32_t> res;
+    for (uint32_t il = 0; il < hp.n_layer(); ++il) {
+        if (hp.has_kv(il) && !hp.is_swa(il)) {
+            res.push_back(il);
+        }
+    }
+    return res;
+}
+
 std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, const llama_model & model,
         const llama_context_params & params, const llama_cparams & cparams) {
     next_rows.clear();
@@ -60,13 +79,10 @@ std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, c
         return cfg;
     }
     const auto & hp = model.hparams;
-    std::vector<uint32_t> layers; // those that evict
+    const auto layers = layers_of(model, params, cparams); // those that evict
     size_t bytes = 0;
-    for (uint32_t il = 0; il < hp.n_layer(); ++il) {
-        if (hp.has_kv(il) && !hp.is_swa(il)) {
-            layers.push_back(il);
-            bytes += ggml_row_size(params.type_k, hp.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hp.n_embd_v_gqa(il));
-        }
+    for (const uint32_t il : layers) {
+        bytes += ggml_row_size(params.type_k, hp.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hp.n_embd_v_gqa(il));
     }
     if (layers.empty()) {
         return cfg; // refused with a reason when the engine is attached
@@ -147,8 +163,8 @@ void engine::check_memory(const std::shared_ptr<const config> & cfg, const llama
     const uint64_t n_seq = cparams.n_seq_max;
     const uint32_t n_cells = memory_cparams(cfg, cparams).n_ctx_seq;
     uint64_t n_bytes = n_seq*n_cells*N_TABLE;
-    for (uint32_t il = 0; il < hp.n_layer() && !hp.is_mla(); ++il) {
-        if (hp.has_kv(il) && !hp.is_swa(il) && !on_gpu(model, cparams, il)) {
+    for (const uint32_t il : hp.is_mla() ? std::vector<uint32_t>() : layers_of(model, params, cparams)) {
+        if (!on_gpu(model, cparams, il)) {
             n_bytes += n_seq*rows_of_layer(il, n_cells)*
                     (ggml_row_size(params.type_k, hp.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hp.n_embd_v_gqa(il)));
         }
@@ -221,16 +237,6 @@ int32_t engine::n_to_free(uint32_t s, int32_t n_new) const {
     const size_t alignment = ggml_backend_buffer_get_alignment(layer.k->buffer);
     const int32_t n_lost = is_pooled() && (layer.k->nb[1] % alignment > 0 || layer.v->nb[1] % alignment > 0); // to where tensors may begin
     return std::max(q.gen < 0 ? cfg->n_reserve : std::min(n_left, cfg->n_reserve), n_new) + n_lost;
-}
-
-// Evictions between the ubatches of one llama_decode(). Every ubatch comes by here, before it is computed.
-void engine::before_ubatch(llama_context * lctx, const llama_ubatch & ubatch) {
-    if (auto * e = of(lctx)) {
-        e->computes = lctx;
-        if (e->lacks_room(ubatch)) {
-            lctx->memory_update(true);
-        }
-    }
 }
 
 } // namespace kvc

@@ -2,9 +2,14 @@
 
 #include "engine.h"
 
+#include "llama-arch.h"
 #include "llama-context.h"
+#include "llama-impl.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-hybrid-idx.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include <cstdlib>
@@ -107,6 +112,14 @@ std::shared_ptr<const config> engine::configure(const llama_model & model, const
         const char * c = getenv("LLAMA_ARG_KV_CELLS");
         cfg = make_config(name, b ? b : "", d ? d : "", c ? c : "", true);
     }
+    if (cfg && (cparams.ctx_other || cparams.ctx_type == LLAMA_CONTEXT_TYPE_MTP)) {
+        const std::string why = "a draft's context reads another one's cells or layers, so its own cache is never evicted";
+        if (asked) {
+            throw std::invalid_argument(cfg->spec + ": " + why + ": give it the policy full");
+        }
+        LLAMA_LOG_WARN("%s is ignored here: %s\n", cfg->spec.c_str(), why.c_str());
+        return nullptr;
+    }
     if (cfg && cfg->need.sums) {
         if (params.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_ENABLED) {
             throw std::invalid_argument(cfg->spec + " sums the attention of every query, which flash attention never forms: "
@@ -134,6 +147,7 @@ std::shared_ptr<const config> engine::variant(const char * policy, const char * 
     }
     if (policy) {
         const auto own = make_config(text, "", "", is_bounded() ? cfg->cells_text : "", cfg->guess, is_pooled());
+        check_weights(own->pol->share, kv.layers.size());
         const auto & has = cfg->need, & wants = own->need;
         const std::string why =
             wants.window > has.window ? "needs the last " + std::to_string(wants.window) + " queries, and this context keeps " + std::to_string(has.window) :
@@ -173,15 +187,26 @@ std::shared_ptr<const config> engine::variant(const char * policy, const char * 
     return res;
 }
 
-static llama_kv_cache * cache_of(llama_memory_i * mem) {
-    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
-        return iswa->get_base();
-    }
-    return dynamic_cast<llama_kv_cache *>(mem);
+// The next class of memory is one line.
+parts parts_of(llama_memory_i * mem) {
+    const auto of = [](llama_kv_cache_iswa * iswa, llama_memory_recurrent * recurrent) { return parts { iswa->get_base(), iswa->get_swa(), recurrent }; };
+    if (dynamic_cast<llama_memory_hybrid_idx *>(mem))                { return {}; } // an index beside the cache picks what attention reads
+    if (auto * m = dynamic_cast<llama_memory_hybrid *>(mem))         { return { m->get_mem_attn(), nullptr, m->get_mem_recr() }; }
+    if (auto * m = dynamic_cast<llama_memory_hybrid_iswa *>(mem))    { return of(m->get_mem_attn(), m->get_mem_recr()); }
+    if (auto * m = dynamic_cast<llama_kv_cache_iswa *>(mem))         { return of(m, nullptr); }
+    return { dynamic_cast<llama_kv_cache *>(mem), nullptr, nullptr };
 }
 
 llama_kv_cache * cache_of(llama_context * lctx) {
-    return cache_of(lctx->get_memory());
+    return parts_of(lctx->get_memory()).cache;
+}
+
+std::vector<std::string> architectures() {
+    std::vector<std::string> res;
+    for (int i = 0; i < LLM_ARCH_UNKNOWN; ++i) {
+        res.push_back(llm_arch_name((llm_arch) i));
+    }
+    return res;
 }
 
 int32_t n_head_kv_of(llama_context * lctx, int32_t ikv) {
@@ -201,24 +226,26 @@ engine * engine::of(llama_context * lctx) {
     return kv ? kv->kvc.get() : nullptr;
 }
 
-static void refuse_unsupported(const config & cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem, const llama_kv_cache * kv) {
+static void refuse_unsupported(const config & cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem) {
     const auto & hp = model.hparams;
+    const auto own = parts_of(mem);
     std::string why;
     if (!mem)                                             { why = "it has no KV cache"; }
     else if (hp.is_mla())                                 { why = "its latent (MLA) cache has no rows per head"; }
-    else if (!kv)                                         { why = "its memory is recurrent, hybrid or sparse"; }
-    else if (hp.n_pos_per_embd() > 1)                     { why = "M-RoPE positions have more than one component"; }
-    else if (kv->has_cell_ext())                          { why = "it looks up earlier tokens in the cache"; }
+    else if (llm_arch_is_recurrent(model.arch))           { why = "its memory is a recurrent state, which does not grow"; }
+    else if (!own.cache)                                  { why = "an index beside its cache picks what attention reads"; }
+    else if (hp.ple_n_heads > 0)                          { why = "it looks up earlier tokens in the cache"; }
     else if (hp.use_alibi)                                { why = "ALiBi needs the distance to every cell"; }
     else if (hp.n_rel_attn_bkts > 0)                      { why = "its relative positions need the distance to every cell"; }
-    else if (hp.n_layer_kv_from_start >= 0)               { why = "its layers share caches"; }
+    else if (hp.n_layer_kv_from_start >= 0 && hp.n_layer_kv_from_start < (int32_t) hp.n_layer_all) { why = "its layers share caches"; }
     else if (model.arch == LLM_ARCH_GROK)                 { why = "its attention scores are transformed in a way not tested"; }
     else if (!cparams.causal_attn || cparams.embeddings)  { why = "an embedding context evaluates all its tokens at once"; }
     if (!why.empty()) {
         throw std::invalid_argument("this model (" + model.arch_name() + ") cannot evict: " + why);
     }
-    if (cfg.need.probe != probe::none && hp.swa_type != LLAMA_SWA_TYPE_NONE) {
-        throw std::invalid_argument(cfg.spec + " takes probes out of the cache again, which a sliding window does not allow");
+    if (cfg.need.probe != probe::none && (own.windows || own.recurrent)) {
+        throw std::invalid_argument(cfg.spec + " takes probes out of the cache again, which a " +
+                (own.windows ? "sliding window" : "recurrent state") + " does not allow");
     }
     if (cparams.kv_unified && cparams.n_seq_max > 1) {
         throw std::invalid_argument("a unified cache of several sequences cannot evict: use one stream per sequence (kv_unified off)");
@@ -230,12 +257,10 @@ void engine::attach(std::shared_ptr<const config> cfg, const llama_model & model
     if (!cfg) {
         return;
     }
-    auto * kv = cache_of(mem);
-    refuse_unsupported(*cfg, model, cparams, mem, kv);
-    kv->kvc.reset(new engine(std::move(cfg), model, cparams, *kv));
-    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
-        kv->kvc->windows = iswa->get_swa();
-    }
+    refuse_unsupported(*cfg, model, cparams, mem);
+    const auto own = parts_of(mem);
+    own.cache->kvc.reset(new engine(std::move(cfg), model, cparams, *own.cache));
+    own.cache->kvc->mem = own;
 }
 
 } // namespace kvc

@@ -22,6 +22,7 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
             throw std::invalid_argument("this model cannot evict: its layers have different numbers of KV heads");
         }
     }
+    check_weights(cfg->pol->share, kv.layers.size());
     if (kv.n_stream > 1 && cfg->pol->heads_differ()) {
         throw std::invalid_argument(cfg->spec + " gives heads different budgets, which several sequences in one context "
                 "do not support yet: use n_seq_max 1");
@@ -123,12 +124,13 @@ llama_pos engine::held_from(uint32_t s) const {
     return cfg->need.sums ? (llama_pos) streams[s].tokens.size() : streams[s].floor;
 }
 
-// The sliding windows of the first token there have to be whole, too; at the end they are.
+// The sliding windows of the first token there have to be whole, too; at the end they are. A recurrent state is of the end alone.
 llama_pos engine::floor(llama_seq_id seq_id) const {
     const uint32_t  s   = stream_of(seq_id);
     const llama_pos end = (llama_pos) streams[s].tokens.size();
+    const auto * windows = mem.windows;
     const llama_pos gone = windows ? windows->seq_pos_min(seq_id) - 1 : -1;
-    llama_pos res = held_from(s);
+    llama_pos res = mem.recurrent ? end : held_from(s);
     while (gone >= 0 && res < end && !llama_hparams::is_masked_swa(windows->n_swa, windows->swa_type, gone, res)) {
         ++res;
     }

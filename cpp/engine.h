@@ -42,12 +42,21 @@ struct llama_cparams;
 struct llama_memory_i;
 struct llama_model;
 struct llama_ubatch;
+class  llama_batch_allocr;
 class  llama_io_read_i;
 class  llama_io_write_i;
 class  llama_kv_cache;
+class  llama_memory_recurrent;
 class  llm_graph_result;
 
 namespace kvc {
+
+// What a context's memory is made of, as far as it is ours.
+struct parts {
+    llama_kv_cache         * cache     = nullptr; // a row per token in every layer of it: evicts, or would; null: none of ours
+    llama_kv_cache         * windows   = nullptr; // the layers with sliding windows have one of their own
+    llama_memory_recurrent * recurrent = nullptr; // the state of the other layers, of whatever length the context is
+};
 
 struct config {
     std::shared_ptr<const policy> pol;
@@ -107,6 +116,7 @@ struct rotation {
     ggml_tensor * factors = nullptr; // of its frequencies, or null
     int32_t       n_hadamard = 0;    // side of the Hadamard matrix that quantized keys are mixed with, 0: none
 
+    bool pairs_apart() const { return params[2] != GGML_ROPE_TYPE_NORMAL; } // the halves of a head, else neighbours
     static bool find(const ggml_tensor * q, rotation & res); // false: the queries are changed after it
 };
 
@@ -122,6 +132,7 @@ public:
 
     // -- what happened to the cache
     void      on_clear();
+    bool      can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
     bool      on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // false: refused, nothing may change
     void      on_seq_cp(uint32_t s0, uint32_t s1);
     void      on_ubatch(const llama_ubatch & ubatch);
@@ -129,13 +140,12 @@ public:
     llama_pos pos_min(uint32_t s, llama_pos p0) const;
 
     // -- evictions happen in llama_context::memory_update(), which knows to drop the graphs of before
-    bool is_due(const std::vector<llama_ubatch> & ubatches); // of a batch
-    bool lacks_room(const llama_ubatch & ubatch);            // between two ubatches
+    static int  before_batch (llama_context * lctx, llama_batch_allocr & balloc); // 0, or what llama_decode() returns
+    static void before_ubatch(llama_context * lctx, const llama_ubatch & ubatch);
     bool is_bounded() const;
     bool is_pooled() const { return cfg->pooled; }
     bool has_room(const llama_ubatch & ubatch) const;
     bool wants_update() const { return stale || !jobs.empty() || !due.empty(); }
-    static void before_ubatch(llama_context * lctx, const llama_ubatch & ubatch);
     void update(llama_context * lctx);
 
     // -- the graph
@@ -269,8 +279,11 @@ private:
     int32_t  n_of_each(const llama_ubatch & ubatch) const;
     void     add_room(const llama_ubatch & ubatch);
     void     check_budgets(const config & c, const budget & prompt, const budget & decode) const;
+    bool     is_due(const std::vector<llama_ubatch> & ubatches); // of a batch
+    bool     lacks_room(const llama_ubatch & ubatch);            // between two ubatches
 
     // update.cpp
+    std::string why_not(const llama_batch_allocr & balloc) const; // a batch that cannot be evaluated, or ""
     void     in_update(llama_context * lctx, std::function<void()> fn);
 
     // evict.cpp
@@ -333,7 +346,7 @@ private:
     std::shared_ptr<const config> cfg;
     const llama_model & model;
     llama_kv_cache    & kv;
-    const llama_kv_cache * windows = nullptr; // the layers with sliding windows have one of their own
+    parts mem; // what the cache is part of
     int32_t n_hkv = 0;
 
     std::vector<stream> streams;
@@ -379,7 +392,8 @@ std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, con
 // The last sentence an engine of this thread had to say where no exception could pass (llama_decode, state loading).
 std::string & last_error();
 
-// The cache that evicts, or would: null where the context's memory is none of ours.
+parts parts_of(llama_memory_i * mem);
+std::vector<std::string> architectures(); // llama.cpp's own list
 llama_kv_cache * cache_of(llama_context * lctx);
 
 int32_t n_head_kv_of(llama_context * lctx, int32_t ikv); // KV heads of a layer of its cache

@@ -42,7 +42,8 @@ bool rotation::find(const ggml_tensor * q, rotation & res) {
             res.factors = q->src[2];
             res.rope    = true;
             const int32_t mode = res.params[2], offset = res.params[15];
-            return (mode == GGML_ROPE_TYPE_NORMAL || mode == GGML_ROPE_TYPE_NEOX) && offset == 0;
+            const bool known = mode == GGML_ROPE_TYPE_NORMAL || mode == GGML_ROPE_TYPE_NEOX || mode == GGML_ROPE_TYPE_MROPE || mode == GGML_ROPE_TYPE_IMROPE;
+            return known && offset == 0;
         }
         if (!reshaped && !scaled) {
             return false;
@@ -55,7 +56,13 @@ bool rotation::find(const ggml_tensor * q, rotation & res) {
 std::vector<float> engine::read_turns(llama_context * lctx, int32_t ikv, const std::vector<llama_pos> & pos) const {
     const auto & turn = attn[ikv].turn;
     const int64_t n_dim = model.hparams.n_embd_head_k(kv.layers[ikv].il), n_rot = turn.params[1];
-    const bool neox = turn.params[2] == GGML_ROPE_TYPE_NEOX;
+    const bool neox = turn.pairs_apart();
+    std::vector<llama_pos> parts = pos;
+    if (turn.params[2] & GGML_ROPE_TYPE_MROPE) { // of a text: the same in all parts, and 0 in the last
+        parts.insert(parts.end(), pos.begin(), pos.end());
+        parts.insert(parts.end(), pos.begin(), pos.end());
+        parts.resize(GGML_MROPE_SECTIONS*pos.size(), 0);
+    }
     std::vector<float> unit(n_dim*pos.size(), 0.0f); // F32 [n_pos, head_dim]
     for (size_t i = 0; i < unit.size(); ++i) {
         unit[i] = neox ? (int64_t) i % n_dim < n_rot/2 : i % 2 == 0;
@@ -64,15 +71,15 @@ std::vector<float> engine::read_turns(llama_context * lctx, int32_t ikv, const s
     auto * res = begin_graph(lctx);
     auto * ctx = res->get_ctx();
     auto * x = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_dim, 1, pos.size());
-    auto * p = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, pos.size());
+    auto * p = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, parts.size());
     ggml_set_input(x);
     ggml_set_input(p);
-    auto * out = ggml_rope(ctx, x, p, (int) n_rot, turn.params[2]);
+    auto * out = ggml_rope_multi(ctx, x, p, nullptr, (int) n_rot, nullptr, turn.params[2], 0, 0, 1, 0, 1, 0, 0); // the rest of its numbers are:
     memcpy(out->op_params, turn.params, sizeof(turn.params));
     out->src[2] = turn.factors;
     run_graph(lctx, res, out, [&]() {
         ggml_backend_tensor_set(x, unit.data(), 0, ggml_nbytes(x));
-        ggml_backend_tensor_set(p, pos.data(),  0, ggml_nbytes(p));
+        ggml_backend_tensor_set(p, parts.data(), 0, ggml_nbytes(p));
     });
     ggml_backend_tensor_get(out, unit.data(), 0, ggml_nbytes(out));
     return unit;
@@ -111,7 +118,7 @@ void engine::read_fit(llama_context * lctx, uint32_t s, layer_signals & sig) con
     // one number for each query and pair: from its position to the mean of those to come
     using complex = std::complex<double>;
     const int32_t n_pair = turn.rope ? turn.params[1]/2 : 0;
-    const int32_t stride = turn.params[2] == GGML_ROPE_TYPE_NEOX ? 1 : 2, apart = stride == 1 ? n_pair : 1; // of a pair's two dimensions
+    const int32_t stride = turn.pairs_apart() ? 1 : 2, apart = stride == 1 ? n_pair : 1; // of a pair's two dimensions
     std::vector<complex> turns(n*n_pair);
     if (turn.rope) {
         for (int32_t i = 0; i < q.cfg->need.future; ++i) {

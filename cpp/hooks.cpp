@@ -40,7 +40,28 @@ void engine::on_clear() {
     even_out();
 }
 
+// Changes nothing: memories of several parts ask all of them first.
+bool engine::can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    p0 = std::max(p0, 0);
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        const llama_pos last = (llama_pos) streams[s].tokens.size() - 1;
+        if ((seq_id >= 0 && kv.seq_to_stream[seq_id] != s) || p0 > last || (p1 >= 0 && p1 <= p0)) {
+            continue;
+        }
+        if (p1 >= 0 && p1 <= last) {
+            return false; // a hole: cells would no longer be in the order of their positions
+        }
+        if (p0 > 0 && p0 < floor((llama_seq_id) s)) {
+            return false; // gone for good
+        }
+    }
+    return true;
+}
+
 bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (!can_seq_rm(seq_id, p0, p1)) {
+        return false;
+    }
     struct removal { uint32_t s; llama_pos end; };
     std::vector<removal> todo;
 
@@ -53,18 +74,9 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
             clear_sums(s);     // of a state that was read in part
             reset(streams[s]); // spans may have been set
             even_out();
-            continue;
+        } else if (p0 <= last && p1 > p0) {
+            todo.push_back({ s, p0 });
         }
-        if (p0 > last || p1 <= p0) {
-            continue;
-        }
-        if (p1 <= last) {
-            return false; // a hole: cells would no longer be in the order of their positions
-        }
-        if (p0 > 0 && p0 < floor((llama_seq_id) s)) {
-            return false; // gone for good
-        }
-        todo.push_back({ s, p0 });
     }
 
     for (const auto & r : todo) {
@@ -134,8 +146,8 @@ bool engine::refuse_shift(const char * what) const {
 // What llama_memory_seq_pos_min() says. A llama-server goes on from n_past tokens if this is below n_past - n_swa: the edge of the window,
 // where windows forget, else n_past itself. So that it goes on from the floor and from what is behind it.
 llama_pos engine::pos_min(uint32_t s, llama_pos p0) const {
-    const bool forget = windows && windows->get_size() < kv.get_size();
-    return p0 < 0 ? p0 : std::max(held_from(s) - 1 - (forget ? (llama_pos) windows->n_swa : 0), 0);
+    const bool forget = mem.windows && mem.windows->get_size() < kv.get_size();
+    return p0 < 0 ? p0 : std::max(held_from(s) - 1 - (forget ? (llama_pos) mem.windows->n_swa : 0), 0);
 }
 
 void engine::on_ubatch(const llama_ubatch & ubatch) {

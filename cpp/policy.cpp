@@ -24,6 +24,9 @@ std::vector<int32_t> policy::budgets(const request & r) const {
     if (share.over == share_over::layers) {
         return layer_lengths(*this, r);
     }
+    if (share.over == share_over::weights) {
+        return weighted_lengths(*this, r);
+    }
     double sum_frozen = 0;
     for (const layer_plan & lp : r.layers) {
         sum_frozen += lp.n_frozen;

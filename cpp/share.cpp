@@ -25,7 +25,7 @@ std::vector<param_info> share_params(const std::string & over) {
     }
     return {
         { "share", over,   "how far one ranking reaches that decides how much each head keeps" + std::string(over == "auto" ?
-            "; auto: layers, with kv_cells where that can be, else head" : ""), 0, 0, words },
+            "; auto: layers, with kv_cells where that can be, else head" : "") + "; or a weight for each layer, as 2/1/1", 0, 0, words },
         { "count", "rows", "what the budget counts where heads differ (share=layer, all): rows of a layer's longest head, or cells held",
             0, 0, { "rows", "cells" } },
     };
@@ -39,10 +39,42 @@ share_over share_from(const std::string & word) {
     return (share_over) (it - WORDS.begin());
 }
 
+static std::vector<double> read_weights(const std::string & text) {
+    std::vector<double> weights;
+    for (size_t begin = 0; text.find('/') != std::string::npos && begin <= text.size();) {
+        const size_t end = std::min(text.find('/', begin), text.size());
+        const std::string one = text.substr(begin, end - begin);
+        double value = 0;
+        if (!read_number(one, value) || value <= 0 || value > 1e6) {
+            throw std::invalid_argument("share is '" + text + "': weights are numbers above 0 and up to 1000000, one for each layer, as 2/1/1");
+        }
+        weights.push_back(value);
+        begin = end + 1;
+    }
+    return weights;
+}
+
+std::string written_weights(const std::string & text) {
+    std::string s;
+    for (const double weight : read_weights(text)) {
+        s += (s.empty() ? "" : "/") + write_number(weight);
+    }
+    return s;
+}
+
 sharing read_sharing(const params & p) {
     params settled = p;
     settle_share(settled, true);
-    return { share_from(settled.s("share")), p.s("count") == "rows" };
+    const std::string word = settled.s("share");
+    const auto weights = read_weights(word);
+    return { weights.empty() ? share_from(word) : share_over::weights, p.s("count") == "rows", weights };
+}
+
+void check_weights(const sharing & share, size_t n_layer) {
+    if (share.over == share_over::weights && share.weights.size() != n_layer) {
+        throw std::invalid_argument("share has " + std::to_string(share.weights.size()) + " weights, but " + std::to_string(n_layer) +
+            " layers of this model evict, and each has one");
+    }
 }
 
 // A slot that competes. Of equal scores the older slot is first, then the lower layer, then the lower head.
@@ -127,6 +159,25 @@ std::vector<int32_t> layer_lengths(const policy & pol, const request & r) {
     cut_rivals(rivals, n_left, false);
     for (const rival & x : rivals) {
         ideal[x.head/r.n_head_kv] += 1.0/r.n_head_kv;
+    }
+    return whole_budgets(r, ideal, n_least);
+}
+
+std::vector<int32_t> weighted_lengths(const policy & pol, const request & r) {
+    const size_t n_layer = r.layers.size();
+    check_weights(pol.share, n_layer);
+    double sum_frozen = 0, sum_weights = 0;
+    int32_t n_least = 1;
+    for (size_t il = 0; il < n_layer; ++il) {
+        sum_frozen  += r.layers[il].n_frozen;
+        sum_weights += pol.share.weights[il];
+        for (int32_t h = 0; h < r.n_head_kv; ++h) {
+            n_least = std::max(n_least, n_always(pol, r, r.layers[il], h));
+        }
+    }
+    std::vector<double> ideal;
+    for (size_t il = 0; il < n_layer; ++il) {
+        ideal.push_back(r.layers[il].n_frozen + (r.budget*(double) n_layer - sum_frozen)*pol.share.weights[il]/sum_weights);
     }
     return whole_budgets(r, ideal, n_least);
 }

@@ -24,8 +24,7 @@ static std::string join(const std::vector<std::string> & words) {
     return s;
 }
 
-// Digits, one dot, an exponent: no nan, inf or hex, no trailing text, and the same in every locale.
-static bool read_number(const std::string & s, double & value) {
+bool read_number(const std::string & s, double & value) {
     if (s.empty() || s.find_first_not_of("0123456789.eE+-") != std::string::npos) {
         return false;
     }
@@ -34,8 +33,7 @@ static bool read_number(const std::string & s, double & value) {
     return in >> value && in.peek() == EOF && std::isfinite(value);
 }
 
-// The shortest text that reads back as the same number; whole numbers without an exponent.
-static std::string write_number(double value) {
+std::string write_number(double value) {
     if (value == std::floor(value) && std::fabs(value) < 1e15) {
         return std::to_string((long long) value);
     }
@@ -136,6 +134,10 @@ const std::string & params::s(const std::string & key) const {
 // The value as canonical() writes it.
 static std::string checked_value(const param_info & info, const std::string & text, const std::string & where) {
     if (!info.choices.empty()) {
+        const std::string weights = info.name == "share" ? written_weights(text) : "";
+        if (!weights.empty()) {
+            return weights;
+        }
         if (std::find(info.choices.begin(), info.choices.end(), text) == info.choices.end()) {
             throw std::invalid_argument(where + " is '" + text + "': it is one of " + join(info.choices));
         }

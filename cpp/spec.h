@@ -9,6 +9,12 @@
 
 namespace kvc {
 
+// Digits, one dot, an exponent: no nan, inf or hex, no trailing text, and the same in every locale.
+bool read_number(const std::string & s, double & value);
+
+// The shortest text that reads back as the same number; whole numbers without an exponent.
+std::string write_number(double value);
+
 struct param_info {
     std::string name;
     std::string value;                 // the default, as it would be written

@@ -2,9 +2,11 @@
 
 #include "engine.h"
 
+#include "llama-batch.h"
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
+#include "llama-model.h"
 
 #include <cmath>
 #include <exception>
@@ -31,6 +33,72 @@ void engine::update(llama_context * lctx) {
         LLAMA_LOG_ERROR("%s: %s\n", cfg->spec.c_str(), e.what());
     }
     stale = false;
+}
+
+// Evictions that are due before a batch. llama.cpp splits it again into the same ubatches.
+int engine::before_batch(llama_context * lctx, llama_batch_allocr & balloc) {
+    auto * e = of(lctx);
+    if (!e) {
+        return 0;
+    }
+    if (const std::string why = e->why_not(balloc); !why.empty()) {
+        last_error() = why;
+        LLAMA_LOG_ERROR("%s: %s\n", e->cfg->spec.c_str(), why.c_str());
+        return -1;
+    }
+    const uint32_t n_ubatch = lctx->n_ubatch();
+    std::vector<llama_ubatch> ubatches;
+    balloc.split_reset();
+    do {
+        ubatches.push_back(e->kv.n_stream == 1 ? balloc.split_simple(n_ubatch) : balloc.split_equal(n_ubatch, true, 0));
+    } while (ubatches.back().n_tokens > 0);
+    ubatches.pop_back();
+    if (balloc.get_n_used() < balloc.get_n_tokens()) {
+        return 0; // llama.cpp says why
+    }
+    if (e->is_due(ubatches)) {
+        lctx->memory_update(true);
+        if (e->is_due(ubatches)) {
+            e->due.clear(); // an eviction failed, and last_error() says why
+            return 1;
+        }
+    }
+    return 0;
+}
+
+// Between the ubatches of one batch. Every ubatch comes by here, before it is computed.
+void engine::before_ubatch(llama_context * lctx, const llama_ubatch & ubatch) {
+    if (auto * e = of(lctx)) {
+        e->computes = lctx;
+        if (e->lacks_room(ubatch)) {
+            lctx->memory_update(true);
+        }
+    }
+}
+
+// Several components of a position, and positions that leave gaps: an image, or text behind one. What is kept is counted in tokens.
+std::string engine::why_not(const llama_batch_allocr & balloc) const {
+    if (model.hparams.n_pos_per_embd() == 1) {
+        return "";
+    }
+    const auto & batch = balloc.get_batch();
+    if (!batch.token) {
+        return "images cannot be evaluated while " + cfg->spec + " evicts: in this model (" + model.arch_name() +
+                ") their positions are no count of tokens, so use the policy full";
+    }
+    std::vector<size_t> next;
+    for (const auto & q : streams) {
+        next.push_back(q.tokens.size());
+    }
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        size_t & pos = next[kv.seq_to_stream[batch.seq_id[i][0]]];
+        if (batch.pos[i] != (llama_pos) pos) {
+            return "positions leave no gaps while " + cfg->spec + " evicts: the next one is " + std::to_string(pos) + ", not " +
+                    std::to_string(batch.pos[i]);
+        }
+        ++pos;
+    }
+    return "";
 }
 
 // Runs fn inside a memory update of the context, so that graphs of before are dropped, and rethrows what it threw.

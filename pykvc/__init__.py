@@ -15,10 +15,11 @@ from .conversation import Conversation
 from .generation import Generation, Stream
 from .llm import LLM
 from .policy import Layer, LayerPlan, Policy, Request
+from .sampling import Logprob, SamplingParams
 
 try:
     __version__ = version("pykvc")
 except PackageNotFoundError:  # run from a source tree
     __version__ = "0+unknown"
 
-__all__ = ["LLM", "Context", "Conversation", "Generation", "Stream", "Policy", "Layer", "LayerPlan", "Request", "policies", "__version__"]
+__all__ = ["LLM", "Context", "Conversation", "Generation", "Stream", "SamplingParams", "Logprob", "Policy", "Layer", "LayerPlan", "Request", "policies", "__version__"]

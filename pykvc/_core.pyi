@@ -13,8 +13,12 @@ def policies() -> list[dict[str, Any]]:
     default, None: it cannot share), recommended (for a budget without a policy), needs (of the default parameters: window,
     newest, sums, keys, spans), params [{name, value, doc, min, max, choices, integer}]."""
 
+def architectures() -> list[str]: """Names of all that llama.cpp knows: docs/architectures.md says what evicts."""
+
 def parse_spec(spec: str) -> str:
     """The canonical form of a spec: every parameter, in declared order. ValueError names what is valid."""
+
+def needs(spec: str) -> dict[str, Any]: """What a policy with these parameters is given, as the table has it for the default ones."""
 
 def parse_budget(text: str, name: str = "kv_budget") -> tuple[str, float]:
     """('none' | 'tokens' | 'ratio', value)."""
@@ -43,6 +47,7 @@ def separator_spans(text: bytes, separator: bytes) -> list[tuple[int, int]]: """
 
 def system_info() -> str: ...
 def devices() -> list[tuple[str, str, str]]: """name, description, kind: CPU, GPU, IGPU, ACCEL"""
+def device_memory() -> list[tuple[str, str, int, int]]: """name, kind, free and total bytes; of the CPU no measure of what is free"""
 def pretend_lacking(ops: Sequence[str]) -> None: """Tests: no device runs these ops of ggml, if it is asked."""
 def set_log(callback: Callable[[int, str], None] | None) -> None: """level (1 debug .. 4 error), text; None: silent."""
 def next_context(policy: Any, budget: str = "", decode_budget: str = "", cells: str = "") -> None:
@@ -53,7 +58,9 @@ def why_failed(what: str) -> str: """what, and why, as llama.cpp or the engine s
 
 class Model:
     """A loaded GGUF. ValueError: not a GGUF, truncated, unknown architecture."""
-    def __init__(self, path: str, *, n_gpu_layers: int = 0, use_mmap: bool = True, use_mlock: bool = False, vocab_only: bool = False) -> None: ...
+    def __init__(self, path: str, *, n_gpu_layers: int = 0, use_mmap: bool = True, use_mlock: bool = False, vocab_only: bool = False,
+                 main_gpu: int = -1, tensor_split: Sequence[float] = ()) -> None:
+        """main_gpu: the one device that is used; -1: layers are split over all, in the proportions of tensor_split, as much to each if that is empty."""
     @property
     def desc(self) -> str: ...
     @property
@@ -90,6 +97,12 @@ class Model:
     def is_eog(self, token: int) -> bool: ...
     def apply_chat_template(self, messages: Sequence[tuple[str, str]], add_assistant: bool = True, template: str | None = None) -> str: ...
 
+class Adapter:
+    """A LoRA of a model, in a GGUF of its own. ValueError: it is none, or another model's."""
+    def __init__(self, model: Model, path: str) -> None: ...
+    @property
+    def is_activated(self) -> bool: """by words of the prompt (aLoRA)"""
+
 class Context:
     """A llama_context with its cache. `policy` is a spec string or an object with the Policy protocol (pykvc/policy.py).
     None: what LLAMA_ARG_KV_POLICY, _BUDGET and _DECODE_BUDGET say, with the prompt's end guessed, as in any llama.cpp program.
@@ -119,6 +132,7 @@ class Context:
     @property
     def n_layer_kv(self) -> int: """layers that may evict"""
 
+    def set_adapters(self, adapters: Sequence[Adapter], scales: Sequence[float]) -> None: """LoRAs of what is evaluated from now on, each times its scale."""
     def decode(self, tokens: I32, seq: int = 0, logits: str = "last") -> None:
         """Appends tokens to a sequence in calls of n_batch. logits: 'none' | 'last' | 'all'. GIL released; checks signals between calls."""
     def decode_batch(self, tokens: I32, seqs: I32) -> None:
@@ -160,9 +174,12 @@ class Context:
     def save_seq(self, seq: int = 0) -> bytes: ...
     def load_seq(self, data: bytes, seq: int = 0) -> None: ...
 
+def json_schema_to_grammar(schema: str) -> str: """GBNF of the JSON texts that a schema, itself JSON text, allows."""
+
 class Sampler:
-    """llama.cpp's chain: penalties, top_k, top_p, min_p, temp, dist; temperature 0 is greedy."""
-    def __init__(self, model: Model, *, temperature: float = 0.0, top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, seed: int = 0) -> None: ...
+    """llama.cpp's chain: logit_bias, penalties, top_k, typical_p, top_p, min_p, temp, dist; temperature 0 is greedy. grammar: GBNF."""
+    def __init__(self, model: Model, *, temperature: float = 0.0, top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05, typical_p: float = 1.0,
+                 repeat_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, seed: int = 0,
+                 logit_bias: dict[int, float] = ..., grammar: str = "") -> None: ...
     def sample(self, ctx: Context, row: int = -1) -> int: """and accept"""
     def sample_row(self, logits: F32) -> int: """the same from logits [n_vocab] that were kept"""
-    def reset(self) -> None: ...

@@ -1,26 +1,41 @@
-"""What generate(), chat() and generate_batch() take by name, for type checkers; pykvc/llm.py says what it means."""
-from typing import Any, Sequence, TypedDict
+"""What generate(), chat() and generate_batch() take by name, for type checkers and help(); pykvc/llm.py says what it means."""
+import inspect
+from dataclasses import fields
+from typing import Any, Callable, Mapping, Sequence, TypedDict
 
 from .chat import Tool
+from .sampling import SamplingParams
 from .spans import Span
 
 Budget = int | float | str | None
 
 
-class Common(TypedDict, total=False):
+class Sampling(TypedDict, total=False):
+    """The fields of SamplingParams: tests/test_sampling.py compares."""
     max_tokens: int
     temperature: float
     top_k: int
     top_p: float
     min_p: float
+    typical_p: float
     repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
     seed: int | None
     stop: str | Sequence[str] | None
+    grammar: str | None
+    json_schema: str | Mapping[str, Any] | None
+    logprobs: int | None
+
+
+class Common(Sampling, total=False):
     kv_query: str | None
     compress: bool | None
 
 
 class Answer(Common, total=False):
+    sampling_params: SamplingParams | None
     kv_budget: Budget
     kv_decode_budget: Budget
     echo: bool
@@ -49,7 +64,19 @@ class Chat(Answer, Template, total=False):
     reset: bool | None
 
 
+class Pipeline(Sampling, total=False):
+    sampling_params: SamplingParams | None
+    decode_budget: Budget
+    system: str | None
+    raw: bool
+    spans: Sequence[Span] | None
+    span_unit: str
+    segment: str | None
+    kv_query: str | None
+
+
 class Batch(Common, total=False):
+    sampling_params: SamplingParams | Sequence[SamplingParams] | None
     prefix: str | Sequence[str] | None
     shots: Sequence[str] | None
     spans: Sequence[Span] | Sequence[Sequence[Span] | None] | None
@@ -58,3 +85,13 @@ class Batch(Common, total=False):
     compress_prefix: bool
     kv_budget: Budget | Sequence[Budget]
     kv_decode_budget: Budget | Sequence[Budget]
+
+
+def show(function: Callable[..., Any], like: Callable[..., Any], but: str = "") -> None:
+    """What help(function) shows: the arguments of `like` without one of them, and SamplingParams' fields for its **own."""
+    signature = inspect.signature(like)
+    shown = [p if p.kind == p.KEYWORD_ONLY else p.replace(kind=p.POSITIONAL_OR_KEYWORD)
+             for p in signature.parameters.values() if p.name != but and p.kind != p.VAR_KEYWORD]
+    fields_of = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+                 for f in fields(SamplingParams)]
+    setattr(function, "__signature__", signature.replace(parameters=shown + fields_of))  # noqa: B010

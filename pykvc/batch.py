@@ -71,7 +71,7 @@ class Running:
         if self.start is not None:
             kv |= {"prefix_kept": self.start.kept, "prefix_evictions": self.start.n_evictions}
         return Generation("".join(self.pieces), self.tokens, self.work.n_prompt, len(self.tokens), self.reason, kv,
-                          timings_of(self.work, self.decode_ms, self.n_decoded))
+                          timings_of(self.work, self.decode_ms, self.n_decoded), self.request.sampler.logprobs(len(self.tokens)))
 
 
 def answers(session: Session, requests: list[Request], budgets: list[tuple[str, str] | None],

@@ -4,7 +4,6 @@ A mistake ends with exit status 2 and one sentence on stderr.
 """
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any, Optional, Sequence
 
 import typer
@@ -37,77 +36,37 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 
 @app.command("chat")
 @sentences
+@command.takes(opening=flags.opening, sampling=flags.sampling)
 def run_chat(
-    model: flags.Model = None,
-    hf_repo: flags.HfRepo = None,
+    opening: dict[str, Any],
+    sampling: dict[str, Any],
     system_prompt: flags.System = None,
     n_predict: Annotated[int, flag("-n", "--predict", "--n-predict", env="N_PREDICT", help="Tokens of an answer, at most; -1: until the context is full.")] = 512,
-    ctx_size: flags.CtxSize = 0,
-    batch_size: flags.BatchSize = 512,
-    ubatch_size: flags.UbatchSize = 512,
-    threads: flags.Threads = None,
-    n_gpu_layers: flags.GpuLayers = 0,
-    flash_attn: flags.FlashAttn = "auto",
-    type_k: flags.TypeK = "f16",
-    type_v: flags.TypeV = "f16",
-    seed: flags.Seed = 0,
-    temp: flags.Temp = 0.0,
-    top_k: flags.TopK = 40,
-    top_p: flags.TopP = 0.95,
-    min_p: flags.MinP = 0.05,
-    repeat_penalty: flags.RepeatPenalty = 1.0,
-    kv_policy: flags.KvPolicy = None,
-    kv_budget: flags.KvBudget = None,
-    kv_decode_budget: flags.KvDecodeBudget = None,
-    kv_cells: flags.KvCells = None,
-    stop: flags.Stop = None,
 ) -> None:
     """Talk with a model: each answer goes on from the cache.
 
     /clear forgets the conversation, /system TEXT begins a new one, Ctrl-C stops an answer, /exit or Ctrl-D ends. Where -c
     is full, the oldest turns are dropped. With a pipe each line is a message, and stdout has the answers alone."""
     from .llm import LLM
-    from .terminal import Talk
-    with LLM(flags.named(model, hf_repo), n_ctx=ctx_size, n_batch=batch_size, n_ubatch=ubatch_size, n_threads=threads,
-             n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v, flash_attn=flash_attn, seed=seed,
-             kv_policy=kv_policy, kv_budget=kv_budget or None, kv_decode_budget=kv_decode_budget or None,
-             kv_cells=kv_cells or None) as llm:
-        Talk(llm, system_prompt, dict(max_tokens=n_predict, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p,
-                                      repeat_penalty=repeat_penalty, stop=_escaped(stop))).run()
+    from .terminal import Talk, with_policy
+    with LLM(**with_policy(opening)) as llm:
+        Talk(llm, system_prompt, dict(max_tokens=n_predict, **sampling)).run()
 
 
 @app.command()
 @sentences
+@command.takes(opening=flags.opening, sampling=flags.sampling)
 def generate(
-    model: flags.Model = None,
-    hf_repo: flags.HfRepo = None,
+    opening: dict[str, Any],
+    sampling: dict[str, Any],
     prompt: flags.Prompt = None,
     file: flags.File = None,
     question: flags.Question = None,
     system_prompt: flags.System = None,
     raw: flags.Raw = False,
     n_predict: Annotated[int, flag("-n", "--predict", "--n-predict", env="N_PREDICT", help="Tokens to generate; -1: until the context is full.")] = 128,
-    ctx_size: flags.CtxSize = 0,
-    batch_size: flags.BatchSize = 512,
-    ubatch_size: flags.UbatchSize = 512,
-    threads: flags.Threads = None,
-    n_gpu_layers: flags.GpuLayers = 0,
-    flash_attn: flags.FlashAttn = "auto",
-    type_k: flags.TypeK = "f16",
-    type_v: flags.TypeV = "f16",
-    seed: flags.Seed = 0,
-    temp: flags.Temp = 0.0,
-    top_k: flags.TopK = 40,
-    top_p: flags.TopP = 0.95,
-    min_p: flags.MinP = 0.05,
-    repeat_penalty: flags.RepeatPenalty = 1.0,
-    kv_policy: flags.KvPolicy = None,
-    kv_budget: flags.KvBudget = None,
-    kv_decode_budget: flags.KvDecodeBudget = None,
-    kv_cells: flags.KvCells = None,
     kv_query: flags.KvQuery = None,
     segment: flags.Segment = None,
-    stop: flags.Stop = None,
     as_json: Annotated[bool, flag("--json", help="Print one object instead of the text.")] = False,
 ) -> None:
     """Evaluate a prompt, evict, and answer it.
@@ -115,15 +74,9 @@ def generate(
     A model with a chat template is asked in it: -p or -f is what a user says, and with --question the text of which the
     question is asked. With --raw, or without a template, the model goes on from the text as it is."""
     from .llm import LLM
-    name = flags.named(model, hf_repo)
     text = _prompt(prompt, file)
-    with LLM(name, n_ctx=ctx_size, n_batch=batch_size, n_ubatch=ubatch_size, n_threads=threads,
-             n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v, flash_attn=flash_attn, seed=seed,
-             kv_policy=kv_policy, kv_budget=kv_budget or None, kv_decode_budget=kv_decode_budget or None,
-             kv_cells=kv_cells or None) as llm, prompt_bar(llm._session):
-        sampling = dict(max_tokens=n_predict, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p,
-                        repeat_penalty=repeat_penalty, stop=_escaped(stop))
-        stream = answer_once(llm, text, question, system_prompt, raw, segment and _unescape(segment), kv_query, **sampling)
+    with LLM(**opening) as llm, prompt_bar(llm._session):
+        stream = answer_once(llm, text, question, system_prompt, raw, segment and flags.unescaped(segment), kv_query, max_tokens=n_predict, **sampling)
         for piece in stream:
             if not as_json:
                 print(piece, end="", flush=True)
@@ -165,7 +118,7 @@ def show_kept(
     from . import inspect
     name = flags.named(model, hf_repo)
     paths = [inspect.check_output(path) for path in output]
-    found = inspect.look(_prompt(prompt, file), question or "", segment=segment and _unescape(segment), kv_query=kv_query, window=window, model=name,
+    found = inspect.look(_prompt(prompt, file), question or "", segment=segment and flags.unescaped(segment), kv_query=kv_query, window=window, model=name,
                          n_ctx=ctx_size, n_batch=ubatch_size, n_ubatch=ubatch_size, n_threads=threads, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v,
                          kv_policy=kv_policy, kv_budget=kv_budget or None, kv_cells=kv_cells or None)
     for path in paths:
@@ -178,23 +131,18 @@ def _prompt(prompt: str | None, file: str | None) -> str:
         return prompt
     if prompt is not None or file is None:
         raise ValueError("give a prompt: -p TEXT or -f FILE, one of them")
-    try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot read {file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+    return flags.read(file)
 
 
 @app.command("serve", add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True,
                                                                "allow_interspersed_args": False})
 @sentences
-def run_serve(flags: typer.Context) -> None:
+def run_serve(given: typer.Context) -> None:
     """llama-server with eviction: its flags and API, and --kv-policy, --kv-budget, --kv-decode-budget, --kv-cells.
 
     -m as in generate; `pykvc serve --help` lists the flags."""
     from .serve import run
-    run(flags.args)
+    run(given.args)
 
 
 @app.command("bench")
@@ -237,17 +185,6 @@ def run_bench(
         n_depth=numbers(n_depth), n_prompt=numbers(n_prompt), n_gen=numbers(n_gen))
     todo = bench.cases(**{name: values for name, values in lists.items() if values})
     report.FORMATS[output](todo, report.watched(todo, repetitions, "random" if random_tokens else file or "prose", text))
-
-
-def _unescape(text: str) -> str:
-    """Backslash-n and -t, which a shell does not make for one; as llama.cpp's -e. Regular expressions have their own."""
-    if text.startswith("re:"):
-        return text
-    return text.replace("\\n", "\n").replace("\\t", "\t")
-
-
-def _escaped(stop: list[str] | None) -> list[str] | None:
-    return [_unescape(s) for s in stop] if stop else None
 
 
 @app.command("policies")

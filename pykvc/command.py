@@ -1,5 +1,7 @@
 """What the command lines share: usage errors as one sentence, values in comma lists."""
 import functools
+import inspect
+import os
 import re
 import sys
 from typing import Any, Callable, Sequence
@@ -9,6 +11,7 @@ import typer
 
 def run(app: typer.Typer) -> None:
     """Entry point. Usage errors, too, are a sentence and no box."""
+    sys.path.append(os.getcwd())  # a policy written in Python is named module:Class, as uvicorn names an app
     try:
         status = app(standalone_mode=False)
     except Exception as error:
@@ -29,6 +32,23 @@ def sentences(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
     return checked
+
+
+def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the flags of functions, whose parameters they are; the command is passed what each of them returns, by these names."""
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
+        of_group = {name: list(inspect.signature(group).parameters.values()) for name, group in groups.items()}
+
+        @functools.wraps(command)
+        def call(**given: Any) -> None:
+            made = {name: group(**{p.name: given.pop(p.name) for p in of_group[name]}) for name, group in groups.items()}
+            command(**given, **made)
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in [*own, *sum(of_group.values(), [])]]
+        setattr(call, "__signature__", inspect.Signature(parameters))  # noqa: B010
+        call.__annotations__ = {p.name: p.annotation for p in parameters}
+        return call
+    return add
 
 
 def refuse(sentence: str) -> int:

@@ -10,11 +10,13 @@ Every question is asked from the same state, and does not see the others. Whatev
 this file, too: evals, lm_eval, and generate_batch(), whose sequences begin with a copy of their prefix.
 """
 import weakref
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Sequence, overload
 
 from . import _core, options
 from .session import Session
 from .turns import Turns, queued
+
+Budget = int | float | str | None
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,11 +27,12 @@ if TYPE_CHECKING:
 
 
 class Mark:
-    """Where a session is now, to come back to. In memory, a copy of what the cache holds; a cache that is whole is cut instead."""
+    """Where a session is now, to come back to. In memory, a copy of what the cache holds; a cache that is whole is cut instead, unless
+    layers are recurrent."""
 
     def __init__(self, session: Session) -> None:
         self.session, self.n_tokens, self.moment = weakref.proxy(session), session.n_tokens, session.moment  # close() frees it at once
-        self.snapshot = session.snapshot(cells=session.evicts)
+        self.snapshot = session.snapshot(cells=session.evicts or session.ctx.pos_floor() > 0)
 
     def return_to(self) -> None:
         """ValueError: a whole cache was emptied since, or holds other tokens."""
@@ -75,39 +78,46 @@ class Context:
         return self._llm._turns
 
     @queued
-    def compress(self, policy: str | None = None, budget: int | float | str | None = None, decode_budget: int | float | str | None = None) -> bool:
+    def compress(self, policy: str | Sequence[str] | None = None, budget: Budget | Sequence[Budget] = None,
+                 decode_budget: Budget = None) -> bool:
         """Evicts the whole context down to a budget; questions are then asked from there. False: nothing was over it.
 
         policy: another one, which needs no more signals than the LLM's own: "keydiff" or "snapkv" under LLM(kv_policy="kvzip"),
         "kvzip:share=layers" under "kvzip:share=all". Variants of kvzip share one repetition, but for softmax and plus.
+        A list evicts by one after the other, each down to its own of a list of budgets (kvpress' ComposedPress):
+        compress(["knorm", "snapkv"], [0.5, 0.25]) keeps a quarter, chosen by snapkv among the half that knorm chose.
         budget, decode_budget: as LLM's kv_budget and kv_decode_budget, whose own hold if they are None. ValueError names what is valid."""
         session = self._session
         if not session.evicts:
             raise ValueError("there is nothing to compress with: make the LLM with a kv_policy")
-        (own,) = options.budgets(budget, decode_budget, 1, session)
-        chosen = _core.parse_spec(policy) if policy is not None else None
-        if not (own and own[0]):
-            session.check_compress()
-        asks = session.probe.asks and (chosen is None or options.needs(chosen)["probe"] != "none")
-        start = self._asked if asks and self._asked else self._whole
+        steps = _steps(session, policy, budget, decode_budget)
+        start = self._asked if self._asked and self._asks(steps[0][0]) else self._whole
         session.begin_turn()
         start.return_to()
         try:
-            if chosen is not None:
-                session.set_policy(chosen, *(own or (session.setup["kv_budget"], "")))
-            elif own:
-                session.set_budget(*own)
-            if asks and self._asked is None:
-                session.ask()
-                if session.probe.kind == "max":
-                    self._asked = Mark(session)
-            evicted = session.compress(ask=False)
+            evicted = [self._evict(*step, first=i == 0) for i, step in enumerate(steps)]
         except BaseException:
             self._now = start
             start.return_to()
             raise
         self.kept, self._now = session.kept, Mark(session)
-        return evicted
+        return any(evicted)
+
+    def _asks(self, policy: str | None) -> bool:
+        """Does it evaluate a probe, which needs what the LLM's own has?"""
+        return self._session.probe.asks and (policy is None or options.needs(policy)["probe"] != "none")
+
+    def _evict(self, policy: str | None, budget: tuple[str, str] | None, first: bool) -> bool:
+        session = self._session
+        if policy is not None:
+            session.set_policy(policy, *(budget or (session.setup["kv_budget"], "")))
+        elif budget:
+            session.set_budget(*budget)
+        if self._asks(policy) and not (first and self._asked):
+            session.ask()
+            if first and session.probe.kind == "max":
+                self._asked = Mark(session)
+        return session.compress(ask=False)
 
     @overload
     def ask(self, question: str | None = ..., *, stream: Literal[False] = ..., **how: "Unpack[Question]") -> "Generation": ...
@@ -131,3 +141,19 @@ class Context:
         """LLM.stats() of the context, without the last question."""
         self.go_back()
         return self._llm.stats()
+
+
+def _steps(session: Session, policy: str | Sequence[str] | None, budget: Any, decode_budget: Any) -> list[tuple[str | None, tuple[str, str] | None]]:
+    """(canonical policy, budgets) of each eviction, one after the other; None: the context's own."""
+    if policy is None or isinstance(policy, str):
+        specs: list[str | None] = [policy]
+    else:
+        specs = list(policy)
+        if not specs or not all(isinstance(spec, str) for spec in specs):
+            raise ValueError(f"policy is a spec such as 'snapkv:window=32' or a list of them, not {policy!r}")
+        if not isinstance(budget, (list, tuple)) or len(budget) != len(specs):
+            raise ValueError(f"budget is a list of {len(specs)}, one for each policy, not {budget!r}")
+    budgets = options.budgets(budget, decode_budget, len(specs), session)
+    if not all(own and own[0] for own in budgets):
+        session.check_compress()
+    return [(None if spec is None else _core.parse_spec(spec), own) for spec, own in zip(specs, budgets)]

@@ -14,7 +14,7 @@ import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generator, Literal, Sequence, overload
 
-from . import chat, options
+from . import chat, sampling
 from .chat import Message
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ class Conversation:
     @overload
     def ask(self, text: str, *, stream: bool, **how: "Unpack[Chat]") -> "Generation | Stream": ...
 
-    def ask(self, text: str, *, stream: bool = False, max_tokens: int = N_ANSWER, **how: Any) -> "Generation | Stream":
-        """Says something and has the model answer. how: temperature, stop, kv_budget ... as LLM.generate().
+    def ask(self, text: str, *, stream: bool = False, **how: Any) -> "Generation | Stream":
+        """Says something and has the model answer. how: max_tokens (512), temperature, stop, kv_budget ... as LLM.generate().
 
         Both become messages when the answer ends; one that is broken off (Ctrl-C, Stream.close()) as far as it came.
         A Generation's kv has, beside what LLM.chat() tells, `dropped`: turns that n_ctx had no room for any more.
@@ -62,11 +62,12 @@ class Conversation:
         self.end()
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"a message is a string that is not empty, not {text!r}")
-        asked, n_dropped = self._fitting([*self.messages, {"role": "user", "content": text}],
-                                         options.whole("max_tokens", max_tokens, -1))
+        own = {name: how.pop(name) for name in sampling.NAMES & how.keys()}
+        how["sampling_params"] = chosen = sampling.of_call(how.get("sampling_params"), own, max_tokens=N_ANSWER)
+        asked, n_dropped = self._fitting([*self.messages, {"role": "user", "content": text}], chosen.max_tokens)
         if self._llm._session.probe.kind == "mean":
             how.setdefault("kv_query", self._query(text))
-        inner = self._llm.chat(asked, stream=True, max_tokens=max_tokens, **self._template, **how)
+        inner = self._llm.chat(asked, stream=True, **self._template, **how)
         answer = self._answer(asked, inner, n_dropped)
         self._asked = weakref.ref(answer)
         pieces = Stream(answer)

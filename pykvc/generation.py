@@ -3,7 +3,8 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Generator
 
-from . import _core, history
+from . import history
+from .sampling import Logprob, Sampler
 from .session import Session, Work
 from .text import TextStream
 from .turns import Steps
@@ -21,6 +22,7 @@ class Generation:
                               # bytes_allocated, bytes_used, bytes_full (without eviction); evictions: of this answer and of the prompt it took;
                               # of a chat reused: tokens of its prompt that were there, anew: why none were, if some might have been
     timings: dict[str, float] # prefill_ms, probe_ms (of a policy that asks), evict_ms (at the prompt's end), decode_ms, prefill_tps, decode_tps
+    logprobs: list[Logprob] | None = None  # one for each of tokens; None: not asked for
 
 
 class Stream:
@@ -61,7 +63,7 @@ class Request:
     compress: bool | None         # None: once per prompt
     max_tokens: int               # -1: until the context is full
     stop: list[str]
-    sampler: "_core.Sampler"
+    sampler: Sampler
     echo: str                     # text to begin with
     query: list[int] = field(default_factory=list)  # for a policy that asks; empty: as before
     budget: tuple[str, str] | None = None           # kv_budget, kv_decode_budget; None: as before
@@ -121,7 +123,8 @@ def answer(session: Session, request: Request) -> Generator[str, None, Generatio
     kv = {"cells": int(stats["cells_used"][0]), "kept": list(session.kept), "evictions": stats["n_evictions"] - work.n_before,
           **{key: stats[key] for key in ("bytes_allocated", "bytes_used", "bytes_full")},
           **({"reused": resumed.reused, "anew": resumed.anew} if resumed else {})}
-    return Generation("".join(pieces), tokens, work.n_prompt, len(tokens), reason, kv, timings_of(work, decode_ms, n_decoded))
+    return Generation("".join(pieces), tokens, work.n_prompt, len(tokens), reason, kv, timings_of(work, decode_ms, n_decoded),
+                      request.sampler.logprobs(len(tokens)))
 
 
 def timings_of(work: Work, decode_ms: float, n_decoded: int) -> dict[str, float]:

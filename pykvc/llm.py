@@ -11,12 +11,12 @@ see the question, and the compressed context can be asked again and again:
 One LLM is one conversation (sequence 0); generate_batch() uses all n_seq_max sequences. Threads may share it: their calls
 queue, and a call that changes what the cache holds ends the streams of before (pykvc/turns.py).
 """
-import inspect
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Literal, Sequence, overload
 
-from . import _core, arguments, chat, models, options, prompts as prompts_of, spans as units, state, weights
+from . import _core, arguments, chat, memory, models, options, prompts as prompts_of, sampling, spans as units, state, weights
 from .batch import Prefix, answers
 from .chat import Message, Tool
 from .context import Context
@@ -24,7 +24,9 @@ from .conversation import Conversation
 from .generation import Generation, Request, Stream, answer
 from .history import Chat
 from .messages import message_spans
+from .pipeline import pipeline
 from .policy import F32, I32, Policy
+from .sampling import Sampler, SamplingParams
 from .session import Session
 from .text import check_stop
 from .turns import Steps, Turns, queued
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 class LLM:
     """model: a .gguf file, a name, user/repo[:quant], or None for the default model, fetched on the first use.
 
-    kv_policy: "name:key=value,..." (`pykvc policies` lists them) or an instance of pykvc.Policy.
+    kv_policy: "name:key=value,..." (`pykvc policies` lists them), or a pykvc.Policy: an instance, or "module:Class:key=value,...".
         None: "full", or with a budget the recommended one, which is told on stderr.
     kv_budget, kv_decode_budget: cells a layer keeps of the prompt and of the generated tokens: an int is tokens, a
     float in (0, 1] the retained ratio (of generated tokens: of the answer so far, which is little at its beginning), a
@@ -44,14 +46,18 @@ class LLM:
 
     kv_cells: fewer cells than n_ctx has tokens, for a sequence (an int, rounded up to 256), or bytes for all of them
     ("512MiB"): a prompt that is longer is evaluated n_ubatch tokens at a time, and evicted before each; an answer goes
-    on until n_ctx. kv_budget is then at most kv_cells - n_ubatch, and that if not given.
+    on until n_ctx. kv_budget is then at most kv_cells - n_ubatch, and that if not given. "auto": bytes, nine tenths of what is free.
 
+    n_gpu_layers: how many lie on the GPU, -1: all; main_gpu: all on that one, or tensor_split: proportions, one for each GPU, e.g. [3, 1].
+    offload_kqv=False: their cache stays on the CPU. lora: a GGUF, or a list of them or of (path, scale).
     chat_template: Jinja, instead of what the model brings, for chat() and apply_chat_template().
     ValueError names what is valid."""
 
     def __init__(self, model: str | os.PathLike | None = None, *, n_ctx: int = 0, n_batch: int = 512, n_ubatch: int = 512,
-                 n_threads: int | None = None, n_gpu_layers: int = 0, type_k: str = "f16", type_v: str = "f16",
-                 flash_attn: bool | str = "auto", n_seq_max: int = 1, seed: int = 0, kv_policy: str | Policy | None = None,
+                 n_threads: int | None = None, n_threads_batch: int | None = None, n_gpu_layers: int = 0, main_gpu: int | None = None,
+                 tensor_split: Sequence[float] | None = None, offload_kqv: bool = True, use_mmap: bool = True, use_mlock: bool = False,
+                 type_k: str = "f16", type_v: str = "f16", flash_attn: bool | str = "auto", n_seq_max: int = 1, seed: int = 0,
+                 lora: str | os.PathLike | Sequence[Any] | None = None, kv_policy: str | Policy | None = None,
                  kv_budget: int | float | str | None = None, kv_decode_budget: int | float | str | None = None,
                  kv_cells: int | str | None = None, chat_template: str | None = None, verbose: bool = False) -> None:
         budget = options.budget("kv_budget", kv_budget)
@@ -62,25 +68,32 @@ class LLM:
             n_batch=options.whole("n_batch", n_batch, 1), n_ubatch=options.whole("n_ubatch", n_ubatch, 1),
             n_seq_max=options.whole("n_seq_max", n_seq_max, 1, 256),
             n_threads=0 if n_threads is None else options.whole("n_threads", n_threads, 1, 512),
-            type_k=options.cache_type("type_k", type_k), type_v=options.cache_type("type_v", type_v),
-            flash_attn=options.flash_attn(flash_attn), policy=policy, budget=budget, decode_budget=decode_budget, cells=cells)
+            n_threads_batch=0 if n_threads_batch is None else options.whole("n_threads_batch", n_threads_batch, 1, 512),
+            type_k=options.cache_type("type_k", type_k), type_v=options.cache_type("type_v", type_v), offload_kqv=bool(offload_kqv),
+            flash_attn=options.flash_attn(flash_attn), policy=policy, budget=budget, decode_budget=decode_budget)
         n_ctx = options.whole("n_ctx", n_ctx, 0, options.N_CTX_MAX)
-        n_gpu_layers = options.whole("n_gpu_layers", n_gpu_layers, -1)
+        adapters = options.lora(lora)
+        where = options.devices(n_gpu_layers, main_gpu, tensor_split)
         self.seed = options.checked_seed(seed)
         self.chat_template = chat_template
 
         _core.set_log(_log if verbose else None)
         self._turns = Turns()
         self.path = models.resolve(model)
-        loaded = weights.load(self.path, n_gpu_layers)
-        ctx = _core.Context(loaded, n_ctx=n_ctx or min(loaded.n_ctx_train, 8192), **context)
+        loaded = weights.load(self.path, use_mmap=bool(use_mmap), use_mlock=bool(use_mlock), **where)
+        if cells == "auto":
+            cells = f"{memory.for_cache(loaded, where, offload_kqv)//2**20}MiB"
+        ctx = _core.Context(loaded, n_ctx=n_ctx or min(loaded.n_ctx_train, 8192), cells=cells, **context)
         if n_ctx > loaded.n_ctx_train > 0:
             print(f"n_ctx {n_ctx}: this model was trained for {loaded.n_ctx_train} tokens, and what it writes beyond them "
                   "may be gibberish", file=sys.stderr)
+        needs = options.needs(policy)
+        if adapters:
+            weights.adapt(ctx, adapters, needs["outputs"])
         setup = {"arch": loaded.arch, "model": loaded.desc, "weights": state.fingerprint(self.path), "n_params": loaded.n_params, "n_vocab": loaded.n_vocab,
                  "kv_policy": ctx.policy, "kv_budget": budget, "kv_decode_budget": decode_budget, "kv_cells": cells, "n_ctx": ctx.n_ctx,
-                 "type_k": type_k, "type_v": type_v, "flash_attn": ctx.flash_attn, "n_seq_max": n_seq_max}
-        needs = options.needs(policy)
+                 "type_k": type_k, "type_v": type_v, "flash_attn": ctx.flash_attn, "n_seq_max": n_seq_max,
+                 "lora": [[state.fingerprint(Path(path)), scale] for path, scale in adapters] or None}
         self._opened: Session | None = Session(loaded, ctx, setup, policy != "full", needs["spans"], needs["probe"],
                                               options.parameter(ctx.policy, "window"), options.parameter(ctx.policy, "chunk"), self._turns)
 
@@ -171,14 +184,28 @@ class LLM:
     @queued
     def save(self, path: str | os.PathLike) -> None:
         """Writes what the cache holds to a file (pykvc/state.py), at once or not at all."""
-        self._session.save(path)
+        state.write(path, self._session.state())
 
     @queued
     def load(self, path: str | os.PathLike) -> None:
         """Goes on where save() was called. ValueError says what differs or is damaged; the cache is then as it was,
         or empty if only llama.cpp found out."""
+        data = state.read(path)
         self._session.begin_turn()
-        self._session.load(path)
+        self._session.load(data, path)
+
+    @queued
+    def save_state(self) -> bytes:
+        """What save() writes to a file, in memory."""
+        return b"".join(self._session.state())
+
+    @queued
+    def load_state(self, data: bytes) -> None:
+        """Goes on where save_state() was called, in this LLM or another of the same set-up. ValueError as load()."""
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise ValueError(f"a state is the bytes of save_state(), not {data!r}; load() reads a file")
+        self._session.begin_turn()
+        self._session.load(bytes(data), "in memory")
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
@@ -194,9 +221,8 @@ class LLM:
         """Evaluates a prompt and goes on from it: a Generation, or with stream=True a Stream of its text.
 
         The prompt: a string, `tokens`, or `shots` + `question`, where each shot is a span. None with reset=False goes
-        on from what the cache holds. stop: strings that end the answer and do not appear in it. By default max_tokens is 128
-        (-1: until the context is full), temperature 0 (the most likely token), top_k 40, top_p 0.95, min_p 0.05,
-        repeat_penalty 1.0, and seed the LLM's own.
+        on from what the cache holds. max_tokens, temperature, stop, grammar and the other fields of pykvc.SamplingParams go by name, or
+        together as sampling_params, which a name beside them overrules.
 
         spans: (begin, end) of the prompt, in `span_unit` "tokens" (the default) or "chars"; or segment= "sentence", a separator,
         "sep:...", "re:...". Policies that do not work on spans pass them over; those that do take sentences if there
@@ -209,13 +235,12 @@ class LLM:
         return self._generate(None, prompt, **how)
 
     def _generate(self, rendered: Chat | None, prompt: str | None = None, /, *, shots: Sequence[str] | None = None,
-                  question: str | None = None, tokens: Sequence[int] | None = None, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40,
-                  top_p: float = 0.95, min_p: float = 0.05, repeat_penalty: float = 1.0, seed: int | None = None,
-                  stop: str | Sequence[str] | None = None, spans: Sequence[units.Span] | None = None, span_unit: str = "tokens",
+                  question: str | None = None, tokens: Sequence[int] | None = None, spans: Sequence[units.Span] | None = None, span_unit: str = "tokens",
                   segment: str | None = None, kv_query: str | None = None, kv_budget: int | float | str | None = None,
-                  kv_decode_budget: int | float | str | None = None, stream: bool = False, reset: bool = True,
-                  compress: bool | None = None, echo: bool = False) -> Generation | Stream:
-        """generate(). rendered: the chat that the prompt is, to go on from what the cache holds of it."""
+                  kv_decode_budget: int | float | str | None = None, stream: bool = False, reset: bool = True, compress: bool | None = None,
+                  echo: bool = False, sampling_params: SamplingParams | None = None, **own: Any) -> Generation | Stream:
+        """generate(). rendered: the chat that the prompt is, to go on from what the cache holds of it. own: fields of SamplingParams."""
+        how = sampling.of_call(sampling_params, own)
         if shots is not None or question is not None:
             if any(given is not None for given in (prompt, tokens, spans, segment)):
                 raise ValueError("shots and question are the prompt and its spans: give no prompt, tokens, spans or segment beside them")
@@ -229,14 +254,13 @@ class LLM:
             raise ValueError("there is nothing to go on from since the cache was truncated: give a prompt")
         ids, found = ([], []) if goes_on else prompts_of.encode(
             session.model, session.needs_spans, prompt, tokens, spans, span_unit, segment, first=n_before == 0)
-        max_tokens = options.whole("max_tokens", max_tokens, -1)
-        session.check_room(len(ids), n_before, spare=1 if max_tokens else 0)
+        session.check_room(len(ids), n_before, spare=1 if how.max_tokens else 0)
         (budget,) = options.budgets(kv_budget, kv_decode_budget, 1, session)
         if compress and not (budget and budget[0]):
             session.check_compress()
         echoed = "" if not echo else prompt if prompt is not None else self.detokenize(ids)
-        request = Request(ids, found, reset, compress, max_tokens, check_stop(stop),
-                          options.sampler(session.model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), echoed, query, budget, rendered)
+        request = Request(ids, found, reset, compress, how.max_tokens, check_stop(how.stop), Sampler(session.model, how, self.seed),
+                          echoed, query, budget, rendered)
         pieces = Stream(Steps(self._turns, session.begin_turn(), answer(session, request)))
         if stream:
             return pieces
@@ -253,13 +277,12 @@ class LLM:
 
     @queued
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, prefix: str | Sequence[str] | None = None, shots: Sequence[str] | None = None,
-                       max_tokens: int = 128, temperature: float = 0.0, top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05,
-                       repeat_penalty: float = 1.0, seed: int | None = None, stop: str | Sequence[str] | None = None,
                        spans: Sequence[units.Span] | Sequence[Sequence[units.Span] | None] | None = None, span_unit: str = "tokens",
                        segment: str | None = None, compress_prefix: bool = True,
                        kv_budget: int | float | str | Sequence[int | float | str | None] | None = None,
                        kv_decode_budget: int | float | str | Sequence[int | float | str | None] | None = None, kv_query: str | None = None,
-                       compress: bool | None = None, stream: bool = False) -> list[Generation] | Iterator[tuple[int, Generation]]:
+                       compress: bool | None = None, stream: bool = False, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+                       **own: Any) -> list[Generation] | Iterator[tuple[int, Generation]]:
         """Answers many prompts, n_seq_max of them at a time: their Generations in order, or with stream=True
         (index, Generation) as they are done. prompts: strings or token ids. The conversation before is over.
 
@@ -270,7 +293,7 @@ class LLM:
         kv_budget, kv_decode_budget: of every prompt and its prefix, or a list of one for each; None: the LLM's own.
         compress None: every prompt where there is no compressed prefix, else only the prefix (question-out).
         A Generation's kv has prefix_kept [n_layer] and prefix_evictions, too.
-        temperature and so on: as generate(). ValueError for every mistake, before anything is evaluated."""
+        sampling_params, or by name: as generate(), of every prompt, or a list of one for each. ValueError for every mistake, before anything is evaluated."""
         session, model = self._session, self._session.model
         if isinstance(prompts, str) or not prompts:
             raise ValueError("prompts is a list of strings or of lists of token ids, and not empty")
@@ -287,9 +310,9 @@ class LLM:
         if session.probe.kind != "none" and not compress_prefix:
             raise ValueError("a policy that asks probes a prefix and compresses it: compress_prefix=False is not for it")
 
-        def prefix_of(text: str | None, own: Any) -> Prefix | None:
+        def prefix_of(text: str | None, marked: Any) -> Prefix | None:
             return None if text is None else Prefix(*prompts_of.encode(
-                model, session.needs_spans, text, None, own, span_unit, segment, first=True), self._query(kv_query), compress_prefix)
+                model, session.needs_spans, text, None, marked, span_unit, segment, first=True), self._query(kv_query), compress_prefix)
         shared: list[Prefix | None]
         if prefix is None or isinstance(prefix, str):
             shared = [prefix_of(prefix, spans)]*len(prompts)
@@ -301,14 +324,12 @@ class LLM:
                 same = i > 0 and text == prefix[i - 1] and (spans is None or spans[i] == spans[i - 1])
                 shared.append(shared[-1] if same else prefix_of(text, None if spans is None else spans[i]))
         budgets = options.budgets(kv_budget, kv_decode_budget, len(prompts), session)
-        max_tokens = options.whole("max_tokens", max_tokens, -1)
         requests = []
-        for prompt, own, mine in zip(prompts, shared, own_spans):
+        for prompt, before, mine, how in zip(prompts, shared, own_spans, sampling.of_each(sampling_params, own, len(prompts))):
             written, given_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-            ids, found = prompts_of.encode(model, session.needs_spans, written, given_ids, mine, span_unit, None if own else segment, first=not own)
-            session.check_fits(len(ids), len(own.ids) if own else 0, spare=1 if max_tokens else 0)
-            requests.append(Request(ids, [] if own else found, True, compress, max_tokens, check_stop(stop),
-                                    options.sampler(model, temperature, top_k, top_p, min_p, repeat_penalty, self.seed if seed is None else seed), ""))
+            ids, found = prompts_of.encode(model, session.needs_spans, written, given_ids, mine, span_unit, None if before else segment, first=not before)
+            session.check_fits(len(ids), len(before.ids) if before else 0, spare=1 if how.max_tokens else 0)
+            requests.append(Request(ids, [] if before else found, True, compress, how.max_tokens, check_stop(how.stop), Sampler(model, how, self.seed), ""))
         if compress and not any(budget and budget[0] for budget in budgets):
             session.check_compress()
         done = Steps(self._turns, session.begin_turn(), answers(session, requests, budgets, shared), "batch")
@@ -350,6 +371,12 @@ class LLM:
         """A chat that keeps its messages: pykvc/conversation.py. messages: what was said before.
         template: tools, enable_thinking, chat_template_kwargs, as chat(). ValueError: the model has no chat template."""
         return Conversation(self, system, messages, **template)
+
+    @queued
+    def pipeline(self, context: str, questions: Sequence[str], *, policy: str | Sequence[str] | None = None,
+                 budget: int | float | str | Sequence[int | float | str] | None = None, **how: "Unpack[arguments.Pipeline]") -> list[Generation]:
+        """Answers questions about a text that is evaluated once, and compressed before it knows them: pykvc/pipeline.py."""
+        return pipeline(self, context, questions, policy, budget, **how)
 
     def _query(self, text: str | None) -> list[int]:
         ids = prompts_of.tokenize(self._session.model, text, add_special=False) if text else []
@@ -423,15 +450,8 @@ class LLM:
         return self._opened
 
 
-def _without(signature: inspect.Signature, name: str) -> inspect.Signature:
-    """And none is for positions alone."""
-    shown = [p if p.kind == p.KEYWORD_ONLY else p.replace(kind=p.POSITIONAL_OR_KEYWORD)
-             for p in signature.parameters.values() if p.name != name]
-    return signature.replace(parameters=shown)
-
-
-# what help() shows
-setattr(LLM.generate, "__signature__", _without(inspect.signature(LLM._generate), "rendered"))  # noqa: B010
+arguments.show(LLM.generate, LLM._generate, but="rendered")
+arguments.show(LLM.generate_batch, LLM.generate_batch)
 
 
 def _log(level: int, text: str) -> None:

@@ -1,5 +1,9 @@
 """What LLM and generate() accept, checked once at the door. Every function raises ValueError naming what is valid."""
+import ast
+import importlib
 import math
+import os
+import re
 import sys
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, cast
@@ -69,7 +73,7 @@ def budgets(kv_budget: Any, kv_decode_budget: Any, n: int, session: "Session") -
 
 
 def cells(value: int | str | None) -> str:
-    """As the engine reads it: "" as many as n_ctx, "2048" cells of a sequence, "512MiB" of all of them."""
+    """As the engine reads it: "" as many as n_ctx, "2048" cells of a sequence, "512MiB" of all of them; or "auto"."""
     if value is None or value == "":
         return ""
     if isinstance(value, str):
@@ -88,6 +92,8 @@ def policy(value: str | Policy | None, kv_budget: str, kv_decode_budget: str, kv
         value = "full"
     checked: str | Policy
     if isinstance(value, str):
+        value = written_in_python(value) or value
+    if isinstance(value, str):
         checked = _core.parse_spec(value)
         name = checked.partition(":")[0]
     elif isinstance(value, Policy):
@@ -103,11 +109,44 @@ def policy(value: str | Policy | None, kv_budget: str, kv_decode_budget: str, kv
     return checked
 
 
+def in_python(spec: str) -> tuple[str, str, str] | None:
+    """(module, class, arguments) of "module:Class:key=value,..."; None: it is none."""
+    named = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)(?::(.*))?", spec.strip())
+    return None if not named or named[1] in {p["name"] for p in _core.policies()} else (named[1], named[2], named[3] or "")
+
+
+def written_in_python(spec: str) -> Policy | None:
+    """"module:Class" or "module:Class:key=value,...": an instance, made with these arguments; None: it names none.
+
+    ValueError: there is no such module or class, or it does not take them."""
+    if not (named := in_python(spec)):
+        return None
+    module, name, given = named
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"kv_policy {spec!r}: {error}; a policy written in Python is module:Class, of a module that can be imported") from None
+    if not (isinstance(cls, type) and issubclass(cls, Policy)):
+        raise ValueError(f"kv_policy {spec!r}: {name} is no subclass of pykvc.Policy")
+    try:
+        return cls(**{key.strip(): _literal(value.strip()) for key, value in (item.split("=", 1) for item in given.split(",") if item)})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"kv_policy {spec!r}: {error}") from None
+
+
+def _literal(text: str) -> Any:
+    """3, 0.5, True; anything else is a string."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
 def needs(policy: str | Policy) -> dict[str, Any]:
-    """What a policy is given, of those that Python has to provide: spans, sums, probe ('none' | 'mean' | 'max')."""
+    """What a policy is given, as _core.needs(): spans, sums, outputs, probe ('none' | 'mean' | 'max') ..."""
     if isinstance(policy, Policy):
-        return {"spans": policy.spans, "sums": policy.sums, "probe": "none"}
-    return next(p["needs"] for p in _core.policies() if p["name"] == policy.partition(":")[0])
+        return {"spans": policy.spans, "sums": policy.sums, "outputs": policy.outputs, "probe": "none"}
+    return _core.needs(policy)
 
 
 def parameters(policy: str) -> dict[str, str]:
@@ -140,8 +179,32 @@ def cache_type(name: str, value: str) -> str:
     return value
 
 
-def sampler(model: "_core.Model", temperature: float, top_k: int, top_p: float, min_p: float, repeat_penalty: float, seed: int) -> "_core.Sampler":
-    """llama.cpp's chain; temperature 0 takes the most likely token."""
-    return _core.Sampler(model, temperature=number("temperature", temperature, 0, 1e6), top_k=whole("top_k", top_k, 0),
-                         top_p=number("top_p", top_p, 1e-6, 1), min_p=number("min_p", min_p, 0, 1),
-                         repeat_penalty=number("repeat_penalty", repeat_penalty, 1e-6, 1e6), seed=checked_seed(seed))
+
+def lora(value: Any) -> list[tuple[str, float]]:
+    """[(path, scale)] of one path, or of a list of paths and of pairs of a path and a scale."""
+    given = [] if value is None else [value] if isinstance(value, (str, os.PathLike)) else value
+    found: list[tuple[str, float]] = []
+    for item in given if isinstance(given, (list, tuple)) else [given]:
+        path, scale = item if isinstance(item, (list, tuple)) and len(item) == 2 else (item, 1.0)
+        if not isinstance(path, (str, os.PathLike)):
+            raise ValueError(f"lora is the path of a GGUF, or a list of paths or of (path, scale), not {value!r}")
+        if not os.path.isfile(path):
+            raise ValueError(f"lora: there is no file {os.fspath(path)}")
+        found.append((os.fspath(path), number("the scale of a LoRA", scale, -1e6, 1e6)))
+    return found
+
+
+def devices(n_gpu_layers: Any, main_gpu: Any, tensor_split: Any) -> dict[str, Any]:
+    """Of weights.load(): where the layers lie. main_gpu -1: on all devices, as much as tensor_split says."""
+    names = [name for name, _, kind in _core.devices() if kind in ("GPU", "IGPU")]
+    if main_gpu is not None and tensor_split is not None:
+        raise ValueError("give main_gpu, all on one device, or tensor_split, over several, not both")
+    main = -1 if main_gpu is None else whole("main_gpu", main_gpu, 0)
+    split = [] if tensor_split is None else [number("a part of tensor_split", part, 0) for part in tensor_split]
+    for name, n in (("main_gpu", main + 1), ("tensor_split", len(split))):
+        if n > len(names):
+            there = f"{len(names)}: {', '.join(names)}" if names else "none; it runs on the CPU"
+            raise ValueError(f"{name} wants {n} GPU{'s' if n > 1 else ''}, and this build sees {there}")
+    if split and not any(split):
+        raise ValueError("tensor_split has a part above 0 for at least one device")
+    return {"n_gpu_layers": whole("n_gpu_layers", n_gpu_layers, -1), "main_gpu": main, "tensor_split": tuple(split)}

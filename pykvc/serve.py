@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn, Sequence
 
-from . import _core, models
+from . import _core, models, options
 
 MODEL = ("-m", "--model")
 HUB = ("-hf", "-hfr", "--hf-repo")
@@ -28,6 +28,9 @@ def program() -> Path:
 def command(args: Sequence[str]) -> list[str]:
     """llama-server's command line: args with the model as a file."""
     args = list(args)
+    policies = [args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "--kv-policy"] or [os.environ.get("LLAMA_ARG_KV_POLICY", "")]
+    if any(map(options.in_python, policies)):
+        raise ValueError("--kv-policy: llama-server is a program of its own and cannot ask a policy written in Python; `pykvc policies` lists what it has")
     if any(arg in OTHERS for arg in args) or not any(arg in MODEL + HUB for arg in args) and any(map(os.environ.get, OTHERS_ENV)):
         return [str(program()), *args]
     given = [i for i, arg in enumerate(args) if arg in MODEL + HUB]

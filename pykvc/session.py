@@ -2,7 +2,6 @@
 
 `tokens` and the cache never disagree: whatever interrupts a call, afterwards tokens[i] is the token at position i.
 """
-import os
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Callable, Iterator
@@ -13,6 +12,7 @@ from . import _core, state
 from .chat import Message
 from .policy import F32
 from .probe import Probe
+from .sampling import Sampler
 from .spans import Span
 from .turns import Turns
 
@@ -226,7 +226,7 @@ class Session:
             raise ValueError("there are no logits: nothing was evaluated since the cache was emptied or truncated")
         return self._logits if self._logits is not None else np.array(self.ctx.logits()[-1])
 
-    def sample(self, sampler: "_core.Sampler") -> int:
+    def sample(self, sampler: Sampler) -> int:
         return sampler.sample(self.ctx) if self._logits is None else sampler.sample_row(self._logits)
 
     # -- eviction ---------------------------------------------------------------------------------------------------
@@ -340,14 +340,15 @@ class Session:
         if self.needs_spans and self.spans:
             self.ctx.set_spans(self.spans)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def state(self) -> list[bytes]:
+        """What LLM.save() writes, block by block."""
         self.settle()
         now = self.snapshot(cells=False)
-        state.write(path, self.setup, now.about, now.logits, self.ctx.save())
+        return state.blocks(self.setup, now.about, now.logits, self.ctx.save())
 
-    def load(self, path: str | os.PathLike) -> None:
-        there = Snapshot(*state.read(path, self.setup))
+    def load(self, data: bytes, name: object) -> None:
+        there = Snapshot(*state.parse(data, self.setup, name))
         try:
             self.restore(there)
         except (ValueError, RuntimeError) as error:
-            raise ValueError(f"the state {path} cannot be restored: {error}") from None
+            raise ValueError(f"the state {name} cannot be restored: {error}") from None

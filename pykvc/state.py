@@ -1,4 +1,4 @@
-"""The file of LLM.save(): what the cache holds and what it belongs to.
+"""The file of LLM.save(), and the bytes of save_state(): what the cache holds and what it belongs to.
 
     magic "PYKVC\\n" | u32 version | u32 bytes of header | header, JSON | logits, F32 [n_logits] | state of llama.cpp
 
@@ -11,7 +11,7 @@ import struct
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -29,16 +29,21 @@ def fingerprint(path: Path) -> str:
     return f"{size}-{crc:08x}"
 
 
-def write(path: str | os.PathLike, setup: dict[str, Any], session: dict[str, Any], logits: np.ndarray | None, state: bytes) -> None:
-    """setup: what a reader must have the same of; session: what it gets back; logits: F32 [n_vocab] or None."""
+def blocks(setup: dict[str, Any], session: dict[str, Any], logits: np.ndarray | None, state: bytes) -> list[bytes]:
+    """What the file is made of. setup: what a reader must have the same of; session: what it gets back; logits: F32 [n_vocab] or None."""
     row = b"" if logits is None else np.ascontiguousarray(logits, dtype="<f4").tobytes()
     header = json.dumps({"setup": setup, "session": session, "n_logits": len(row) // 4, "length": len(row) + len(state),
                          "crc32": zlib.crc32(state, zlib.crc32(row))}).encode()
+    return [MAGIC, struct.pack("<II", VERSION, len(header)), header, row, state]
+
+
+def write(path: str | os.PathLike, data: Sequence[bytes]) -> None:
+    """At once or not at all. ValueError: the system says why not."""
     path = Path(path)
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as f:
             try:
-                for block in (MAGIC, struct.pack("<II", VERSION, len(header)), header, row, state):
+                for block in data:
                     f.write(block)
                 f.close()
                 os.replace(f.name, path)
@@ -50,31 +55,35 @@ def write(path: str | os.PathLike, setup: dict[str, Any], session: dict[str, Any
         raise ValueError(f"cannot write the state to {path}: {error.strerror}") from None
 
 
-def read(path: str | os.PathLike, setup: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None, bytes]:
-    """(session, logits, state) of a file. ValueError: not ours, damaged, or of another setup, naming the fields."""
+def read(path: str | os.PathLike) -> bytes:
+    """ValueError: the system says why not."""
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"cannot read the state {path}: {error.strerror}") from None
+
+
+def parse(data: bytes, setup: dict[str, Any], name: object) -> tuple[dict[str, Any], np.ndarray | None, bytes]:
+    """(session, logits, state). ValueError: not ours, damaged, or of another setup, naming the fields. name: what it calls the data."""
     if not data.startswith(MAGIC):
-        raise ValueError(f"{path} is not a state of pykvc")
+        raise ValueError(f"{name} is not a state of pykvc")
     try:
         version, n_header = struct.unpack_from("<II", data, len(MAGIC))
         begin = len(MAGIC) + 8 + n_header
         if version != VERSION:
-            raise ValueError(f"{path} is a state of version {version}, this pykvc reads version {VERSION}")
+            raise ValueError(f"{name} is a state of version {version}, this pykvc reads version {VERSION}")
         header = json.loads(data[begin - n_header:begin]) if begin <= len(data) else {}
         there, session, length = header["setup"], header["session"], header["length"]
         n_row, crc = 4 * header["n_logits"], header["crc32"]
     except (struct.error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise ValueError(f"the state {path} is damaged: its header cannot be read") from None
+        raise ValueError(f"the state {name} is damaged: its header cannot be read") from None
     different = [f"{key} is {there.get(key)!r} there and {value!r} here" for key, value in setup.items() if there.get(key) != value]
     if different:
-        raise ValueError(f"the state {path} belongs to another set-up: {'; '.join(different)}")
+        raise ValueError(f"the state {name} belongs to another set-up: {'; '.join(different)}")
     body = memoryview(data)[begin:]
     if len(body) != length:
-        raise ValueError(f"the state {path} is truncated: {len(body)} of {length} bytes follow its header")
+        raise ValueError(f"the state {name} is truncated: {len(body)} of {length} bytes follow its header")
     if zlib.crc32(body) != crc:
-        raise ValueError(f"the state {path} is damaged: its checksum is wrong")
+        raise ValueError(f"the state {name} is damaged: its checksum is wrong")
     logits = np.frombuffer(body[:n_row], dtype="<f4").copy() if n_row else None
     return session, logits, bytes(body[n_row:])

@@ -8,14 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
-from . import chat, options
+from . import chat
 from .conversation import Conversation
 from .generation import Generation
 from .llm import LLM
 from .progress import prompt_bar
+from .sampling import Sampler, SamplingParams
 from .table import mebibytes
-from .text import check_stop
 
+POLICY = "snapkv"  # each eviction comes after a message, whose words say what is needed: docs/benchmarks.md
 COMMANDS = ("/clear forgets the conversation, /system TEXT begins a new one, Ctrl-C stops an answer, "
             "/exit or Ctrl-D ends")
 
@@ -26,10 +27,7 @@ class Talk:
     def __init__(self, llm: LLM, system: str | None, how: dict[str, Any]) -> None:
         if llm.chat_template is None and not chat.templates(llm._session.model):
             raise ValueError("this model has no chat template, so it cannot chat: `pykvc generate` goes on from a text")
-        options.whole("max_tokens", how["max_tokens"], -1)
-        check_stop(how["stop"])
-        names = "temperature", "top_k", "top_p", "min_p", "repeat_penalty"
-        options.sampler(llm._session.model, **{name: how[name] for name in names}, seed=llm.seed)
+        Sampler(llm._session.model, SamplingParams(**how), llm.seed)
         self.llm, self.how, self.conversation = llm, how, Conversation(llm, system)
         self.typed = sys.stdin.isatty()
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
@@ -90,6 +88,14 @@ class Talk:
                 answer.close()  # Ctrl-C: what was said so far is part of the conversation
         print(flush=True)
         self.console.print(told(answer.result, self.llm), style="dim")
+
+
+def with_policy(opening: dict[str, Any]) -> dict[str, Any]:
+    """What LLM() takes, with the policy that is best in a chat where a budget or cells are given and no policy."""
+    if opening["kv_policy"] is None and any(opening[name] for name in ("kv_budget", "kv_decode_budget", "kv_cells")):
+        print(f"kv_policy: {POLICY}, the recommended one for a chat without a policy", file=sys.stderr)
+        return {**opening, "kv_policy": POLICY}
+    return opening
 
 
 def told(answer: Generation, llm: LLM) -> str:

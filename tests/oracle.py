@@ -155,6 +155,21 @@ def shared(policy, pos, scores, budget, over, count="rows"):
             for il in range(n_layer)]
 
 
+def weighted(policy, pos, scores, budget, weights):
+    """What a policy keeps where each layer has its part of the budget by a weight; as shared()."""
+    n_layer, room = len(pos), [layer.shape[1] for layer in pos]
+    least = max([1] + [sum(bool(_is_always(policy, row, j, budget)) for j in np.flatnonzero(row >= 0)) for layer in pos for row in layer])
+    ideal = [n_layer * budget * weight / sum(weights) for weight in weights]
+    n_keep = [int(min(max(np.floor(x + 1e-6), least), n)) for x, n in zip(ideal, room)]
+    while sum(n_keep) > n_layer * budget:
+        for il in reversed(range(n_layer)):
+            n_keep[il] -= n_keep[il] > least and sum(n_keep) > n_layer * budget
+    while sum(n_keep) < min(n_layer * budget, sum(room)):
+        for il in range(n_layer):
+            n_keep[il] += n_keep[il] < room[il] and sum(n_keep) < n_layer * budget
+    return [np.array([_head(policy, row, score, n, n) for row, score in zip(pos[il], scores[il])], dtype=np.int32) for il, n in enumerate(n_keep)]
+
+
 def _is_always(policy, row, j, n_keep):
     first = int((row < 0).sum())
     return j < first + policy.n_sink or j >= len(row) - policy.n_recent(n_keep)

@@ -181,10 +181,11 @@ class CacheMachine(RuleBasedStateMachine):
                 assert np.array_equal(self.ctx.logits(), slow.ctx.logits()), self.ctx.policy
 
 
-def test_state_machine(tiny_llama):
+@pytest.mark.parametrize("arch, n_steps", [("llama", 1000), ("qwen35", 400), ("qwen3vl", 200)])  # plain; hybrid and M-RoPE; M-RoPE
+def test_state_machine(tmp_path, arch, n_steps):
     """PYKVC_FUZZ_STEPS sets how many steps; the default keeps CI short."""
-    CacheMachine.model = _core.Model(str(tiny_llama))
-    n_steps = int(os.environ.get("PYKVC_FUZZ_STEPS", "1000"))
+    CacheMachine.model = _core.Model(str(tiny.write(tmp_path/"model.gguf", arch)))
+    n_steps = int(os.environ.get("PYKVC_FUZZ_STEPS", n_steps))
     run_state_machine_as_test(CacheMachine, settings=settings(
         max_examples=max(1, n_steps//40), stateful_step_count=40, deadline=None, derandomize="PYKVC_FUZZ_STEPS" not in os.environ, phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck)))

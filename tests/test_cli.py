@@ -90,6 +90,14 @@ def test_environment(model_path):
     (["generate", "-p", "a", "--kv-policy", "snapkv", "--kv-budget", "150%"], "kv_budget"),
     (["generate", "-p", "a", "-ctk", "q3"], "q8_0"),
     (["generate", "-p", "a", "-fa", "maybe"], "flash_attn"),
+    (["generate", "-p", "a", "--grammar", "a", "--grammar-file", "b"], "not both"),
+    (["generate", "-p", "a", "--grammar", "a", "-j", "{}"], "not both"),
+    (["generate", "-p", "a", "-j", "{"], "json_schema"),
+    (["generate", "-p", "a", "--grammar-file", "no/such/file"], "no/such/file"),
+    (["generate", "-p", "a", "--lora", "no/such.gguf"], "no/such.gguf"),
+    (["generate", "-p", "a", "-ts", "a,b"], "-ts"),
+    (["generate", "-p", "a", "-mg", "63"], "GPU"),
+    (["serve", "--kv-policy", "module:Class"], "written in Python"),
     (["policies", "snapvk"], "snapkv"),
     (["pull", "smollm"], "smollm2-135m"),
 ])
@@ -98,6 +106,15 @@ def test_mistakes_are_one_sentence(args, says):
     assert result.exit_code == 2 and not result.stdout
     assert says in result.stderr and "Traceback" not in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_generate_follows_a_schema(model_path, tmp_path):
+    schema = '{"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}'
+    result = invoke("generate", "-m", model_path, "-p", "A city:", "-n", 40, "-j", schema, "--temp", 1, "--presence-penalty", 0.5)
+    assert json.loads(result.stdout)["city"] in ("Rome", "Oslo")
+    (tmp_path/"grammar").write_text('root ::= "yes" | "no"')
+    result = invoke("generate", "-m", model_path, "-p", "Is it?", "-n", 40, "--grammar-file", tmp_path/"grammar")
+    assert result.stdout.strip() in ("yes", "no")
 
 
 @pytest.mark.parametrize("args, says", [(["generate", "--bogus"], "--bogus"), (["generate", "-n", "x", "-p", "a"], "-n"), (["nothing"], "nothing")])

@@ -78,7 +78,7 @@ def attention_of_repeats(model, tokens, n_repeat, how):
         yield c.signals()[0]["attn"][:, :len(tokens)]
 
 
-@pytest.mark.parametrize("name,how", [("llama", {}), ("qwen2", {}), ("yarn", {}), ("real", {}), ("real", dict(type_k="f16", type_v="f16")),
+@pytest.mark.parametrize("name,how", [("llama", {}), ("qwen2", {}), ("yarn", {}), ("qwen2vl", {}), ("qwen3vl", {}), ("real", {}), ("real", dict(type_k="f16", type_v="f16")),
                                       ("real", dict(type_k="q8_0", type_v="q8_0"))])
 def test_one_query_expects_what_it_will_attend_to(folder, model_path, name, how):
     """In the first layer a token's query is the same wherever it stands, so its attention there can be measured."""

@@ -1,4 +1,5 @@
 """`pykvc serve`: what was evaluated is not evaluated again, on every kind of cache we evict from; and what a slot's file holds."""
+import base64
 import http.client
 import json
 import os
@@ -7,11 +8,12 @@ import time
 import numpy as np
 import pytest
 
+import families
 import pykvc
 import tiny
 from evals.served import Server
 
-ARCHS = {"llama": 3, "gemma3": 7, "gpt-oss": 4}  # and how many layers
+ARCHS = {"llama": 3, "gemma3": 7, "gpt-oss": 4, "qwen35": 8}  # and how many layers; the last is a hybrid, with positions of several components
 POLICIES = ["keydiff", "knorm", "random:seed=3", "snapkv:window=16", "streaming_llm"]
 OWN = "snapkv:window=16"  # the server's: its requests may ask for all of these
 N_CTX = 2048
@@ -85,12 +87,13 @@ def test_every_turn_goes_on_from_all_before(folder, server, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_no_way_back_below_the_floor(folder, server, policy):
-    """Of the same prompt the last token is evaluated once more, where no head has lost it: keydiff may have, snapkv keeps its window."""
+def test_no_way_back_below_the_floor(folder, arch, server, policy):
+    """Of the same prompt the last token is evaluated once more, where no head has lost it: keydiff may have, snapkv keeps its window.
+    A recurrent state never goes back."""
     with llm(folder, policy) as own:
         own.generate(tokens=DOCUMENT, max_tokens=0)
         floor = own._session.ctx.pos_floor()
-    assert floor < len(DOCUMENT) or policy in ("keydiff", "knorm", "random:seed=3")
+    assert floor < len(DOCUMENT) or policy in ("keydiff", "knorm", "random:seed=3") or arch == "qwen35"
     cold = ask(server, DOCUMENT, cache_prompt=False, kv_policy=policy)
     again = ask(server, DOCUMENT, kv_policy=policy)
     assert again["timings"]["cache_n"] == (len(DOCUMENT) - 1 if floor < len(DOCUMENT) else 0)
@@ -101,11 +104,11 @@ def test_no_way_back_below_the_floor(folder, server, policy):
     assert bits(ask(server, branch, cache_prompt=False, kv_policy=policy)) == bits(cold)
 
 
-def test_back_to_the_end_of_the_context(server):
-    """An answer can be taken back: all that was evicted lies before it."""
+def test_back_to_the_end_of_the_context(arch, server):
+    """An answer can be taken back: all that was evicted lies before it. Not out of a recurrent state: there the document is evaluated again."""
     first = ask(server, DOCUMENT, cache_prompt=False, kv_policy="keydiff")
     got = [ask(server, DOCUMENT + question, kv_policy="keydiff") for question in QUESTIONS[:1]]
-    assert first["kv"]["n_evictions"] == 1 and got[0]["timings"]["cache_n"] == len(DOCUMENT)
+    assert first["kv"]["n_evictions"] == 1 and got[0]["timings"]["cache_n"] == (0 if arch == "qwen35" else len(DOCUMENT))
 
 
 def test_the_host_cache_on_every_kind_of_cache(server):
@@ -170,9 +173,12 @@ def test_a_budget_that_a_short_answer_finds_out(server):
 
 # -- a document, asked again and again ------------------------------------------------------------------------------------
 
-def test_a_document_is_saved_once_and_asked_by_another_server(folder, server):
-    """Each question is evaluated alone: after n_predict 0, after an answer of two tokens, after an eviction on demand."""
+def test_a_document_is_saved_once_and_asked_by_another_server(folder, arch, server):
+    """Each question is evaluated alone: after n_predict 0, after an answer of two tokens, after an eviction on demand.
+    A recurrent state that holds an answer's first token, too, does not go back to the document."""
     ways = {"0": {"n": 0}, "2": {"n": 2}, "demand": {"n": 0, "kv_policy": "full"}}
+    if arch == "qwen35":
+        del ways["2"]
     for policy in POLICIES:
         for way, how in ways.items():
             ask(server, DOCUMENT, cache_prompt=False, **{"kv_policy": policy, **how})
@@ -312,3 +318,33 @@ def http_post(server, body):
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("POST", "/completion", json.dumps(body).encode(), {"Content-Type": "application/json"})
     return connection
+
+
+# -- images -----------------------------------------------------------------------------------------------------------------
+
+IMAGE = base64.b64encode(b"P6 56 56 255\n" + bytes(range(256))*36 + bytes(56*56*3 - 256*36)).decode()  # a netpbm picture
+
+
+def test_an_image_is_400_where_its_positions_are_no_count_of_tokens(tmp_path):
+    """Neither its slot nor the one that answers meanwhile notices. Without a policy it is looked at."""
+    model = tiny.write_chat(tmp_path/"model.gguf", {}, arch="qwen2vl", n_layer=2, mute_eos=True)
+    how = ("-m", model, "--mmproj", families.write_eye(tmp_path/"eye.gguf"), "--no-warmup", "-c", 2*N_CTX, "-np", 2, "-t", 1)
+
+    def seen(server, **more):
+        prompt = {"prompt_string": f"a {server.ok('/props')['media_marker']} b", "multimodal_data": [IMAGE]}
+        return {"prompt": prompt, "n_predict": 4, "id_slot": 0, "temperature": 0, **more}
+    with Server(tmp_path/"log", *how).wait() as server:
+        assert server.ok("/completion", seen(server))["timings"]["prompt_n"] > 4
+    with Server(tmp_path/"log", *how, "--kv-policy", OWN, "--kv-budget", "40%", "--slots").wait() as server:
+        alone = ask(server, TURNS[0], 40, slot=1, cache_prompt=False)
+        first = ask(server, DOCUMENT)
+        connection, events = server.stream("/completion", {"prompt": TURNS[0], "n_predict": 40, "temperature": 0, "id_slot": 1, "cache_prompt": False})
+        next(events)
+        for policy in ({}, {"kv_policy": "full"}):
+            status, reply = server.post("/completion", seen(server, **policy))
+            assert status == 400 and "images" in reply["error"]["message"], reply
+        *_, last = events
+        connection.close()
+        assert last["kv"]["n_kept"] == alone["kv"]["n_kept"] and last["tokens_predicted"] == 40
+        on = ask(server, DOCUMENT + first["tokens"] + QUESTIONS[0])
+        assert on["timings"]["cache_n"] == len(DOCUMENT) + 5

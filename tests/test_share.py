@@ -57,6 +57,27 @@ def test_every_share_takes_the_budget_and_no_more(seed, n, part, name, share, sh
             assert (np.diff(head[head >= 0]) > 0).all() and head.max() < n
 
 
+@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("weights", [[1]*N_LAYER, [1 + il for il in range(N_LAYER)], [100] + [0.5]*(N_LAYER - 1)])
+def test_weights_of_layers_are_the_oracles(name, weights):
+    """kvpress' PerLayerCompressionPress: however the scores are, each layer has its part."""
+    spec = f"{name}:share={'/'.join(map(str, weights))}"
+    for seed, n, budget in ((0, 90, 41), (1, 333, 70), (2, 200, 150)):
+        pos, scores = made_up(seed, n)
+        kept = _core.plan(spec, pos, scores, budget)
+        for il, (a, b) in enumerate(zip(kept, oracle.weighted(oracle_of(name), pos, scores, budget, weights))):
+            np.testing.assert_array_equal(a, b, err_msg=f"layer {il}")
+        assert sum(x.shape[1] for x in kept) == N_LAYER*budget
+        if len(set(weights)) == 1:
+            even = _core.plan(f"{name}:share=head", pos, scores, budget)
+            assert [x.tolist() for x in kept] == [x.tolist() for x in even]
+
+
+def test_weights_have_one_spelling():
+    assert _core.parse_spec("knorm:share=2.0/1/0.50") == _core.parse_spec("knorm:share=2/1/.5")
+    assert "share=2/1/0.5" in _core.parse_spec("knorm:share=2.0/1/0.50")
+
+
 def test_a_layer_gets_what_its_scores_deserve():
     """Two layers of 100 tokens, a budget of 50: the second one's scores are above all of the first one's."""
     pos, rng = [np.tile(np.arange(100, dtype=np.int32), (2, 1))] * 2, np.random.default_rng(0)
@@ -81,7 +102,8 @@ def test_what_is_empty_is_passed_over():
 @pytest.mark.parametrize("spec,named", [
     ("kvzip:share=heads", ["share", "head", "layers", "layer", "all"]), ("kvzip:count=bytes", ["count", "rows", "cells"]),
     ("streaming_llm:share=layers", ["streaming_llm", "cannot share", "kvzip", "snapkv"]), ("random:share=all", ["random", "cannot share"]),
-    ("shotkv:share=layer", ["cannot share"]), ("pyramidkv:share=layers", ["cannot share"]),
+    ("shotkv:share=layer", ["cannot share"]), ("pyramidkv:share=layers", ["cannot share"]), ("snapkv:share=1/0/1", ["weights", "above 0"]),
+    ("snapkv:share=1/", ["weights"]), ("snapkv:share=1/x", ["weights"]), ("snapkv:share=3", ["head", "layers"]), ("streaming_llm:share=1/2", ["cannot share"]),
 ])
 def test_a_share_that_cannot_be_is_refused(spec, named):
     with pytest.raises(ValueError) as error:
@@ -120,6 +142,20 @@ def test_evict_keeps_what_the_oracle_keeps(model, name, share):
     assert n_rows == 100*len(pos) if share == "layers" else n_rows <= 100*len(pos) or share.endswith("cells")
     ctx.decode(tokens[:5])
     assert np.isfinite(ctx.logits()).all()
+
+
+def test_weights_on_a_model(model):
+    n_layer = model.n_layer
+    weights = "/".join(str(1 + il % 3) for il in range(n_layer))
+    ctx = _core.Context(model, n_ctx=512, policy=f"keydiff:share={weights}", budget="100")
+    ctx.decode(np.arange(1000, 1300, dtype=np.int32))
+    assert ctx.evict()
+    lengths = [x.shape[1] for x in ctx.kept()]
+    assert sum(lengths) == 100*n_layer and lengths[2] == pytest.approx(3*lengths[0], abs=3)
+    with pytest.raises(ValueError, match=f"2 weights, but {n_layer} layers"):
+        _core.Context(model, n_ctx=512, policy="keydiff:share=1/2", budget="100")
+    with pytest.raises(ValueError, match="2 weights"):
+        ctx.set_policy("keydiff:share=1/2", "100")
 
 
 def test_share_of_a_policy_in_python(model_path):

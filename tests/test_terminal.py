@@ -116,6 +116,14 @@ def test_a_pipe(model_path, tmp_path):
     assert "the answer was cut at -n" in lines[0][5]
 
 
+def test_a_budget_alone_takes_the_policy_for_chats():
+    from pykvc.terminal import with_policy
+    given = {"kv_policy": None, "kv_budget": None, "kv_decode_budget": None, "kv_cells": "1024"}
+    assert with_policy(given)["kv_policy"] == "snapkv"
+    for own in ({"kv_policy": "keydiff"}, {"kv_cells": None}):
+        assert with_policy({**given, **own}) == {**given, **own}
+
+
 def test_a_conversation_goes_on_after_mistakes_and_at_n_ctx(model_path, tmp_path):
     long = "one two three four " * 100
     lines = f"Hi.\n\n{long}\n".encode() + b"Gr\xfc\xdfe\n" + b"What is it? Say something about it.\n" * 6 + b"Bye."

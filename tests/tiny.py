@@ -5,40 +5,32 @@ from typing import Callable, Sequence
 import gguf
 import numpy as np
 
+import families
+
 N_EMBD, N_HEAD, N_HEAD_KV, N_FF, N_VOCAB = 64, 4, 2, 96, 128
+N_LAYER = families.N_LAYER  # where it is not 3
+ARCHS = ["llama", "qwen2", "gemma3", "gpt-oss", "hunyuan-dense", "openelm", "deci", "t5", "qwen2vl", "mamba", *families.WRITE]
 
 
-def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, head_dim: int = 32, yarn: float = 1, quant: str = "F32",
+def write(path: Path, arch: str = "llama", n_layer: int | None = None, n_ctx: int = 4096, head_dim: int = 32, yarn: float = 1, quant: str = "F32",
           n_vocab: int = N_VOCAB, seed: int = 0, mute: int | None = None, tokenizer: Callable[[gguf.GGUFWriter], None] = lambda w: w.add_tokenizer_model("no_vocab")) -> Path:
     """arch: llama | qwen2 (the other pairs in RoPE) | gemma3 (a global layer after five with a window of 32) | gpt-oss (every
     other layer has a window of 32; attention sinks, two experts) | hunyuan-dense (a norm
     after RoPE) | openelm (the second layer has half the KV heads) | deci (the second has none) | t5 (relative positions; what an encoder
-    needs, too) | qwen2vl (M-RoPE) | mamba (recurrent). yarn: what RoPE is stretched by. quant: the type of the matrices, as
+    needs, too) | qwen2vl (M-RoPE) | mamba (recurrent) | those of tests/families.py. yarn: what RoPE is stretched by. quant: the type of the matrices, as
     gguf.GGMLQuantizationType names it. tokenizer: writes one of n_vocab tokens; none otherwise. seed: of the weights. mute: a token
     that is never the likeliest."""
     rng = np.random.default_rng(seed)
-    head_dim = 16 if arch == "qwen2vl" else head_dim  # 32: a block of a quantized cache
+    n_layer = n_layer or N_LAYER.get(arch, 3)
+    head_dim = 16 if arch in ("qwen2", "qwen2vl") else head_dim  # 32: a block of a quantized cache
     w = gguf.GGUFWriter(path, arch)
     w.add_context_length(n_ctx)
     w.add_embedding_length(N_EMBD)
     w.add_block_count(n_layer)
-    w.add_feed_forward_length(N_FF)
     w.add_head_count(N_HEAD)
-    second = {"openelm": N_HEAD_KV//2, "deci": 0}.get(arch, N_HEAD_KV)  # KV heads of the second layer
-    if second != N_HEAD_KV:
-        w.add_head_count_kv([second if i == 1 else N_HEAD_KV for i in range(n_layer)])
-    else:
-        w.add_head_count_kv(N_HEAD if arch == "t5" else N_HEAD_KV)
-    w.add_key_length(head_dim)
-    w.add_value_length(head_dim)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_vocab_size(n_vocab)
     tokenizer(w)
-    if yarn > 1:
-        w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        w.add_rope_scaling_factor(yarn)
-        w.add_rope_scaling_orig_ctx_len(int(n_ctx/yarn))
-
     def put(name, *shape, scale=None, mute=None):  # numpy order: [out, in]
         scale = 0.7/np.sqrt(shape[-1])*2 if scale is None else scale
         data = (rng.standard_normal(shape)*scale).astype(np.float32)
@@ -54,6 +46,22 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
         w.add_tensor(name, np.ones(n, np.float32))
 
     put("token_embd.weight", n_vocab, N_EMBD, scale=1.0, mute=mute)
+    if arch in families.WRITE:
+        families.WRITE[arch](families.Tensors(w, put, ones, n_layer, head_dim))
+        return _finish(w, path)
+    second = {"openelm": N_HEAD_KV//2, "deci": 0}.get(arch, N_HEAD_KV)  # KV heads of the second layer
+    if second != N_HEAD_KV:
+        w.add_head_count_kv([second if i == 1 else N_HEAD_KV for i in range(n_layer)])
+    else:
+        w.add_head_count_kv(N_HEAD if arch == "t5" else N_HEAD_KV)
+    w.add_key_length(head_dim)
+    w.add_value_length(head_dim)
+    w.add_feed_forward_length(N_FF)
+    if yarn > 1:
+        w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        w.add_rope_scaling_factor(yarn)
+        w.add_rope_scaling_orig_ctx_len(int(n_ctx/yarn))
+
     if arch == "gpt-oss":
         put("output.weight", n_vocab, N_EMBD, mute=mute)
     if arch == "t5":
@@ -138,6 +146,10 @@ def write(path: Path, arch: str = "llama", n_layer: int = 3, n_ctx: int = 4096, 
         put(b + "ffn_gate.weight", N_FF, N_EMBD)
         put(b + "ffn_up.weight", N_FF, N_EMBD)
         put(b + "ffn_down.weight", N_EMBD, N_FF)
+    return _finish(w, path)
+
+
+def _finish(w: gguf.GGUFWriter, path: Path) -> Path:
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -172,3 +184,25 @@ def _byte_characters() -> list[str]:
     printed = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte if byte in printed else next(others)) for byte in range(256)]
+
+
+def lora(path: Path, base: Path, rank: int = 4, alpha: float = 8, seed: int = 9, only: str = "") -> dict[str, np.ndarray]:
+    """A LoRA of a llama that write() wrote, of all its matrices or of those with `only` in their names: what it adds to each, at scale 1."""
+    rng, added = np.random.default_rng(seed), {}
+    w = gguf.GGUFWriter(path, "llama")
+    w.add_type("adapter")
+    w.add_string("adapter.type", "lora")
+    w.add_float32("adapter.lora.alpha", alpha)
+    for tensor in gguf.GGUFReader(base).tensors:
+        if not tensor.name.startswith("blk.") or "norm" in tensor.name or only not in tensor.name:
+            continue
+        n_out, n_in = tensor.data.shape
+        a, b = (rng.standard_normal(shape).astype(np.float32)*0.05 for shape in ((rank, n_in), (n_out, rank)))
+        w.add_tensor(tensor.name + ".lora_a", a)
+        w.add_tensor(tensor.name + ".lora_b", b)
+        added[tensor.name] = alpha/rank*(b @ a)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return added

@@ -92,7 +92,7 @@ LLAMA_API int32_t kvc_begin_prompt(struct llama_context * ctx, llama_seq_id seq_
 LLAMA_API int32_t kvc_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
 
 // First position a llama_memory_seq_rm(seq, p0, -1) may start at, so that the sequence goes on from there: what lies before it is not
-// whole, in the layers that evict or in a sliding window. Never behind the end.
+// whole, in the layers that evict or in a sliding window. Never behind the end; there, where a layer is recurrent.
 LLAMA_API llama_pos kvc_floor(struct llama_context * ctx, llama_seq_id seq_id);
 
 // Rows layer il (0 .. n_layer-1) holds; out: NULL or I32 [n_head_kv, that many] original positions, -1 first where a head

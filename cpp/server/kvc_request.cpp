@@ -50,6 +50,15 @@ void kvc_request::resolve(const kvc_server & server, const server_tokens & promp
         throw std::invalid_argument(kvc_last_error());
     }
     const int32_t n_tokens = (int32_t) prompt.size();
+    const auto rope = llama_model_rope_type(llama_get_model(server.ctx));
+    bool image = false;
+    for (int32_t i = 0; i < n_tokens; ++i) {
+        image |= prompt[i] == LLAMA_TOKEN_NULL;
+    }
+    if (image && (rope == LLAMA_ROPE_TYPE_MROPE || rope == LLAMA_ROPE_TYPE_IMROPE)) {
+        throw std::invalid_argument("images: in this model their positions are no count of tokens, which an eviction goes by: leave them out, or "
+            "ask a server that was started without --kv-policy");
+    }
     if (policy && *policy == "full") {
         if (server.bounded && (n_predict < 0 || (int64_t) n_tokens + n_predict > server.n_cells)) {
             throw std::invalid_argument("kv_policy full: a slot has " + std::to_string(server.n_cells) + " cells (--kv-cells), and the prompt of " +
