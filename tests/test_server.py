@@ -509,6 +509,13 @@ def test_the_web_page_or_how_to_get_it(server):
         assert server.get("/tools")[0] == 403
 
 
+def test_a_page_from_elsewhere(model_path, tmp_path):
+    (tmp_path/"index.html").write_text("<p>a page")
+    with Server(tmp_path/"log", "-m", model_path, "-c", 512, "--path", tmp_path) as server:
+        assert server.get("/") == (200, "<p>a page") and server.get("/tools") == (200, [])
+        assert "webui" not in server.log.read_text()
+
+
 def test_flags_are_in_the_help():
     import subprocess
     text = subprocess.run([serve.program(), "--help"], text=True, capture_output=True).stdout
