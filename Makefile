@@ -21,7 +21,7 @@ help:
 	@echo "make docs      the pages of docs/ and the reference as a site: .build/site/index.html"
 	@echo "make nightly   test, 40,000 steps of the fuzz test, sanitize with 4,000, an eval without data: hours"
 	@echo "make dev       editable install: again after a change of C++, which compiles only that"
-	@echo "make webui     llama.cpp's web page for pykvc serve: needs npm, a minute or two; once, later builds keep it"
+	@echo "make webui     llama.cpp's web page for pykvc serve: needs npm, 3 minutes of CPU; later builds keep it"
 	@echo "make wheel     dist/*.whl for every Linux (or macOS) of this architecture; slower to build"
 	@echo "make sanitize  the tests under the address and undefined-behaviour sanitizers"
 	@echo "make clean     everything that was built (downloads stay in ~/.cache/pykvc)"
