@@ -18,8 +18,10 @@ help:
 	@echo "make test      every test; PYTEST_ARGS='-k policy' for some"
 	@echo "make lint      ruff and mypy"
 	@echo "make check     lint, and the tests that take no model: under a minute, once .venv is there"
+	@echo "make docs      the pages of docs/ and the reference as a site: .build/site/index.html"
 	@echo "make nightly   test, 40,000 steps of the fuzz test, sanitize with 4,000, an eval without data: hours"
 	@echo "make dev       editable install: again after a change of C++, which compiles only that"
+	@echo "make webui     llama.cpp's web page for pykvc serve: needs npm, 3 minutes of CPU; later builds keep it"
 	@echo "make wheel     dist/*.whl for every Linux (or macOS) of this architecture; slower to build"
 	@echo "make sanitize  the tests under the address and undefined-behaviour sanitizers"
 	@echo "make clean     everything that was built (downloads stay in ~/.cache/pykvc)"
@@ -39,7 +41,7 @@ LLAMA_CPP_PYTHON := CMAKE_ARGS=-DLLAMA_BUILD=OFF pip --disable-pip-version-check
 
 $(VENV)/installed: $(VENV)/tools $(PACKAGE)
 	$(LLAMA_CPP_PYTHON)
-	$(PIP) --no-build-isolation -C build-dir=.build/pykvc $(NATIVE) '.[test,lm-eval]'
+	$(PIP) --no-build-isolation -C build-dir=.build/pykvc $(NATIVE) '.[test,lm-eval,docs]'
 	rm -f $(VENV)/editable
 	touch $@
 
@@ -72,6 +74,10 @@ QUICK := $(addprefix tests/test_,evals_units fetch messages numbers package poli
 check: lint
 	PYKVC_MODELS=/dev/null/none $(VENV)/bin/pytest -q -m 'not model' $(addsuffix .py,$(QUICK))
 
+# An announcement of another program is not ours to pass on.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict --config-file .mkdocs.yml
+
 nightly: test
 	PYKVC_FUZZ_STEPS=40000 $(VENV)/bin/pytest -q tests/test_cache.py
 	PYKVC_FUZZ_STEPS=4000 $(MAKE) sanitize
@@ -82,9 +88,14 @@ nightly: test
 
 dev: $(VENV)/tools
 	$(LLAMA_CPP_PYTHON)
-	$(PIP) --no-build-isolation -C build-dir=.build/pykvc $(NATIVE) -e '.[test,lm-eval]'
+	$(PIP) --no-build-isolation -C build-dir=.build/pykvc $(NATIVE) -e '.[test,lm-eval,docs]'
 	rm -f $(VENV)/installed
 	touch $(VENV)/editable
+
+# The option stays in the build folder's cache.
+webui: $(READY)
+	$(PIP) --no-build-isolation --no-deps --force-reinstall -C build-dir=.build/pykvc $(NATIVE) -C cmake.define.LLAMA_BUILD_UI=ON \
+	    $(if $(wildcard $(VENV)/editable),-e) .
 
 # auditwheel looks for symbols and libraries that another Linux may lack, and names the oldest one in the wheel's tag.
 wheel: $(VENV)/tools
@@ -113,4 +124,4 @@ sanitize: .build/stock/stock
 clean:
 	rm -rf .build $(VENV) $(SAN)
 
-.PHONY: help venv demo test lint check nightly dev wheel sanitize clean
+.PHONY: help venv demo test lint check docs nightly dev webui wheel sanitize clean

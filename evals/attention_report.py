@@ -9,7 +9,7 @@ import numpy as np
 
 from pykvc.table import grid
 
-from . import stats
+from . import palette, stats
 from .pictures import file_of, use_matplotlib
 from .report import changed, unit_of
 from .store import Row, read
@@ -101,24 +101,24 @@ def _curves(path: Path, found: Sequence[Row], arrays: dict[int, dict[str, np.nda
     import matplotlib.pyplot as plt
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     for i, ((_, name), of_task) in enumerate(_groups(found).items()):
-        colour = f"C{i % 10}"
-        for end, style in (("", "-"), ("_bare", "--")):
+        line = {key: value for key, value in palette.nth(i).items() if key != "marker"}
+        for end, style in (("", line), ("_bare", {**line, "alpha": 0.35})):
             mean = np.mean([arrays[id(row)][f"cumulative{end}"] for row in of_task], axis=0)
-            left.plot(np.linspace(0, 100, len(mean)), 100*mean, style, color=colour, label=name if not end else None)
+            left.plot(np.linspace(0, 100, len(mean)), 100*mean, label=name if not end else None, **style)
             entropies = np.mean([arrays[id(row)][f"entropy{end}"] for row in of_task], axis=0)
-            middle.plot(entropies, style, color=colour)
-    left.set(xlabel="% of tokens, most attended first", ylabel="% of the attention", title="cumulative mass", xlim=(0, 50))
-    middle.set(xlabel="layer", ylabel="entropy / log n", title="dashed: without the first 4 tokens", ylim=(0, 1))
+            middle.plot(entropies, **style)
+    left.set(xlabel="% of tokens, most attended first", ylabel="% of the attention", title="how much attention the most attended tokens get", xlim=(0, 50))
+    middle.set(xlabel="layer", ylabel="entropy, share of the greatest possible", title="evenness; pale: without the first 4 tokens", ylim=(0, 1))
     names, bottom = list(_groups(found)), np.zeros(len(_groups(found)))
     for i, part in enumerate(PARTS):
         values = np.array([np.mean([row["mass"].get(part, 0) for row in of_task]) for of_task in _groups(found).values()])
         if values.any():
-            right.barh([name for _, name in names], 100*values, left=bottom, color=f"C{i}", label=part)
+            right.barh([name for _, name in names], 100*values, left=bottom, color=palette.COLOURS[i], label=part)
             bottom += 100*values
     sinks = [100*np.mean([row["sinks"] for row in of_task]) for of_task in _groups(found).values()]
     right.plot(sinks, [name for _, name in names], "k|", markersize=14, label="first 4 tokens")
     right.invert_yaxis()
-    right.set(xlabel="% of the attention", title="mass by part")
+    right.set(xlabel="% of the attention", title="attention by part")
     left.legend(fontsize=8)
     figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(found[0]["model"])
@@ -130,11 +130,11 @@ def _curves(path: Path, found: Sequence[Row], arrays: dict[int, dict[str, np.nda
 def _marks(at: Any, row: Row, both: bool = False) -> None:
     """Lines where a part begins, and its name above."""
     for name, begin, end in row["parts"]:
-        at.axvline(begin, color="C3", linewidth=0.8)
+        at.axvline(begin, color=palette.COLOURS[3], linewidth=0.8)
         if both:
-            at.axhline(begin, color="C3", linewidth=0.8)
+            at.axhline(begin, color=palette.COLOURS[3], linewidth=0.8)
         if end - begin > 0.03*row["n_tokens"]:
-            at.text((begin + end)/2, 1.01, name, transform=at.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color="C3")
+            at.text((begin + end)/2, 1.01, name, transform=at.get_xaxis_transform(), ha="center", va="bottom", fontsize=8, color=palette.COLOURS[3])
 
 
 def _heat_map(path: Path, heading: str, row: Row, arrays: dict[str, np.ndarray]) -> Path:
@@ -145,7 +145,7 @@ def _heat_map(path: Path, heading: str, row: Row, arrays: dict[str, np.ndarray])
     figure, axes = plt.subplots(figsize=(7.5, 6.2), layout="constrained")
     image = axes.imshow(np.where(wide > 0, wide, np.nan), norm=LogNorm(1e-5, 0.3), cmap="magma", aspect="auto", interpolation="nearest",
                         extent=(0, n, len(heat)*row["step"], 0))
-    axes.set(ylim=(n, 0), xlabel="key", ylabel=f"query ({row['step']} in a row)")
+    axes.set(ylim=(n, 0), xlabel="token that is looked at", ylabel=f"token that looks ({row['step']} in a row)")
     axes.set_title(heading + ": attention, mean over layers and heads", pad=18, fontsize=10)
     _marks(axes, row, both=True)
     figure.colorbar(image)
@@ -163,10 +163,10 @@ def _survivors(path: Path, heading: str, row: Row, arrays: dict[str, np.ndarray]
         at.set_ylabel(name.replace(" ", "\n"), rotation=0, ha="right", va="center", fontsize=8)
         at.set_yticks([])
         for _, begin, _ in row["parts"]:
-            at.axvline(begin, color="C3", linewidth=0.8)
+            at.axvline(begin, color=palette.COLOURS[3], linewidth=0.8)
         if i == 0:
             _marks(at, row)
-    axes[-1, 0].set_xlabel("position (each strip: layers from above)")
+    axes[-1, 0].set_xlabel("token of the prompt (each strip: layers, the first one above)")
     figure.suptitle(heading + ": share of KV heads that keep a token", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -9,6 +9,7 @@ from typing import Any, Callable, Sequence
 from pykvc import bench, report
 from pykvc.race import Case
 
+from . import palette
 from .pictures import use_matplotlib
 from .store import Row
 
@@ -85,11 +86,11 @@ def draw(out: Path) -> list[Path]:
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28*len(labels)), layout="constrained", sharey=True)
         values = [row["decode_ratio_full"] for row in of_model]
         errors = [[v - row["decode_ratio_full_min"] for v, row in zip(values, of_model)], [row["decode_ratio_full_max"] - v for v, row in zip(values, of_model)]]
-        left.barh(labels, values, xerr=errors, color="C0", capsize=2)
+        left.barh(labels, values, xerr=errors, color=[palette.look(row["kv_policy"])["color"] for row in of_model], capsize=2)
         left.axvline(1, color="grey", linestyle="--")
-        left.set_xlabel("decode, times the whole cache's t/s (median, range)")
-        right.barh(labels, [row["evict_pct"] for row in of_model], color="C1")
-        right.set_xlabel("eviction, % of the prefill")
+        left.set_xlabel("decoding, times as fast as with the whole cache (median, range)")
+        right.barh(labels, [row["evict_pct"] for row in of_model], color=[palette.look(row["kv_policy"])["color"] for row in of_model])
+        right.set_xlabel("time of the eviction, % of reading the prompt")
         left.invert_yaxis()
         figure.suptitle(Path(model).stem)
         paths.append(out/f"latency-{Path(model).stem}.png")

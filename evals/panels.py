@@ -15,14 +15,19 @@ from typing import Any, Sequence
 
 from pykvc import _core
 
+from . import palette
 from .pictures import file_of, label, use_matplotlib
 from .report import CASE, as_asked
 from .store import Row
 
 MARKERS = "os^Dv*PX"
 NOT_OF_FULL = {*CASE, "method"}
-NAMES = {"ratio": "retained ratio", "n_kept": "tokens kept a layer", "shots": "shots", "bytes_used": "cache in use, MiB", "score": "score",
-         "relative": "relative change", "difference": "difference to full", "kl": "KL divergence, nats", "budget": "budget"}
+NAMES = {"ratio": "share of the evictable tokens kept", "n_kept": "tokens kept in each layer", "shots": "worked examples in the prompt",
+         "bytes_used": "cache in use, MiB", "score": "share of right answers", "relative": "score, change against the whole cache",
+         "difference": "score, difference to the whole cache", "kl": "KL divergence from the whole cache, nats",
+         "budget": "budget of the prompt"}
+SETTINGS = {"tokens": "{} tokens", "of": "{}", "questions": "{} questions in one answer", "shots": "{} examples",
+            "reference": "compared with {}", "exemplars": "examples {}"}
 
 
 def draw(out: Path, blocks: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
@@ -69,9 +74,9 @@ def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequen
     n_down = -(-len(panels)//n_across)
     figure, axes = plt.subplots(n_down, n_across, figsize=(1.6 + 4.4*n_across, 1 + 3.4*n_down), layout="constrained", squeeze=False, sharey=True,
                                 sharex=x in ("ratio", "budget", "shots"))
-    colours: dict[str, Any] = {}
+    looks: dict[str, palette.Look] = {}
     for at, (name, of_panel) in zip(axes.flat, panels.items()):
-        _panel(at, block, x, y, of_panel + full[name[0]], colours)
+        _panel(at, block, x, y, of_panel + full[name[0]], looks)
         at.set(xlabel=NAMES.get(x, x))
         at.set_title(textwrap.fill(", ".join(filter(None, name)), 48), fontsize=10)
         at.tick_params(labelbottom=True)
@@ -91,14 +96,27 @@ def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequen
 def _title(line: Row, names: list[str]) -> str:
     line = {**line, "method": line["policy"].partition(":")[0]}
     texts = {**{name: str(line[name]) for name in names}, "policy": label({**line, "budget": "", "type_k": "f16", "type_v": "f16"}),
-             "decode_budget": f"decode {line['decode_budget'] or 'none'}"}
+             "budget": _amount(line["budget"]), "decode_budget": _of_answer(line["decode_budget"]), "settings": _settings(str(line["settings"]))}
     return ", ".join(texts[name] for name in names if texts[name])
 
 
-def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], colours: dict[str, Any]) -> None:
-    import matplotlib
-    tab20 = matplotlib.colormaps["tab20"].colors
-    palette = [tab20[i] for shade in (0, 1) for i in range(shade, 20, 2) if i // 2 != 7]  # without the grey of full
+def _amount(budget: str) -> str:
+    kind, amount = _core.parse_budget(budget)
+    return "" if kind == "none" else f"{100*amount:g} % kept" if kind == "ratio" else f"{amount:.0f} tokens kept"
+
+
+def _of_answer(budget: str) -> str:
+    return "the answer stays" if not budget else "the answer evicted alike" if budget == "same" else f"of the answer {_amount(budget)}"
+
+
+def _settings(text: str) -> str:
+    """"tokens 600, of longgenbench": 600 tokens, longgenbench."""
+    found = [part.partition(" ") for part in filter(None, text.split(", "))]
+    return ", ".join(SETTINGS.get(name, f"{name} {{}}").format(value) if name != "decode" else _of_answer(value) for name, _, value in found)
+
+
+def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], looks: dict[str, palette.Look]) -> None:
+    from matplotlib.ticker import LogLocator
     by = _names(block, "line", ["policy"])
     curves: dict[str, list[Row]] = defaultdict(list)
     for line in lines:
@@ -106,40 +124,57 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], colours: d
         if line["policy"] == "full" and y == "kl" and not block.get("front"):
             continue  # it is what the others diverge from
         if at_x is None and line["policy"] == "full" and y not in ("relative", "difference") and not block.get("front"):
-            at.axhspan(line.get(f"{y}_low", line[y]), line.get(f"{y}_high", line[y]), color="grey", alpha=0.12)
-            at.axhline(line[y], color="grey", linestyle="--", label="full")
+            at.axhspan(line.get(f"{y}_low", line[y]), line.get(f"{y}_high", line[y]), color=palette.FULL, alpha=0.12)
+            at.axhline(line[y], color=palette.FULL, linestyle="--", label="full")
         elif at_x is not None and line.get(y) is not None:
-            curves[_title(line, by) or "all"].append(line)
-    markers: dict[str, str] = {}
-    across = [_number(p, x) for points in curves.values() for p in points]
-    for i, (name, points) in enumerate(curves.items()):
-        beside = (i - (len(curves) - 1)/2)*0.008*(max(across) - min(across))  # intervals at one x stand side by side
-        colour = colours.setdefault(name, "grey" if name == "full" else palette[(len(colours) - ("full" in colours)) % len(palette)])
-        points = sorted(points, key=lambda line: _number(line, x))
-        style = dict(color=colour, label=name, linestyle="--" if name == "full" else "-", markersize=5)
-        if "marker" not in block:
-            at.errorbar([_number(p, x) + beside for p in points], [p[y] for p in points], yerr=_errors(points, y), marker="o", capsize=2, elinewidth=0.8, alpha=0.85,
-                        **style)
-            continue
-        for value in dict.fromkeys(str(p[block["marker"]]) for p in points):
-            mark = markers.setdefault(value, MARKERS[len(markers) % len(MARKERS)])
-            of_value = [p for p in points if str(p[block["marker"]]) == value]
-            at.errorbar([_number(p, x) for p in of_value], [p[y] for p in of_value], yerr=_errors(of_value, y) if y != "kl" else None, marker=mark, capsize=0, elinewidth=0.5,
-                        alpha=0.8, **{**style, "linestyle": "none", "label": name if value == str(points[0][block["marker"]]) else None})
-    for value, mark in markers.items():
-        at.plot([], [], color="black", linestyle="none", marker=mark, label=value)
+            name = _title(line, by) or "all"
+            looks.setdefault(name, palette.look(line["policy"]) if by[0] in ("policy", "method") else palette.nth(len(looks)))
+            curves[name].append(line)
     if block.get("front"):
-        best = front([(_number(p, x), p[y]) for p in lines if _number(p, x) is not None], less=y == "kl")
-        at.step(*zip(*best), where="post", color="black", linewidth=1, label="front")
+        _front(at, block.get("marker"), x, y, curves, looks)
+    else:
+        _curves(at, x, y, curves, looks)
     if x == "bytes_used":
         at.set_xscale("log")
+        at.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         at.xaxis.set_major_formatter("{x:g}")
-        at.xaxis.set_minor_formatter("{x:g}")
-        at.tick_params(axis="x", which="minor", labelsize=7)
+        at.xaxis.set_minor_formatter("")
+    elif x == "ratio" or x == "budget" and all(_number(p, x) <= 1 for points in curves.values() for p in points):
+        at.xaxis.set_major_formatter(lambda share, _: f"{100*share:g} %")
     if y == "kl":
         at.set_yscale("symlog", linthresh=1e-3)
     elif y == "score":
         at.set_ylim(-0.02, 1.02)
+        at.yaxis.set_major_formatter(lambda share, _: f"{100*share:g} %")
+
+
+def _curves(at: Any, x: str, y: str, curves: dict[str, list[Row]], looks: dict[str, palette.Look]) -> None:
+    across = [_number(p, x) for points in curves.values() for p in points]
+    for i, (name, points) in enumerate(curves.items()):
+        beside = (i - (len(curves) - 1)/2)*0.008*(max(across) - min(across))  # intervals at one x stand side by side
+        points = sorted(points, key=lambda line: _number(line, x))
+        at.errorbar([_number(p, x) + beside for p in points], [p[y] for p in points], yerr=_errors(points, y), label=name,
+                    markersize=5, capsize=2, elinewidth=0.8, alpha=0.85, **looks[name])
+
+
+def _front(at: Any, marker: str | None, x: str, y: str, curves: dict[str, list[Row]], looks: dict[str, palette.Look]) -> None:
+    """All points, grey; those that none beats joined, in their colours and with their names."""
+    points = [(_number(p, x), p[y], name, str(p[marker]) if marker else "") for name, of_name in curves.items() for p in of_name]
+    best = front([point[:2] for point in points], less=y == "kl")
+    at.step(*zip(*best), where="post", color="black", linewidth=1, label="none is better with less", zorder=1)
+    marks = {kind: MARKERS[i % len(MARKERS)] for i, kind in enumerate(sorted({point[3] for point in points}))}
+    for at_x, at_y, name, kind in points:
+        on = (at_x, at_y) in best or name == "full"
+        at.plot(at_x, at_y, marks[kind], color=looks[name]["color"] if on else palette.QUIET, markersize=6 if on else 4, zorder=3 if on else 2)
+    before = ""
+    for i, spot in enumerate(best):
+        name = next(name for *where, name, _ in points if tuple(where) == spot)
+        if name != before:  # of neighbours with the same name the first
+            at.annotate(name, spot, xytext=(4, -9 if i % 2 else 5), textcoords="offset points", fontsize=7, color=looks[name]["color"])
+        before = name
+    for kind, mark in marks.items():
+        if kind:
+            at.plot([], [], mark, color=palette.FULL, label=f"{kind} cache")
 
 
 def _number(line: Row, name: str) -> float | None:

@@ -5,6 +5,7 @@ from typing import Sequence
 
 from pykvc import _core
 
+from . import palette
 from .report import title
 from .store import Row
 from .tasks import task
@@ -66,7 +67,7 @@ def _heat_map(path: Path, heading: str, rows: Sequence[Row], tag: str) -> None:
         for x, value in enumerate(line):
             if value == value:
                 axes.text(x, y, f"{100*value:.0f}", ha="center", va="center", fontsize=8, color="white" if value < 0.6 else "black")
-    figure.colorbar(image, label="score")
+    figure.colorbar(image, label="share of right answers")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -77,16 +78,21 @@ def _curves(path: Path, heading: str, lines: Sequence[Row]) -> None:
     curves: dict[str, list[Row]] = defaultdict(list)
     for line in lines:
         if line["policy"] == "full":
-            axes.axhspan(line["score_low"], line["score_high"], color="grey", alpha=0.15)
-            axes.axhline(line["score"], color="grey", linestyle="--", label=label(line))
+            axes.axhspan(line["score_low"], line["score_high"], color=palette.FULL, alpha=0.15)
+            axes.axhline(line["score"], color=palette.FULL, linestyle="--", label=label(line))
         else:
             curves[label({**line, "budget": ""})].append(line)
+    seen: dict[str, int] = defaultdict(int)
     for name, points in curves.items():
+        style, policy = palette.look(name), name.partition(" ")[0].partition(":")[0]
+        if seen[policy]:  # the same policy with other parameters
+            style["markerfacecolor"] = "white"
+        seen[policy] += 1
         points = sorted(points, key=lambda line: line["n_kept"])
         y = [line["score"] for line in points]
         error = [[line["score"] - line["score_low"] for line in points], [line["score_high"] - line["score"] for line in points]]
-        axes.errorbar([line["n_kept"] for line in points], y, yerr=error, marker="o", capsize=3, label=name)
-    axes.set(title=heading, xlabel=f"tokens kept a layer, of {max(line['n_before'] for line in lines):.0f}", ylabel="score",
+        axes.errorbar([line["n_kept"] for line in points], y, yerr=error, capsize=3, label=name, **style)
+    axes.set(title=heading, xlabel=f"tokens kept in each layer, of {max(line['n_before'] for line in lines):.0f}", ylabel="share of right answers",
              xlim=(0, 1.05*max(line["n_before"] for line in lines)), ylim=(-0.02, 1.02))
     axes.legend()
     figure.savefig(path, dpi=130)

@@ -9,8 +9,10 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+COLOURS = ("#777777", "#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00")  # palette.py's; this file runs without evals
+
 HEAD = "| tokens | | prefill t/s |"
-COLUMNS = {"prefill t/s": 2, "decode t/s": 5}
+COLUMNS = {"tokens read per second": 2, "tokens written per second": 5}
 
 
 def tables(text: str) -> list[tuple[str, dict[str, dict[int, list[str]]]]]:
@@ -39,9 +41,9 @@ def main(source: Path, target: Path) -> None:
         for (name, column), one in zip(COLUMNS.items(), line):
             for i, (row, by_tokens) in enumerate(rows.items()):
                 at = [j + (i - (len(rows) - 1)/2)*0.8/len(rows) for j in range(len(by_tokens))]
-                one.bar(at, [float(cells[column]) for cells in by_tokens.values()], 0.8/len(rows), label=row)
+                one.bar(at, [float(cells[column]) for cells in by_tokens.values()], 0.8/len(rows), label=row, color=COLOURS[i % len(COLOURS)])
             one.set_xticks(range(len(by_tokens)), [f"{n:,}" for n in by_tokens])
-            one.set(title=title, xlabel="tokens of prompt", ylabel=name)
+            one.set(title=title, xlabel="tokens in the prompt", ylabel=name)
             one.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
     figure.savefig(target, dpi=110)

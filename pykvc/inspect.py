@@ -26,6 +26,7 @@ from .spans import Span
 WINDOW = 32
 N_SINKS = 4  # first tokens, which models use as a place for attention that is not needed
 PICTURES = (".png", ".svg", ".pdf")
+KEPT, MASS = "#2f7de0", "#d9822b"  # as the page has them
 
 
 class Attention(Policy):
@@ -212,22 +213,22 @@ def _draw(found: Inspection, path: Path) -> None:
     n = found.n_tokens
     image = top.imshow(found.kept/found.n_head_kv, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest",
                        extent=(0, n, len(found.kept) - 0.5, -0.5))
-    top.set(ylabel="layer", xlabel="position", title=f"{found.policy.partition(':')[0]} {found.budget}, {found.model}: share of KV heads that keep a token")
+    top.set(ylabel="layer", xlabel="token of the prompt", title=f"{found.policy.partition(':')[0]} {found.budget}, {found.model}: share of KV heads that keep a token")
     figure.colorbar(image, ax=top)
     for at in (top, mass):
         for begin, end in found.spans if len(found.spans) <= 64 else []:
-            at.axvline(begin, color="C1", linewidth=0.5)
-            at.axvline(end, color="C1", linewidth=0.5)
+            at.axvline(begin, color="#a59f90", linewidth=0.5)
+            at.axvline(end, color="#a59f90", linewidth=0.5)
         if found.n_prompt < n:
-            at.axvline(found.n_prompt, color="C3", linewidth=1)
+            at.axvline(found.n_prompt, color=MASS, linewidth=1)
     mean, share = found.mass.mean(axis=0), found.kept_share
     mass.vlines(np.arange(n) + 0.5, 1e-7, np.maximum(mean, 1e-7), colors=plt.get_cmap("Blues")(0.25 + 0.75*share), linewidth=max(0.4, min(3, 300/n)))
-    mass.set(yscale="log", xlim=(0, n), ylim=(max(1e-6, float(np.quantile(mean, 0.02))), 1), xlabel="position",
-             ylabel="attention", title=f"last {found.n_window} queries; {100*found.held.mean():.0f} % falls on what is kept")
+    mass.set(yscale="log", xlim=(0, n), ylim=(max(1e-6, float(np.quantile(mean, 0.02))), 1), xlabel="token of the prompt",
+             ylabel="share of the attention", title=f"last {found.n_window} queries; {100*found.held.mean():.0f} % falls on what is kept")
     rows = found.regions()
     y = np.arange(len(rows))
-    bars.barh(y - 0.2, [row["kept"] for row in rows], 0.38, color="C0", label="kept")
-    bars.barh(y + 0.2, [row["mass"] for row in rows], 0.38, color="C1", label="attention")
+    bars.barh(y - 0.2, [row["kept"] for row in rows], 0.38, color=KEPT, label="kept")
+    bars.barh(y + 0.2, [row["mass"] for row in rows], 0.38, color=MASS, label="attention")
     bars.set(yticks=y, xlim=(0, 1), title="by part")
     bars.set_yticklabels([row["name"].replace(", ", "\n") + f" ({row['n_tokens']})" for row in rows], fontsize=8)
     bars.invert_yaxis()

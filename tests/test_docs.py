@@ -1,15 +1,19 @@
 """The Python of README and docs runs as it stands, on SmolLM2; links and pages are there."""
+import json
 import re
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
+import pykvc
 from evals.served import Server
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT/"README.md", *sorted((ROOT/"docs").glob("*.md"))]
+PAGES = [ROOT/"README.md", *sorted((ROOT/"docs").glob("*.md")), ROOT/"docs/results/README.md"]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
-BLOCKS = [pytest.param(page, block, id=f"{page.stem}-{i}") for page in PAGES if page.stem != "server"
+BLOCKS = [pytest.param(page, block, id=f"{page.stem}-{i}") for page in PAGES if page.stem not in ("server", "tutorial")
           for i, block in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))]
 GIVEN = {  # what the blocks have from elsewhere
     "report": "The report was written in May. Ada Lovelace signed it. " * 6,
@@ -31,6 +35,39 @@ def test_it_runs(page, block, model_path, tmp_path, monkeypatch, capsys):
     if "kv_policy=\"shotkv\", kv_budget=\"25%\") as llm:  # no model" in block:  # whose output README shows
         shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
         assert all(line in page.read_text(encoding="utf-8") for line in shown) and "Rome" in shown[0]
+
+
+def test_the_tutorial_prints_what_it_shows(model_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT/"docs/tutorial.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == len(BLOCK.findall(text)) > 4  # each has its output
+    names = {}
+    for block, shown in blocks:
+        exec(compile(block, "docs/tutorial.md", "exec"), names)
+        assert capsys.readouterr().out == shown
+
+
+def test_the_notebook_runs(model_path, tmp_path):
+    """And gives the answers it was committed with. To write its outputs anew:
+
+        jupyter nbconvert --to notebook --execute --inplace docs/notebook.ipynb
+    """
+    notebook = nbformat.read(ROOT/"docs/notebook.ipynb", as_version=4)
+    said = _printed(notebook)
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    assert "WRONG" in said and _answers(_printed(notebook)) == _answers(said)
+    pictures = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2
+
+
+def _printed(notebook):
+    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def _answers(text):
+    """Resident memory differs from run to run."""
+    return re.findall(r"right|WRONG|^\w+ +\d+%: .*", text, re.MULTILINE)
 
 
 def test_the_servers_recipe_runs(model_path, tmp_path, capsys, monkeypatch):
@@ -61,3 +98,13 @@ def test_links_lead_somewhere(page):
 def test_every_page_is_in_the_index():
     index = (ROOT/"docs/README.md").read_text(encoding="utf-8")
     assert [page.name for page in PAGES[1:] if page.name != "README.md" and f"({page.name})" not in index] == []
+
+
+def test_every_public_name_is_in_the_reference():
+    named = re.findall(r"^::: pykvc\.(\w+)$", (ROOT/"docs/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(set(pykvc.__all__) - set(named)) == ["__version__"]
+
+
+def test_the_notebook_is_kept_small():
+    text = (ROOT/"docs/notebook.ipynb").read_text(encoding="utf-8")
+    assert len(text) < 250_000 and all(cell.get("execution_count") for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")

@@ -1,5 +1,8 @@
 """`pykvc serve` on SmolLM2-135M: what llama-server's API says of eviction, and that one client does not disturb another."""
+import gzip
+import http.client
 import json
+import os
 import random
 import struct
 import time
@@ -490,6 +493,27 @@ def test_sigterm_with_a_policy(model_path, tmp_path):
         for _ in range(12):
             next(events)
     assert server.stop() == 0
+
+
+def test_the_web_page_or_how_to_get_it(server):
+    """make webui builds it; CI has both builds (.github/workflows/ci.yml)."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", "/", headers={"Accept-Encoding": "gzip"})
+    response = connection.getresponse()
+    body, says = response.read(), "`make webui`"
+    if os.environ.get("PYKVC_WEBUI"):
+        assert response.status == 200 and "<html" in gzip.decompress(body).decode()
+        assert server.get("/tools") == (200, []) and "error" in server.ok("/tools", {"tool": "read_file"})
+    elif response.status != 200:  # not a developer's build that has it
+        assert response.status == 501 and says in body.decode() and server.log.read_text().count(says) == 1
+        assert server.get("/tools")[0] == 403
+
+
+def test_a_page_from_elsewhere(model_path, tmp_path):
+    (tmp_path/"index.html").write_text("<p>a page")
+    with Server(tmp_path/"log", "-m", model_path, "-c", 512, "--path", tmp_path) as server:
+        assert server.get("/") == (200, "<p>a page") and server.get("/tools") == (200, [])
+        assert "webui" not in server.log.read_text()
 
 
 def test_flags_are_in_the_help():

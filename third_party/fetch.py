@@ -20,9 +20,10 @@ from pathlib import Path
 PIN = json.loads(Path(__file__).with_name("llama_cpp.json").read_text())
 NAME = f"{PIN['package']}=={PIN['version']}"
 
-# What a build reads, llama-server's included. The rest (test models, docs) is 120 MB.
+# What a build reads, llama-server's and its web page's included. The rest (test models, docs) is 120 MB.
 WANTED = ("CMakeLists.txt", "LICENSE", "cmake", "common", "ggml", "include", "licenses", "scripts", "src", "tools", "vendor")
-UNWANTED = ("tools/ui/src/", "tools/ui/tests/")
+UNWANTED = ("tools/ui/tests/",)
+CHOICE = hashlib.sha256(repr((WANTED, UNWANTED)).encode()).hexdigest()[:4]  # another one is another folder of the cache
 
 
 def wanted(path: str) -> bool:
@@ -46,7 +47,7 @@ def pristine() -> Path:
         return source
 
     cache = Path(os.environ.get("PYKVC_CACHE") or Path.home() / ".cache/pykvc") / "src"
-    source = cache / f"{PIN['package']}-{PIN['version']}-{PIN['sha256'][:8]}"
+    source = cache / f"{PIN['package']}-{PIN['version']}-{PIN['sha256'][:8]}-{CHOICE}"
     if not source.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         # Beside its final place, then renamed: of two builds at once the second finds a whole tree or makes its own.

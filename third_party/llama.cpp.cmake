@@ -135,8 +135,14 @@ function(pykvc_add_llama)
         set(LLAMA_BUILD_COMMON ON)
         set(LLAMA_BUILD_TOOLS ON) # configured; only what llama-server needs is compiled
         set(LLAMA_BUILD_SERVER ON)
-        set(LLAMA_BUILD_UI OFF)         # its sources are not in the pinned sdist's wanted part, and
-        set(LLAMA_USE_PREBUILT_UI OFF)  # a build downloads nothing beyond that sdist
+        option(LLAMA_BUILD_UI "llama-server's web page, built with npm, which downloads a thousand packages" OFF)
+        set(LLAMA_USE_PREBUILT_UI OFF)
+        if(LLAMA_BUILD_UI)
+            find_program(PYKVC_NPM npm)
+            if(NOT PYKVC_NPM)
+                message(FATAL_ERROR "LLAMA_BUILD_UI: the web page is built with npm, which comes with Node.js 20 or newer")
+            endif()
+        endif()
     endif()
     pykvc_cpu_flags()
 
