@@ -149,6 +149,10 @@ llama_pos kvc_floor(llama_context * ctx, llama_seq_id seq_id) {
     });
 }
 
+llama_pos kvc_back(llama_context * ctx, llama_seq_id seq_id, llama_pos pos) {
+    return guarded([&]() { return need_engine(ctx).back(seq_id, pos); });
+}
+
 int32_t kvc_kept(llama_context * ctx, llama_seq_id seq_id, int32_t il, int32_t * out) {
     return guarded([&]() {
         auto & kv = need_cache(ctx, seq_id);

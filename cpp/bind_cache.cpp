@@ -43,6 +43,7 @@ std::pair<double, int32_t> Context::ask(const i32_array & tokens, int32_t seq, i
     const int32_t first = std::max(1, n - n_repeated), step = std::max(1, (n - first)/N_LISTEN); // a logit costs as much as a few layers
     std::pair<double, int32_t> likelihood = { 0, 0 };
     std::vector<std::vector<float>> heard;
+    evictor().remember(seq);
     try {
         for (int32_t i0 = 0; i0 < n; i0 += n_piece) {
             const int32_t nb = std::min(n_piece, n - i0);

@@ -243,9 +243,8 @@ static void refuse_unsupported(const config & cfg, const llama_model & model, co
     if (!why.empty()) {
         throw std::invalid_argument("this model (" + model.arch_name() + ") cannot evict: " + why);
     }
-    if (cfg.need.probe != probe::none && (own.windows || own.recurrent)) {
-        throw std::invalid_argument(cfg.spec + " takes probes out of the cache again, which a " +
-                (own.windows ? "sliding window" : "recurrent state") + " does not allow");
+    if (cfg.need.probe != probe::none && own.windows) {
+        throw std::invalid_argument(cfg.spec + " takes probes out of the cache again, which a sliding window does not allow");
     }
     if (cparams.kv_unified && cparams.n_seq_max > 1) {
         throw std::invalid_argument("a unified cache of several sequences cannot evict: use one stream per sequence (kv_unified off)");

@@ -180,6 +180,7 @@ void engine::end_prompt(llama_seq_id seq_id) {
     }
     q.gen      = (llama_pos) q.tokens.size();
     q.n_prompt = (int32_t) std::lround((double) n/n_layer());
+    remember(seq_id);
 }
 
 void engine::check_budgets(const config & c, const budget & prompt, const budget & decode) const {

@@ -125,17 +125,18 @@ llama_pos engine::held_from(uint32_t s) const {
     return cfg->need.sums ? (llama_pos) streams[s].tokens.size() : streams[s].floor;
 }
 
-// The sliding windows of the first token there have to be whole, too; at the end they are. A recurrent state is of the end alone.
+// The sliding windows of the first token there have to be whole, too; at the end they are. A recurrent state is of the end, or of where it was
+// remembered.
 llama_pos engine::floor(llama_seq_id seq_id) const {
     const uint32_t  s   = stream_of(seq_id);
     const llama_pos end = (llama_pos) streams[s].tokens.size();
     const auto * windows = mem.windows;
     const llama_pos gone = windows ? windows->seq_pos_min(seq_id) - 1 : -1;
-    llama_pos res = mem.recurrent ? end : held_from(s);
+    llama_pos res = held_from(s);
     while (gone >= 0 && res < end && !llama_hparams::is_masked_swa(windows->n_swa, windows->swa_type, gone, res)) {
         ++res;
     }
-    return res;
+    return !mem.recurrent ? res : streams[s].past_end >= res ? streams[s].past_end : end;
 }
 
 uint32_t engine::stream_of(llama_seq_id seq_id) const {

@@ -23,6 +23,7 @@
 //   signal.cpp  what a policy looks at, of one layer
 //   fit.cpp     the queries that are to be expected
 //   probe.cpp   what a probe attended to
+//   past.cpp    where a recurrent state can go back to
 //   output.cpp  what values become behind the output projection
 //   evict.cpp   signals -> scores -> plan -> compaction of one sequence
 //   state.cpp   what a saved state needs beyond llama.cpp's cells
@@ -143,6 +144,7 @@ public:
     // -- what happened to the cache
     void      on_clear();
     bool      can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+    bool      go_back(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // of a recurrent state, which is then that of p0: false if there is none
     bool      on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // false: refused, nothing may change
     void      on_seq_cp(uint32_t s0, uint32_t s1);
     void      on_ubatch(const llama_ubatch & ubatch);
@@ -207,6 +209,8 @@ public:
     std::vector<std::vector<float>> scores (llama_context * lctx, llama_seq_id seq_id);
     std::vector<int32_t>            kept(llama_seq_id seq_id, int32_t ikv) const; // I32 [n_head_kv, n] positions, -1: empty
     llama_pos floor(llama_seq_id seq_id) const; // first position to go on from, once what follows it was removed
+    llama_pos back(llama_seq_id seq_id, llama_pos pos) const; // up to pos, the last one to go on from; 0: the start alone
+    void      remember(llama_seq_id seq_id); // the recurrent state, to go back to it
     int32_t   n_layer() const;
     int32_t   n_head_kv() const { return n_hkv; }
     int32_t   n_slots(uint32_t s, int32_t ikv) const; // cells of layer ikv in use
@@ -229,6 +233,8 @@ private:
         std::vector<std::vector<int32_t>> kept; // a layer I32 [n_head_kv, n_kept] original positions, after -1s in a shorter head
         llama_pos floor = 0;                    // every head of every layer holds [floor, end)
         llama_pos gen   = -1;                   // first generated position; -1: still the prompt
+        llama_pos past_end = -1;                // the recurrent state of all before it is kept in `past`; -1: none is
+        std::vector<uint8_t> past;
         int32_t   n_prompt = 0;                 // slots of the mean layer when generation began
         std::vector<std::vector<float>> probed; // a layer F32 [n_probed, n_head_kv]: of its first slots
         std::vector<llama_token> tokens;        // [end] by position

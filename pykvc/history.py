@@ -65,9 +65,9 @@ def _cut(session: Session, asked: Chat, ids: list[int]) -> tuple[int, str]:
     if n == len(held):
         return n, ""
     n = min(n, session.n_tokens)
-    if session.floor > n or not session.cut(n):
+    if session.floor > n or not (session.cut(n) or (session.floor and session.cut(session.floor))):  # a recurrent state goes back to the floor alone
         return 0, f"the history differs from what was evaluated at token {n}, and this cache cannot go back there"
-    return n, ""
+    return session.n_tokens, ""
 
 
 def _own_tokens(session: Session, asked: Chat) -> tuple[list[int], int] | None:

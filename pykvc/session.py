@@ -285,8 +285,8 @@ class Session:
         if n_tokens == 0:
             self.clear()
         elif not self.cut(n_tokens):
-            raise ValueError(f"the cache was compressed: it can be truncated to {self.floor} tokens or more, "
-                             f"or to 0, not to {n_tokens}")
+            why, floor = "the cache was compressed" if self.evicts else "this model has recurrent layers", self.ctx.pos_floor()
+            raise ValueError(f"{why}: it can be truncated to {floor} tokens{' or more' if n_tokens < floor else ''}, or to 0, not to {n_tokens}")
 
     def cut(self, n_tokens: int) -> bool:
         """Removes the tail, down to at least one token. False: that is below what can be removed, and nothing has changed."""

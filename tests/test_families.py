@@ -8,6 +8,7 @@ import oracle
 import pykvc
 import tiny
 from pykvc import _core
+from test_conversation import CHATML, assistant, told, user
 from test_exactness import run_stock
 
 HYBRID = list(families.HYBRID)
@@ -162,7 +163,7 @@ def test_states_and_branches(models, arch, tmp_path):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_tails(models, arch):
-    """A recurrent state is of its end alone: there nothing of a tail is removed, and all that was there still is."""
+    """A recurrent state goes back to where the prompt ended, and to nothing behind it: there all that was there still is."""
     c, d = (context(models(arch)) for _ in range(2))
     for ctx in (c, d):
         decode(ctx, ids(N))
@@ -172,11 +173,12 @@ def test_tails(models, arch):
     kept = c.kept()
     assert not c.remove_tail(20)
     if arch in HYBRID:
-        assert c.pos_floor() == N + 7 and not c.remove_tail(N) and not c.remove_tail(N + 6) and same(c.kept(), kept)
+        assert c.pos_floor() == N and not c.remove_tail(N + 3) and not c.remove_tail(N + 6) and same(c.kept(), kept)
         assert c.remove_tail(N + 7)  # nothing is there
-        step(d, ids(7, 1))
-    else:
-        assert c.pos_floor() <= N and c.remove_tail(N) and c.pos_max() == N - 1
+    assert c.pos_floor() <= N and c.remove_tail(N) and c.pos_max() == N - 1
+    for _ in range(2):  # as often as one likes
+        step(c, ids(3, 3))
+        assert c.remove_tail(N)
     assert np.array_equal(step(c, ids(4, 2)), step(d, ids(4, 2))) and same(c.kept(), d.kept())
     assert c.remove_tail(0) and c.pos_max() == -1 and c.pos_floor() == 0
     assert np.array_equal(decode(c, ids(N)), decode(context(models(arch)), ids(N)))
@@ -219,6 +221,22 @@ def test_several_sequences_at_once(models, arch):
             np.testing.assert_allclose(row, decode(alone[s], np.array([s], np.int32)), rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("arch", HYBRID)
+@pytest.mark.parametrize("policy", ["kvzip:window=32,share=head", "finch:window=32"])
+def test_a_probe_leaves_nothing_behind(models, arch, policy):
+    """Not in the recurrent state either, however it ends; and what is heard decides."""
+    c, never = (context(models(arch), policy) for _ in range(2))
+    for ctx in (c, never):
+        decode(ctx, ids(N))
+    c.ask(ids(20, 1))
+    with pytest.raises(ValueError, match="probe"):
+        c.ask(ids(500, 1))
+    layers = c.signals()
+    assert c.pos_max() == N - 1 and all(np.isfinite(layer["probed"]).all() for layer in layers)
+    assert np.array_equal(step(c, ids(4, 2)), step(never, ids(4, 2)))
+    assert c.evict() and c.stats()["kept"] == [BUDGET]*len(c.kept())
+
+
 def test_a_quarter_of_the_part_that_grows(tmp_path):
     """24 layers, 6 with attention: a budget of 25 % is a quarter of those. A fresh run after a restore says the same."""
     path = tiny.write(tmp_path/"model.gguf", "qwen35", n_layer=24)
@@ -241,7 +259,7 @@ def test_a_quarter_of_the_part_that_grows(tmp_path):
 
 
 @pytest.mark.parametrize("arch, policy, why", [
-    *((arch, "kvzip", "recurrent state") for arch in HYBRID), ("qwen35", "finch", "recurrent state"), ("gemma4", "kvzip", "sliding window"),
+    ("gemma4", "kvzip", "sliding window"),
     *((arch, policy, "several layers read one cache") for arch in families.SHARED for policy in ("expected_attention", "snapkv:values=wo")),
 ])
 def test_what_a_family_does_not_allow(models, arch, policy, why):
@@ -259,8 +277,18 @@ def test_a_hybrid_without_a_policy_is_asked_again_and_again(models, arch):
             ctx = llm.context(tokens=ids(N).tolist())
             first, other = (ctx.ask(tokens=ids(n, n).tolist(), max_tokens=9).tokens for n in (4, 11))
             assert ctx.ask(tokens=ids(4, 4).tolist(), max_tokens=9).tokens == first != other
-            with pytest.raises(ValueError):
+            with pytest.raises(ValueError, match=f"truncated to {N + 4 if policy else llm.n_tokens} tokens"):
                 llm.truncate(N - 10)
+
+
+def test_a_probe_asks_a_hybrid_through_llm(models):
+    """pykvc's own driver: chunks of the context, each repeated and taken out again."""
+    models("qwen35")
+    with pykvc.LLM(models.path("qwen35"), n_ctx=1024, n_ubatch=128, n_threads=1, kv_policy="finch:window=32", kv_budget=BUDGET) as llm:
+        llm.prefill(tokens=ids(300).tolist())
+        first = llm._session.logits().copy()
+        llm.compress()
+        assert llm.stats()["kept"] == [BUDGET]*2 and np.isfinite(first).all()
 
 
 @pytest.mark.parametrize("arch", ["qwen2vl", "qwen3vl", "qwen35"])
@@ -298,3 +326,17 @@ def test_an_image_is_refused_before_it_touches_the_cache(models, arch):
         assert ctx.pos_max() == 99 and same(ctx.kept(), kept)
     assert batch(16, False, 100) == 0 and ctx.pos_max() == 115
     llm.close()
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen35", "falcon-h1"])
+def test_a_chat_whose_template_drops_thoughts_goes_on_from_the_prompt(tmp_path, arch):
+    """The answer's tokens come back as others: a recurrent state goes back to before them, and only the rest is evaluated."""
+    path = tiny.write_chat(tmp_path/"model.gguf", {"default": CHATML}, eos="<|im_end|>", special=("<|im_start|>",), arch=arch, n_layer=4, mute_eos=True)
+    how = dict(n_ctx=1024, n_threads=1, kv_policy="snapkv:window=16", kv_budget=64)
+    asked = [user("Name two rivers of Europe, and say how long they are." * 2)]
+    on = [*asked, assistant("<think>Rivers.</think>Danube."), user("Which is longer?")]
+    with pykvc.LLM(path, **how) as llm:
+        told(llm, asked, on[1]["content"])
+        n_prompt = len(llm.tokenize("".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in asked) + "<|im_start|>assistant\n"))
+        answer = llm.chat(on, max_tokens=4)
+        assert answer.kv["reused"] == n_prompt and answer.kv["anew"] == "" and answer.kv["evictions"] == 1

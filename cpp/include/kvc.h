@@ -13,7 +13,7 @@
 
 #include "llama.h"
 
-#define KVC_API_VERSION 4
+#define KVC_API_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -92,8 +92,12 @@ LLAMA_API int32_t kvc_begin_prompt(struct llama_context * ctx, llama_seq_id seq_
 LLAMA_API int32_t kvc_end_prompt(struct llama_context * ctx, llama_seq_id seq_id);
 
 // First position a llama_memory_seq_rm(seq, p0, -1) may start at, so that the sequence goes on from there: what lies before it is not
-// whole, in the layers that evict or in a sliding window. Never behind the end; there, where a layer is recurrent.
+// whole, in the layers that evict or in a sliding window. Never behind the end. Recurrent layers go back to the floor, and to nothing
+// between it and the end: their state is kept of where the prompt ended.
 LLAMA_API llama_pos kvc_floor(struct llama_context * ctx, llama_seq_id seq_id);
+
+// The last of the positions up to pos that a sequence can go on from, so that llama_memory_seq_rm(seq, it, -1) succeeds. 0: its start alone.
+LLAMA_API llama_pos kvc_back(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);
 
 // Rows layer il (0 .. n_layer-1) holds; out: NULL or I32 [n_head_kv, that many] original positions, -1 first where a head
 // holds fewer (adakv).

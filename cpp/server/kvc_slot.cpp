@@ -4,6 +4,7 @@
 
 #include "log.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 static void check(int32_t res) {
@@ -45,10 +46,11 @@ int kvc_slot::n_reusable(int n_past, llama_pos next, const kvc_mark & mark, cons
         LOG_INF("kvc: slot %d was evicted for another prompt, which has %d tokens in common: this one is evaluated from the start\n", id, n_past);
         return 0;
     }
-    if (const llama_pos floor = kvc_floor(ctx, id); next < floor) {
-        LOG_INF("kvc: slot %d lacks what was evicted or left a sliding window before token %d, and this prompt goes on from token %d: "
-            "it is evaluated from the start\n", id, floor, next);
-        return 0;
+    const llama_pos back = kvc_back(ctx, id, next);
+    if (back < next) {
+        LOG_INF("kvc: slot %d lacks what was evicted or left a sliding window, or a recurrent state of the past, and this prompt goes on from "
+            "token %d: it is evaluated from token %d\n", id, next, back);
+        return std::max(back, 0);
     }
     return n_past;
 }
