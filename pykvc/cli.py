@@ -123,6 +123,8 @@ def generate(
              kv_cells=kv_cells or None) as llm, prompt_bar(llm._session):
         sampling = dict(max_tokens=n_predict, temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p,
                         repeat_penalty=repeat_penalty, stop=_escaped(stop))
+        notes: list[str] = []  # after the answer, which they would stand in the middle of
+        llm._session.tell = notes.append
         stream = answer_once(llm, text, question, system_prompt, raw, segment and _unescape(segment), kv_query, **sampling)
         for piece in stream:
             if not as_json:
@@ -137,6 +139,8 @@ def generate(
             print(f"{answer.n_prompt} tokens at {answer.timings['prefill_tps']:.0f} t/s, {answer.n_predicted} at "
                   f"{answer.timings['decode_tps']:.1f} t/s, evicted in {answer.timings['evict_ms']:.0f} ms, "
                   f"KV {table.mebibytes(answer.kv['bytes_used'])} of {table.mebibytes(answer.kv['bytes_full'])}", file=sys.stderr)
+        for note in notes:
+            print(note, file=sys.stderr)
 
 
 @app.command("inspect")
