@@ -11,6 +11,8 @@ import pykvc
 import tiny
 from evals.served import Server
 
+pytestmark = pytest.mark.server
+
 ARCHS = {"llama": 3, "gemma3": 7, "gpt-oss": 4}  # and how many layers
 POLICIES = ["keydiff", "knorm", "random:seed=3", "snapkv:window=16", "streaming_llm"]
 OWN = "snapkv:window=16"  # the server's: its requests may ask for all of these
