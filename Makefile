@@ -58,7 +58,7 @@ demo:
 
 # Not python -m pytest: that would import ./pykvc, which has no _core.
 test: venv .build/stock/stock
-	$(VENV)/bin/pytest -q $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -q --durations=20 --durations-min=5 $(PYTEST_ARGS)
 
 # What `make dev` made stays.
 READY := $(if $(wildcard $(VENV)/editable),,venv)

@@ -65,7 +65,7 @@ def test_the_servers_recipe_runs(model_path, tmp_path, capsys, monkeypatch):
         assert [line.split()[0] for line in told if "tokens reused" in line] == [n_document, n_document]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, ROOT/".github/CONTRIBUTING.md"], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")
