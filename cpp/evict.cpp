@@ -160,6 +160,7 @@ bool engine::run(llama_context * lctx, const job & j) {
         n_after  += n_keep[l];
     }
     compact(lctx, s, slots, n_keep);
+    q.seen = (llama_pos) q.tokens.size();
     st.compact_ms += ms_since(t0);
     const int64_t n_evicted = (n_before - n_after)/n_layer();
     st.n_evictions++;

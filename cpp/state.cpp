@@ -176,6 +176,7 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         io.read(head, sizeof(head));
         q.n_base = head[0]; q.floor = head[1]; q.gen = head[2]; q.n_prompt = head[3];
         get(io, q.tokens);
+        q.seen = q.n_base > 0 ? (llama_pos) q.tokens.size() : 0; // at the latest
         get(io, q.spans);
         get(io, q.n_kept);
         for (auto & kept : q.kept) {

@@ -6,6 +6,10 @@ from pathlib import Path
 try:
     from ._core import policies
 except ImportError as error:
+    checkout = Path(__file__).parent.parent
+    if error.name == "pykvc._core" and (checkout/"CMakeLists.txt").is_file():
+        raise ImportError(f"{checkout} is a checkout, whose pykvc/ has no compiled half, and Python looks there first: start it in "
+                          "another folder, with -P (3.11+) or -I, or make an editable install here with `make dev`") from None
     if "llama_cpp" not in sys.modules:
         raise
     raise ImportError("llama_cpp was imported before, on a libllama of its own: import pykvc first, or set "  # ours is then not loaded

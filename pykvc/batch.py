@@ -205,6 +205,8 @@ def _begin(session: Session, index: int, request: Request, budget: tuple[str, st
     if session.evicts:
         ctx.end_prompt(seq)
     run.kept = ctx.seq_stats(seq)["kept"]
+    if compress:
+        session.tell_if_all_stay(ctx.pos_max(seq) + 1, run.kept, budget[0] if budget else "")
     return run
 
 

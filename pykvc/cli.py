@@ -76,6 +76,8 @@ def generate(
     from .llm import LLM
     text = _prompt(prompt, file)
     with LLM(**opening) as llm, prompt_bar(llm._session):
+        notes: list[str] = []  # after the answer, which they would stand in the middle of
+        llm._session.tell = notes.append
         stream = answer_once(llm, text, question, system_prompt, raw, segment and flags.unescaped(segment), kv_query, max_tokens=n_predict, **sampling)
         for piece in stream:
             if not as_json:
@@ -90,6 +92,8 @@ def generate(
             print(f"{answer.n_prompt} tokens at {answer.timings['prefill_tps']:.0f} t/s, {answer.n_predicted} at "
                   f"{answer.timings['decode_tps']:.1f} t/s, evicted in {answer.timings['evict_ms']:.0f} ms, "
                   f"KV {table.mebibytes(answer.kv['bytes_used'])} of {table.mebibytes(answer.kv['bytes_full'])}", file=sys.stderr)
+        for note in notes:
+            print(note, file=sys.stderr)
 
 
 @app.command("inspect")

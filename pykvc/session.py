@@ -2,6 +2,7 @@
 
 `tokens` and the cache never disagree: whatever interrupts a call, afterwards tokens[i] is the token at position i.
 """
+import sys
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Callable, Iterator
@@ -49,6 +50,8 @@ class Session:
         self.in_batch = False  # sequences hold what a batch has evaluated
         self._n_fresh = 0  # how often the cache was emptied or replaced
         self.progress: Callable[[int, int], None] | None = None  # told (tokens done, tokens in all) of a prompt
+        self.tell: Callable[[str], None] = _tell  # what should not be silent, a sentence
+        self._told = False
         self.probe = Probe(probe, window, chunk, self)
         self._forget()
 
@@ -265,7 +268,17 @@ class Session:
         evicted = bool(self.evicts and self.ctx.evict())
         self.work.evict_ms += 1e3*(perf_counter() - begin)
         self.compressed, self.kept = True, self._kept_now()
+        self.tell_if_all_stay(self.n_tokens, self.kept, self.own[1])
         return evicted
+
+    def tell_if_all_stay(self, n_tokens: int, kept: list[int], budget: str = "") -> None:
+        """Says once that a ratio had no effect: the prompt is not longer than what the policy always keeps."""
+        kind, share = _core.parse_budget(budget or self.setup["kv_budget"], "kv_budget")
+        if self.evicts and not self._told and kind == "ratio" and kept and min(kept) >= n_tokens > max(1, int(share*n_tokens + 0.5)):
+            self._told = True
+            policy = (self.own[0] or self.setup["kv_policy"]).partition(":")[0]
+            self.tell(f"kv_budget {share:g}: all {n_tokens} tokens stay, since {policy} always keeps some of a prompt (its first or "
+                      "last ones, or those in no span), and this one has no others; said once")
 
     def end_prompt(self, compress: bool | None) -> None:
         """compress None: if there is a prompt that ends, and a budget, and the caller has not compressed by hand."""
@@ -352,3 +365,7 @@ class Session:
             self.restore(there)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"the state {name} cannot be restored: {error}") from None
+
+
+def _tell(sentence: str) -> None:
+    print(sentence, file=sys.stderr)

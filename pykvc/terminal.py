@@ -31,6 +31,8 @@ class Talk:
         self.llm, self.how, self.conversation = llm, how, Conversation(llm, system)
         self.typed = sys.stdin.isatty()
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        self.notes: list[str] = []  # after an answer, which they would stand in the middle of
+        llm._session.tell = self.notes.append
 
     def run(self) -> None:
         if self.typed:
@@ -87,7 +89,8 @@ class Talk:
             finally:
                 answer.close()  # Ctrl-C: what was said so far is part of the conversation
         print(flush=True)
-        self.console.print(told(answer.result, self.llm), style="dim")
+        self.console.print("\n".join([told(answer.result, self.llm), *self.notes]), style="dim")
+        self.notes.clear()
 
 
 def with_policy(opening: dict[str, Any]) -> dict[str, Any]:

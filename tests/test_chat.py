@@ -496,6 +496,7 @@ DIFFERS = """{%- for m in messages %}{{ '<' + m.role + '>' + m.content + '</>' }
 </think>{% endif %}{% endif %}"""
 
 
+@pytest.mark.server
 def test_llama_server_differs_on_purpose(tmp_path):
     """docs/server.md has the list."""
     path = write_chat(tmp_path/"model.gguf", {"default": DIFFERS})
@@ -513,6 +514,7 @@ def test_llama_server_differs_on_purpose(tmp_path):
         assert ours.startswith("<developer>S</>") and served.startswith("<system>S</>")
 
 
+@pytest.mark.server
 def test_llama_server_where_ours_refuses(tmp_path):
     with Server(tmp_path/"log", "-m", KNOWN["gemma2"].model(tmp_path), "-c", 512) as server:
         merged = "<start_of_turn>user\nS\nHi<end_of_turn>\n<start_of_turn>model\n"

@@ -70,19 +70,39 @@ def _answers(text):
     return re.findall(r"right|WRONG|^\w+ +\d+%: .*", text, re.MULTILINE)
 
 
+def server_block(word: str) -> str:
+    return next(b for b in BLOCK.findall((ROOT/"docs/server.md").read_text(encoding="utf-8")) if word in b)
+
+
+def here(block: str, server: Server) -> str:
+    assert "127.0.0.1:8080" in block
+    return block.replace("127.0.0.1:8080", f"127.0.0.1:{server.port}")
+
+
+@pytest.mark.server
+def test_the_openai_client_gets_what_the_page_shows(model_path, tmp_path, capsys):
+    """Of the server that the page starts above it."""
+    page = (ROOT/"docs/server.md").read_text(encoding="utf-8")
+    command = "pykvc serve --kv-policy shotkv --kv-budget 25%"
+    assert command in page
+    with Server(tmp_path/"log", "-m", model_path, *command.split()[2:]).wait() as server:
+        exec(compile(here(server_block("openai"), server), "docs/server.md", "exec"), {})
+    assert f"    {capsys.readouterr().out}" in page
+
+
+@pytest.mark.server
 def test_the_servers_recipe_runs(model_path, tmp_path, capsys, monkeypatch):
     """docs/server.md: a document that is asked again and again."""
-    block = next(b for b in BLOCK.findall((ROOT/"docs/server.md").read_text(encoding="utf-8")) if "urllib" in b)
     how = ("-m", model_path, "-c", 4096, "-np", 1, "--kv-policy", "keydiff", "--kv-budget", "50%", "--slot-save-path", tmp_path)
     with Server(tmp_path/"log", *how).wait() as server:
         monkeypatch.chdir(ROOT)
-        exec(compile(block.replace("127.0.0.1:8080", f"127.0.0.1:{server.port}"), "docs/server.md", "exec"), {})
+        exec(compile(here(server_block("urllib"), server), "docs/server.md", "exec"), {})
         told = capsys.readouterr().out.splitlines()
         n_document = told[0].split()[0]
         assert [line.split()[0] for line in told if "tokens reused" in line] == [n_document, n_document]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, ROOT/".github/CONTRIBUTING.md"], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")

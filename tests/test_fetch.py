@@ -32,3 +32,12 @@ def test_an_sdist_of_another_sha256(fetch, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=f"expected {fetch.PIN['sha256']}"):
         fetch.pristine()
     assert not list((tmp_path/"src").iterdir())  # the next build fetches it again
+
+
+def test_an_environment_without_pip(fetch, tmp_path, monkeypatch):
+    """One of uv, without build isolation; with it pip is there, since pyproject.toml asks for it."""
+    monkeypatch.delenv("PYKVC_LLAMA_CPP_DIR", raising=False)
+    monkeypatch.setenv("PYKVC_CACHE", str(tmp_path))
+    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="is fetched with pip, which .* does not have: build with isolation"):
+        fetch.pristine()

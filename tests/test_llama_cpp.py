@@ -325,3 +325,33 @@ def test_any_program(model_path):
     full = json.loads(_python(*args).stdout)
     evicted = json.loads(_python(*args, LLAMA_ARG_KV_POLICY="snapkv:window=16", LLAMA_ARG_KV_BUDGET="64").stdout)
     assert evicted[-1] < 0.6*full[-1]
+
+
+AGAIN = """
+import json, sys
+from llama_cpp import Llama, llama_perf_context
+llm, questions = Llama(sys.argv[1], n_ctx=1024, n_threads=1, verbose=False), sys.argv[2:]
+
+def ask(messages):
+    answer = llm.create_chat_completion(messages, max_tokens=12, temperature=0)
+    return answer["choices"][0]["message"]["content"]
+
+def user(text):
+    return {"role": "user", "content": text}
+
+warm = [ask([user(q)]) for q in questions]
+cold = [llm.reset() or ask([user(q)]) for q in questions]
+before, n = llama_perf_context(llm._ctx.ctx).n_p_eval, llm.n_tokens
+ask([user(questions[-1]), {"role": "assistant", "content": cold[-1]}, user("Why?")])
+print(json.dumps([warm, cold, llama_perf_context(llm._ctx.ctx).n_p_eval - before, n]))
+"""
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "tova", "keydiff", "streaming_llm"])
+def test_the_same_prompt_again_in_a_program_that_knows_nothing_of_us(model_path, policy):
+    """Their server asks so. Theirs evaluates but the last token of it again, which would look at a cache evicted from itself."""
+    questions = ["What is 3 plus 4?"]*2 + ["What is the capital of France?"]*2 + ["What is 3 plus 4?"]
+    done = _python(AGAIN, llama_cpp.LIB, str(model_path), *questions, LLAMA_ARG_KV_POLICY=policy, LLAMA_ARG_KV_BUDGET="75%")
+    warm, cold, n_read, n_there = json.loads(done.stdout)
+    assert warm == cold and all(warm)
+    assert n_read < n_there  # a conversation that goes on is still not evaluated again

@@ -81,3 +81,23 @@ def test_the_stub_is_what_is_compiled():
     assert stub.keys() == real.keys()
     for name, own in stub.items():
         assert own == real[name], name
+
+
+def test_a_checkout_says_what_to_do(tmp_path):
+    """Its ./pykvc is the first that Python finds, and is not what was compiled. -S: nor is an editable install."""
+    root = Path(__file__).parent.parent
+    for name in ("CMakeLists.txt", "pykvc"):
+        (tmp_path/name).symlink_to(root/name)
+    done = subprocess.run([sys.executable, "-S", "-c", "import pykvc"], cwd=tmp_path, text=True, capture_output=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith(f"ImportError: {tmp_path} is a checkout") and "`make dev`" in last
+
+
+def test_another_import_error_is_not_taken_for_that(tmp_path):
+    """A module that is there and does not load, as one of another Python."""
+    root = Path(__file__).parent.parent
+    (tmp_path/"CMakeLists.txt").touch()
+    shutil.copytree(root/"pykvc", tmp_path/"pykvc", ignore=shutil.ignore_patterns("_core*", "__pycache__"))
+    (tmp_path/"pykvc"/"_core.py").write_text("raise ImportError('libllama.so: cannot open shared object file')\n")
+    done = subprocess.run([sys.executable, "-S", "-c", "import pykvc"], cwd=tmp_path, text=True, capture_output=True)
+    assert done.stderr.splitlines()[-1] == "ImportError: libllama.so: cannot open shared object file"

@@ -15,6 +15,8 @@ from pykvc import prompts, serve
 from evals.served import Server
 from test_spans import TEXTS
 
+pytestmark = pytest.mark.server
+
 SHOTS = [f"Q: What is {a} plus {b}?\nA: {a} plus {b} is {a + b}.\n\n" for a in range(2, 8) for b in range(2, 4)]
 PROMPT = "".join(SHOTS) + "Q: What is 3 plus 6?\nA:"
 STORY = "The lighthouse keeper wrote down every ship that passed. Fog came in from the west! Did anyone answer the horn? " * 6

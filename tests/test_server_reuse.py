@@ -13,6 +13,8 @@ import pykvc
 import tiny
 from evals.served import Server
 
+pytestmark = pytest.mark.server
+
 ARCHS = {"llama": 3, "gemma3": 7, "gpt-oss": 4, "qwen35": 8}  # and how many layers; the last is a hybrid, with positions of several components
 POLICIES = ["keydiff", "knorm", "random:seed=3", "snapkv:window=16", "streaming_llm"]
 OWN = "snapkv:window=16"  # the server's: its requests may ask for all of these

@@ -62,6 +62,10 @@ def pristine() -> Path:
 
 
 def download(tmp: Path) -> Path:
+    if not importlib.util.find_spec("pip"):
+        sys.exit(f"llama.cpp's source, the sdist of {NAME}, is fetched with pip, which {sys.executable} does not have: build with "
+                 f"isolation (uv pip install .), or add it first (uv pip install pip), or set PYKVC_LLAMA_CPP_DIR to the "
+                 f"{PIN['inside']} of an unpacked one.")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                "--no-binary", PIN["package"], "--dest", str(tmp), NAME]
     # pip prepares an sdist's metadata; with the build backend already here it needs no environment of its own.
