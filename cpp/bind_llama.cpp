@@ -170,6 +170,9 @@ void bind_llama(py::module_ & m) {
         .def("check_budget", [](const Context & c, const std::string & b, const std::string & d) {
             c.evictor().check_budget(kvc::parse_budget(b, "kv_budget"), kvc::parse_budget(d, "kv_decode_budget"));
         }, "budget"_a, "decode_budget"_a)
+        .def("check_policy", [](const Context & c, const std::string & policy, const std::string & budget, const std::string & decode) {
+            c.evictor().variant(policy.c_str(), budget.c_str(), decode.c_str());
+        }, "policy"_a, "budget"_a, "decode_budget"_a = "")
         .def("set_policy", [](Context & c, const std::string & policy, const std::string & budget, const std::string & decode, int32_t seq) {
             c.check_seq(seq);
             c.evictor().set_policy(seq, policy.empty() ? nullptr : policy.c_str(), budget.c_str(), decode.c_str());

@@ -145,6 +145,7 @@ class Context:
     def copy(self, src: int, dst: int) -> None: ...
 
     def check_budget(self, budget: str, decode_budget: str) -> None: """ValueError where set_budget() would refuse."""
+    def check_policy(self, policy: str, budget: str, decode_budget: str = "") -> None: """ValueError where set_policy() would refuse."""
     def set_policy(self, policy: str, budget: str, decode_budget: str = "", seq: int = 0) -> None:
         """Another policy of one sequence ("": the context's own), until it is cleared: one that needs no more signals than the context's. ValueError: it does."""
     def set_budget(self, budget: str, decode_budget: str, seq: int = 0) -> None: """Of one sequence, until it is cleared."""

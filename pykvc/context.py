@@ -90,7 +90,7 @@ class Context:
         session = self._session
         if not session.evicts:
             raise ValueError("there is nothing to compress with: make the LLM with a kv_policy")
-        steps = _steps(session, policy, budget, decode_budget)
+        steps = steps_of(session, policy, budget, decode_budget)
         start = self._asked if self._asked and self._asks(steps[0][0]) else self._whole
         session.begin_turn()
         start.return_to()
@@ -110,7 +110,7 @@ class Context:
     def _evict(self, policy: str | None, budget: tuple[str, str] | None, first: bool) -> bool:
         session = self._session
         if policy is not None:
-            session.set_policy(policy, *(budget or (session.setup["kv_budget"], "")))
+            session.set_policy(policy, *_budgets(session, budget))
         elif budget:
             session.set_budget(*budget)
         if self._asks(policy) and not (first and self._asked):
@@ -143,7 +143,7 @@ class Context:
         return self._llm.stats()
 
 
-def _steps(session: Session, policy: str | Sequence[str] | None, budget: Any, decode_budget: Any) -> list[tuple[str | None, tuple[str, str] | None]]:
+def steps_of(session: Session, policy: str | Sequence[str] | None, budget: Any, decode_budget: Any) -> list[tuple[str | None, tuple[str, str] | None]]:
     """(canonical policy, budgets) of each eviction, one after the other; None: the context's own."""
     if policy is None or isinstance(policy, str):
         specs: list[str | None] = [policy]
@@ -156,4 +156,13 @@ def _steps(session: Session, policy: str | Sequence[str] | None, budget: Any, de
     budgets = options.budgets(budget, decode_budget, len(specs), session)
     if not all(own and own[0] for own in budgets):
         session.check_compress()
-    return [(None if spec is None else _core.parse_spec(spec), own) for spec, own in zip(specs, budgets)]
+    steps = [(None if spec is None else _core.parse_spec(spec), own) for spec, own in zip(specs, budgets)]
+    for spec, own in steps:
+        if spec is not None:
+            session.ctx.check_policy(spec, *_budgets(session, own))
+    return steps
+
+
+def _budgets(session: Session, own: tuple[str, str] | None) -> tuple[str, str]:
+    """Of a policy of its own: a decode budget was not meant for it."""
+    return own or (session.setup["kv_budget"], "")

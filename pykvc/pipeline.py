@@ -7,10 +7,11 @@ In the model's chat template text and question are one message of the user, whic
 """
 from typing import TYPE_CHECKING, Any, Sequence
 
-from . import chat, sampling
+from . import sampling
+from .context import steps_of
 from .sampling import Sampler, SamplingParams
 from .spans import Span, segment_spans
-from .user_turn import user_turn
+from .user_turn import asked
 
 if TYPE_CHECKING:
     from .generation import Generation
@@ -38,25 +39,13 @@ def pipeline(llm: "LLM", context: str, questions: Sequence[str], policy: str | S
     Sampler(session.model, how, llm.seed)
     if spans is None and (segment or session.needs_spans):
         spans = segment_spans(context, segment or "sentence")
-    head, tails, marked = _cut(llm, context, questions, system, raw, spans)
-    compresses = session.evicts and (session.has_budget or budget is not None)
+    found = asked(session.model, context, questions, system, raw, llm.chat_template)
     if (policy is not None or budget is not None) and not session.evicts:
         raise ValueError("there is nothing to compress with: make the LLM with a kv_policy")
-    asked = llm.context(head, spans=marked, span_unit="chars", kv_query=kv_query)
+    compresses = session.evicts and (session.has_budget or budget is not None)
     if compresses:
-        asked.compress(policy, budget, decode_budget)
-    return [asked.ask(tail, sampling_params=how) for tail in tails]
-
-
-def _cut(llm: "LLM", context: str, questions: Sequence[str], system: str | None, raw: bool,
-         spans: Sequence[Span] | None) -> tuple[str, list[str], list[Span] | None]:
-    """(what is evaluated once, what follows for each question, spans of the former)."""
-    model, apart = llm._session.model, "" if context[-1].isspace() else "\n\n"
-    if raw or not (llm.chat_template or chat.templates(model)):
-        if system:
-            raise ValueError("a system message is for a model with a chat template, and not for raw=True")
-        return context, [apart + question for question in questions], None if spans is None else list(spans)
-    turns = [user_turn(model, context, apart + question, system, llm.chat_template) for question in questions]
-    if len({turn.head for turn in turns}) > 1:
-        raise ValueError("the chat template writes the text in another way for each question, so it cannot be evaluated once: give raw=True")
-    return turns[0].head, [turn.tail for turn in turns], None if spans is None else turns[0].spans(list(spans))
+        steps_of(session, policy, budget, decode_budget)
+    ctx = llm.context(found.head, spans=None if spans is None else found.spans(list(spans)), span_unit="chars", kv_query=kv_query)
+    if compresses:
+        ctx.compress(policy, budget, decode_budget)
+    return [ctx.ask(tail, sampling_params=how) for tail in found.tails]

@@ -7,7 +7,7 @@
                           tail: the question and the template's end
 """
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Sequence
 
 from . import _core, chat
 from .spans import Span, segment_spans
@@ -46,29 +46,54 @@ def user_turn(model: "_core.Model", text: str, question: str | None = None, syst
     return Turn(prompt[:cut], prompt[cut:], begin, at, at + len(stripped))
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A text and questions about it, as they are evaluated: head once, then one of tails for each question."""
+    head: str
+    tails: list[str]
+    turn: Turn | None  # None: without a template
+
+    def spans(self, own: list[Span]) -> list[Span]:
+        """Character spans of the text as those of head."""
+        return own if self.turn is None else self.turn.spans(own)
+
+
+def asked(model: "_core.Model", text: str, questions: Sequence[str], system: str | None = None, raw: bool = False,
+          template: str | None = None) -> Asked:
+    """In the model's template, unless raw or without one: there a question follows the text as it is.
+
+    ValueError: a system message without a template, or a template that writes the text in another way for each question."""
+    if raw or not (template or chat.templates(model)):
+        if system:
+            raise ValueError("a system message is for a model with a chat template, and not for raw prompts")
+        return Asked(text, list(questions), None)
+    if not (text + "".join(questions)).strip():
+        raise ValueError("the prompt is empty")
+    apart = "\n\n" if text and not text[-1].isspace() else ""
+    turns = [user_turn(model, text, apart + question, system, template) for question in questions]
+    if not turns:
+        turn = user_turn(model, text, None, system, template)
+        return Asked(turn.head, [], turn)
+    if len({turn.head for turn in turns}) > 1:
+        raise ValueError("the chat template writes the text in another way for each question, so it cannot be evaluated once: ask it raw")
+    return Asked(turns[0].head, [turn.tail for turn in turns], turns[0])
+
+
 def answer_once(llm: "LLM", text: str, question: str | None, system: str | None, raw: bool, segment: str | None,
                 kv_query: str | None, **how: Any) -> "Stream":
-    """A text, or a question about it, as `pykvc generate` asks it: in the model's template, unless raw or without one."""
+    """A text, or a question about it, as `pykvc generate` asks it."""
     session = llm._session
     if question is not None and session.probe.kind == "mean":
         kv_query = kv_query or question
-    units: dict[str, Any]
-    last: dict[str, Any]
-    if raw or not chat.templates(session.model):
-        if system:
-            raise ValueError("a system message is for a model with a chat template, and not for --raw")
-        head, tail, units, last = text, question, {"segment": segment}, {}
-    elif not (text + (question or "")).strip():
-        raise ValueError("the prompt is empty")
-    else:
-        apart = "\n\n" if text and not text[-1].isspace() else ""
-        turn = user_turn(session.model, text, None if question is None else apart + question, system)
+    found = asked(session.model, text, [] if question is None else [question], system, raw)
+    units: dict[str, Any] = {"segment": segment}
+    if found.turn:
         segment = segment or ("sentence" if session.needs_spans else None)
-        own = turn.spans(segment_spans(text, segment)) if segment else None
-        head, tail, units, last = turn.head, turn.tail, {"spans": own, "span_unit": "chars"}, {"spans": ()}
+        units = {"spans": found.spans(segment_spans(text, segment)) if segment else None, "span_unit": "chars"}
     if question is None:
-        return llm.generate(head, kv_query=kv_query, stream=True, **units, **how)
-    llm.prefill(head, kv_query=kv_query, **units)
+        return llm.generate(found.head, kv_query=kv_query, stream=True, **units, **how)
+    llm.prefill(found.head, kv_query=kv_query, **units)
     if session.has_budget:
         llm.compress()
-    return llm.generate(tail, reset=False, stream=True, **last, **how)
+    last: dict[str, Any] = {"spans": ()} if found.turn else {}
+    return llm.generate(found.tails[0], reset=False, stream=True, **last, **how)

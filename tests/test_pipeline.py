@@ -70,9 +70,13 @@ def test_spans_of_a_pipeline_are_the_texts(model_path):
     (dict(context=TEXT, questions=["a"], policy=["snapkv"]), "budget is a list"), (dict(context=TEXT, questions=["a"], spans=[(0, 1)], segment="sentence"), "not both"),
     (dict(context=TEXT, questions=["a"], spans=[(0, 1)], span_unit="tokens"), "characters"), (dict(context=TEXT, questions=["a"], policy="h2o"), "summed"),
     (dict(context=TEXT, questions=["a"], raw=True, system="x"), "system")])
-def test_a_pipeline_refuses(llm, how, words):
+def test_a_pipeline_refuses_before_it_evaluates(llm, how, words):
+    llm.reset()
+    llm.prefill("One two")
+    n = llm.n_tokens
     with pytest.raises(ValueError, match=words):
         llm.pipeline(**how)
+    assert llm.n_tokens == n
 
 
 def test_a_pipeline_without_a_policy_asks_the_whole(model_path):
