@@ -81,9 +81,8 @@ class LLM:
         self._turns = Turns()
         self.path = models.resolve(model)
         loaded = weights.load(self.path, use_mmap=bool(use_mmap), use_mlock=bool(use_mlock), **where)
-        if cells == "auto":
-            cells = f"{memory.for_cache(loaded, where, offload_kqv)//2**20}MiB"
-        ctx = _core.Context(loaded, n_ctx=n_ctx or min(loaded.n_ctx_train, 8192), cells=cells, **context)
+        n_bytes = memory.for_cache(loaded, where, offload_kqv) if cells == "auto" else 0
+        ctx = _core.Context(loaded, n_ctx=n_ctx or min(loaded.n_ctx_train, 8192), cells=f"{n_bytes//2**20}MiB" if n_bytes else cells, **context)
         if n_ctx > loaded.n_ctx_train > 0:
             print(f"n_ctx {n_ctx}: this model was trained for {loaded.n_ctx_train} tokens, and what it writes beyond them "
                   "may be gibberish", file=sys.stderr)

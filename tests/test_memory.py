@@ -34,6 +34,25 @@ def test_auto_takes_what_is_free_and_evicts_there(path, monkeypatch):
         assert llm.stats()["cells"] <= 2048 and llm.stats()["n_evictions"] > 0
 
 
+def test_a_state_of_auto_fits_where_other_memory_is_free(path, monkeypatch):
+    monkeypatch.setattr(memory, "FOR_COMPUTING", 0)
+    states, tokens = [], []
+    for mib in (2, 3, 1):
+        monkeypatch.setattr(memory, "available", lambda mib=mib: int(mib*2**20/memory.SHARE) + 8)
+        with pykvc.LLM(path, n_ctx=4096, n_ubatch=128, kv_policy="streaming_llm", kv_cells="auto") as llm:
+            if not states:
+                llm.prefill(tokens=[1, 2, 3]*1000)
+                states.append(llm.save_state())
+            elif mib == 1:
+                with pytest.raises(ValueError, match="cannot be restored"):
+                    llm.load_state(states[0])
+                break
+            else:
+                llm.load_state(states[0])
+            tokens.append(llm.generate(reset=False, max_tokens=4).tokens)
+    assert tokens[0] == tokens[1]
+
+
 def test_auto_says_when_nothing_is_free(path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 1000)
     with pytest.raises(ValueError, match="no memory left"):
