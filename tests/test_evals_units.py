@@ -76,10 +76,9 @@ def test_unknown_tasks_are_named():
     ("1-sensitivity", "question-in", "score", {"streaming_llm": (66, 3.8, -0.7, 8.3),
                                                "pyramidkv": (66, -4.7, -8.3, -1.1)}),
     ("1-sensitivity", "question-out", "score", {"pyramidkv": (66, -4.9, -9.6, -0.2)}),
-    ("2-shots", "question-out", "kl", {"streaming_llm": (4, 0.019, -0.021, 0.059),
-                                       "pyramidkv": (4, 0.009, -0.001, 0.019), "chunkkv": (4, 0.004, -0.005, 0.013)}),
-    ("3-many-shot", "question-out", "kl", {"streaming_llm": (4, 0.027, 0.001, 0.053),
-                                           "chunkkv": (4, 0.005, 0.0, 0.010)})])
+    ("2-shots", "question-out", "kl", {"streaming_llm": (4, 0.019, None, None), "pyramidkv": (4, 0.009, None, None)}),
+    ("3-many-shot", "question-out", "kl", {"streaming_llm": (4, 0.027, None, None),
+                                           "random_shot": (4, 0.045, None, None)})])
 def test_old_archives_are_read_by_question(study, protocol, value, expected):
     """As docs/results.md has them."""
     rows = [one for one in report.scored(RESULTS/study) if one["protocol"] == protocol]
@@ -88,8 +87,8 @@ def test_old_archives_are_read_by_question(study, protocol, value, expected):
     for policy, (n, *figures) in expected.items():
         line = lines[policy]
         assert line["n_units"] == n < line["n_answers"]
-        found = [scale*line[name] for name in ("difference", "difference_low", "difference_high")]
-        assert found == pytest.approx(figures, abs=places + 1e-9)
+        found = [line[name] and scale*line[name] for name in ("difference", "difference_low", "difference_high")]
+        assert found == pytest.approx(figures, abs=places + 1e-9)  # of four questions, KL has no interval
 
 
 def test_old_needles_are_read_by_text():
