@@ -58,7 +58,8 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
         other = reference.get(_same(row, against))
         if row["policy"] not in (against, "full") and other is not None:
             groups[tuple(as_asked(row)[name] for name in by)].append(Pair(row["score"], other, unit_of(row), draw(row["task"], row["item"], row.get("tags", {}))))
-    n = n_comparisons or sum(_difference(pairs, value)[1] is not None for pairs in groups.values())
+    n = n_comparisons or sum(_difference(pairs, value)[1] is not None for pairs in groups.values()
+                             if value == "score" or any(pair.reference for pair in pairs))  # a KL is not compared with 0
     return [_line(dict(zip(by, values)), pairs, value, n) for values, pairs in groups.items()]
 
 
@@ -136,12 +137,12 @@ def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str 
     rest, columns = [name for name in by if name != across], list(dict.fromkeys(str(line[across]) for line in lines))
     cells: dict[tuple, dict[str, str]] = defaultdict(dict)
     for line in lines:
-        text = f"{_figure(line['score'], value)} ({_interval(line, value)})" + "*"*excludes_0(line)
+        text = f"{_figure(line['score'], value)} ({_interval(line, value)})" + "*"*(n > 0 and excludes_0(line))
         cells[tuple(_names(line, rest))][str(line[across])] = text
     references: dict[tuple, dict[str, None]] = defaultdict(dict)  # several where a column has other items, or --against is evicted, too
     for line in lines:
         references[tuple(_names(line, rest))][_figure(line["reference"], value)] = None
-    star = " Star: the corrected interval excludes 0." if n > 1 else ""
+    star = (" " if n > 1 else "\n\n")*(n > 0) + "Star: the corrected interval excludes 0."*(n > 0)
     return grid([[*rest, against, *columns],
                  *([*names, " / ".join(references[names]), *(of.get(column, "") for column in columns)]
                    for names, of in cells.items())], len(rest)) + compared(n) + star

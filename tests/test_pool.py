@@ -56,9 +56,10 @@ def test_equal_figures_have_no_interval(tmp_path):
             *divergence("h2o", [0.1, 0.2, 0.2, 0.1], "50")]
     lines = pool.pool(rows, ["policy", "budget"], value="kl")
     text = pool.markdown(lines, ["policy", "budget"], "full", value="kl")
-    assert "| `h2o` | 100 | 4 | 4 | 0.200 | 0.000 | +0.200 | n/a | n/a |" in text
-    assert "2 comparisons at 95 % each" in text  # what has no interval compares nothing
-    assert "| 0.200 (n/a) |" in pool.markdown(lines, ["policy", "budget"], "full", "budget", "kl")
+    assert "| `h2o` | 100 | 4 | 4 | 0.200 | 0.000 | +0.200 | n/a |" in text
+    assert "comparison" not in text and "corrected" not in text  # of a KL with 0
+    across = pool.markdown(lines, ["policy", "budget"], "full", "budget", "kl")
+    assert "| 0.200 (n/a) |" in across and "*" not in across
     table = report.table(rows)
     assert ["kl_low" in line for line in table] == [False, False, True, True]
     [path] = panels.draw(tmp_path, [{"x": "n_kept", "y": "kl"}], table)  # a point without an interval beside others
@@ -77,6 +78,37 @@ def test_a_table_of_many_comparisons_says_so(tmp_path):
     assert sentence in said[0] and sentence in said[1] and "Corrected: at 98.75 % each" in said[0]
     assert "| corrected |" in said[0] and "Star: the corrected interval excludes 0." in said[1]
     assert "2 comparisons" in said[2] and "comparison" not in said[3] and "units" in said[3]
+
+
+def test_the_table_corrects_for_its_own_comparisons():
+    """Four differences in one table, one in another."""
+    budgets = ("50", "100", "150", "200")
+    rows = [{**row(i, policy, float(i % 3 == 0 and policy == "full"), budget), "protocol": protocol}
+            for i in range(12) for protocol, of in (("question-out", budgets), ("question-in", budgets[:1]))
+            for policy, budget in (("full", ""), *(("snapkv", budget) for budget in of))]
+    lines = {(line["protocol"], line["budget"]): line for line in report.table(rows)}
+    for (protocol, budget), line in lines.items():
+        if line["policy"] == "full":
+            assert "difference_corrected_low" not in line
+            continue
+        n = 4 if protocol == "question-out" else 1
+        found = line["difference_corrected_low"], line["difference_corrected_high"]
+        ours, full = [0.0]*12, [float(i % 3 == 0) for i in range(12)]
+        assert line["n_comparisons"] == n and found == stats.paired_difference(ours, full, 1 - 0.05/n)[1:]
+    text = report.markdown(list(lines.values()))
+    out, _, inside = text.partition("question-in")
+    assert "| corrected |" in out and "4 comparisons at 95 % each" in out and "at 98.75 % each" in out
+    assert "corrected" not in inside and "comparison" not in inside
+
+
+def test_more_comparisons_can_be_said_to_have_been_made(tmp_path):
+    lines = [{**asked(q, 8, policy, float(q % 2), "50"*(policy != "full")), "answer": "x", "gold": "x",
+              "settings": {"shots": 8}} for q in range(6) for policy in ("full", "snapkv", "h2o")]
+    (tmp_path/"m.answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    call = ["pool", "--out", str(tmp_path), "--by", "policy", "--comparisons"]
+    assert "100 comparisons at 95 % each" in CliRunner().invoke(app, [*call, "100"]).stdout
+    wrong = CliRunner().invoke(app, [*call, "0"])
+    assert wrong.exit_code == 2 and "--comparisons is 1 or more, not 0" in wrong.stderr
 
 
 def test_attention_counts_a_text_once():
