@@ -91,6 +91,43 @@ def test_old_archives_are_read_by_question(study, protocol, value, expected):
         assert found == pytest.approx(figures, abs=places + 1e-9)  # of four questions, KL has no interval
 
 
+CLAIMS = [  # of docs: study, columns, against, comparisons, of which rows, and which of them exclude 0 when corrected
+    ("1-sensitivity", ["settings", "budget"], "full", 28, {"task": "humaneval", "protocol": "question-out"},
+     {"0.2", "0.1"}),
+    ("1-sensitivity", ["settings", "budget"], "full", 28, {"task": "humaneval", "protocol": "question-in"},
+     {"0.3", "0.2", "0.1"}),
+    ("1-sensitivity", ["settings", "budget"], "full", 28,
+     {"task": "commonsense_qa", "settings": "exemplars cot", "protocol": "question-in"}, {"0.3", "0.2", "0.1"}),
+    ("1-sensitivity", ["set", "budget"], "full",
+     28, {"task": "safety", "set": "jbb_harmful", "protocol": "question-out"}, set()),
+    ("1-sensitivity", ["task", "policy"], "snapkv", 10, {"task": "humaneval", "protocol": "question-in"}, {"h2o"}),
+    ("1-sensitivity", ["task", "policy"], "snapkv", 10, {"task": "humaneval", "protocol": "question-out"}, set()),
+    ("1-sensitivity", ["policy"], "snapkv", 5, {"protocol": "question-in"}, set()),
+    ("1-sensitivity", ["policy"], "snapkv", 5, {"protocol": "question-out"}, set()),
+    ("4-long-generation", ["policy", "decode_budget", "budget"], "full", 15,
+     {"task": "longgenbench", "settings": "questions 5"}, set()),
+    ("9-ruler", ["budget", "policy"], "keydiff", 43, {"settings": "", "budget": ("0.5", "0.25", "0.125"), "policy": (
+        "keydiff", "tova", "streaming_llm", "chunkkv", "knorm", "snapkv", "pyramidkv", "random")},
+     {"tova", "streaming_llm", "chunkkv", "knorm", "snapkv", "pyramidkv", "random"}),
+    ("needles/end", ["policy"], "finch", 12, {},
+     {"keydiff", "snapkv", "expected_attention", "adakv", "shotkv", "kvzip"}),
+    ("needles/bound", ["policy"], "finch", 12, {}, {"snapkv", "expected_attention", "adakv", "shotkv", "kvzip"})]
+
+
+@pytest.mark.parametrize("study, by, against, n, wanted, found", CLAIMS)
+def test_what_the_pages_claim_excludes_0_when_corrected(study, by, against, n, wanted, found):
+    def fits(row: dict) -> bool:
+        named = {**row, "policy": row["policy"].partition(":")[0]}
+        return all(named[name] in value if isinstance(value, tuple) else named[name] == value
+                   for name, value in wanted.items())
+    rows = [row for row in report.scored(RESULTS/study) if row["policy"] == "full" or fits(row)]  # full is no line
+    lines = pool.pool(rows, by, against, n_comparisons=n)
+    exclude = [line[by[-1]] for line in lines if pool.excludes_0(line)]
+    assert set(exclude) == found
+    if study == "9-ruler":
+        assert len(exclude) == len(lines) == 21
+
+
 def test_old_needles_are_read_by_text():
     table = report.table(report.scored(RESULTS/"needles"/"bound"))
     (finch,) = [line for line in table if line["policy"].startswith("finch")]
