@@ -4,9 +4,9 @@
 
 A figure is the mean of the sets' means, so that every set weighs the same, whatever number of items it has. Its
 interval takes the units of each set (a question, a document: tasks.unit()) as drawn for themselves, or, where a unit
-stands in several sets (longbench: one document), all sets as rising and falling together. Evictions that see the question stand in a table of their
-own: question-in, and policies that are told the question. The last table puts what takes about as many bytes under one
-another, whatever made it small.
+stands in several sets (longbench: one document), all sets as rising and falling together. Evictions that see the
+question stand in a table of their own: question-in, and policies that are told the question. The last table puts what
+takes about as many bytes under one another, whatever made it small.
 """
 import math
 from collections import defaultdict
@@ -66,8 +66,8 @@ def _line(names: Row, rows: Sequence[Row]) -> Row:
 
 
 def stratified(strata: Sequence[Sequence[float]], apart: bool = True) -> tuple[float, float, float]:
-    """(mean of the strata's means, low, high), 95 %, of scores in [0, 1], one for each unit of a stratum. apart: no unit
-    stands in several strata; else their errors may be the same ones, and are added.
+    """(mean of the strata's means, low, high), 95 %, of scores in [0, 1], one for each unit of a stratum. apart: no
+    unit stands in several strata; else their errors may be the same ones, and are added.
 
     Each stratum has an interval, and these are put together as Zou, Huang and Zhang 2009, Computational Statistics &
     Data Analysis 53:1080, do for any linear function. A stratum in which all is right, or all wrong, or all alike, is

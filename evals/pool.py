@@ -38,8 +38,9 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
     """A line for each value of the columns `by`, in the order of the answers, budgets from the largest on. score and
     reference are means over units of a unit's mean, difference is theirs, with its interval: difference_low and
     difference_high, both None where nothing can be said of a figure (few units, or equal values). corrected_low and
-    corrected_high are corrected for n_comparisons, by default those of the lines. Policies are named without parameters, a decode_budget that is the budget is "same". value: "score", or a further figure of a task,
-    "kl" of fidelity, for those that have it.
+    corrected_high are corrected for n_comparisons, by default those of the lines. Policies are named without
+    parameters, a decode_budget that is the budget is "same". value: "score", or a further figure of a task, "kl" of
+    fidelity, for those that have it.
     ValueError: an unknown column or value, no answer of `against`, or several of them to compare with."""
     for name in by:
         if name not in COLUMNS:
@@ -57,9 +58,10 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
     for row in sorted(rows, key=largest_first):  # so are lines and columns
         other = reference.get(_same(row, against))
         if row["policy"] not in (against, "full") and other is not None:
-            groups[tuple(as_asked(row)[name] for name in by)].append(Pair(row["score"], other, unit_of(row), draw(row["task"], row["item"], row.get("tags", {}))))
-    n = n_comparisons or sum(_difference(pairs, value)[1] is not None for pairs in groups.values()
-                             if value == "score" or any(pair.reference for pair in pairs))  # a KL is not compared with 0
+            examples = draw(row["task"], row["item"], row.get("tags", {}))
+            groups[tuple(as_asked(row)[name] for name in by)].append(Pair(row["score"], other, unit_of(row), examples))
+    compare = [pairs for pairs in groups.values() if value == "score" or any(pair.reference for pair in pairs)]
+    n = n_comparisons or sum(_difference(pairs, value)[1] is not None for pairs in compare)  # a KL is not compared with 0
     return [_line(dict(zip(by, values)), pairs, value, n) for values, pairs in groups.items()]
 
 

@@ -126,8 +126,8 @@ def paired_difference(ours: Sequence[float], reference: Sequence[float],
 
 
 def figure_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
-    """Of the mean of figures that are 0 or more without an upper end, and skewed, such as KL. ValueError: one is below 0.
-    None where nothing can be said: of fewer than four, or of equal ones.
+    """Of the mean of figures that are 0 or more without an upper end, and skewed, such as KL. None where nothing can be
+    said: of fewer than four, or of equal ones. ValueError: one is below 0.
 
     The limits lie as far from the mean, in proportion, as those that Zou, Huo and Taleb 2009, Environmetrics 20:172,
     give for the mean of a lognormal variable; with Student's quantile, since units are few. Logs take what is less than
@@ -159,7 +159,8 @@ def figure_difference(ours: Sequence[float], reference: Sequence[float],
     mean = float(np.mean(differences))
     if not any(reference):
         return mean, *(figure_interval(ours, level) or (None, None))
-    if len(ours) < LEAST_PAIRS or _equal(differences) or any(figure_interval(values, level) is None for values in (ours, reference)):
+    alone = [figure_interval(values, level) for values in (ours, reference)]
+    if len(ours) < LEAST_PAIRS or _equal(differences) or None in alone:
         return mean, None, None
     means = np.array([[np.mean(ours)], [np.mean(reference)]])
     one, other = means*np.exp(np.minimum(_deviations(np.log(np.maximum([ours, reference], means/1000))), 100.0))
@@ -168,8 +169,8 @@ def figure_difference(ours: Sequence[float], reference: Sequence[float],
 
 
 def _deviations(logs: np.ndarray) -> np.ndarray:
-    """logs [2, n] -> [2, N_DRAWS]: how far the logs of the two lognormal means may lie from the estimated ones. Draws of
-    the generalized pivots of means and covariances of normal variables, the same in every call."""
+    """logs [2, n] -> [2, N_DRAWS]: how far the logs of the two lognormal means may lie from the estimated ones. Draws
+    of the generalized pivots of means and covariances of normal variables, the same in every call."""
     n = logs.shape[1]
     u11, u12, u22, z = _pivots(n)
     around = np.cov(logs)*(n - 1)
@@ -183,7 +184,8 @@ def _deviations(logs: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _pivots(n: int) -> tuple[np.ndarray, ...]:
-    """Entries of the inverse root of a Wishart matrix of n - 1 degrees of freedom (Bartlett), and z/sqrt(n) [2, N_DRAWS]."""
+    """Entries of the inverse root of a Wishart matrix of n - 1 degrees of freedom (Bartlett), and z/sqrt(n).
+    [N_DRAWS] each, z [2, N_DRAWS]."""
     rng = np.random.default_rng(n)
     t11, t22 = (np.sqrt(rng.chisquare(n - 1 - i, N_DRAWS)) for i in (0, 1))
     t21, z = rng.normal(size=N_DRAWS), rng.normal(size=(2, N_DRAWS))
