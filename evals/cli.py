@@ -220,6 +220,7 @@ def show_pool(
     across: Annotated[str, _flag("--across", help="One of --by: a column for each of its values.")] = "",
     value: Annotated[str, _flag("--value", help="score, or kl (of fidelity, in nats).")] = "score",
     against: Annotated[str, _flag("--against", help="The policy to compare with; all but full at the same budget.")] = "full",
+    comparisons: Annotated[Optional[int], _flag("--comparisons", help="Correct for so many. Default: those of the table.")] = None,
     tasks: Annotated[Optional[list[str]], _flag("--task", help="Only these.")] = None,
     policy: Annotated[Optional[list[str]], _flag("--policy", "--kv-policy", help="Only these, by name.")] = None,
     budget: Annotated[Optional[list[str]], _flag("--budget", "--kv-budget", help="Only these.")] = None,
@@ -232,7 +233,7 @@ def show_pool(
     rows = [row for row in rows if (not names or row["policy"].partition(":")[0] in (*names, against)) and (not asked or row["protocol"] in asked)
             and (not budgets or row["budget"] in ("", *budgets))]
     columns = values(by)
-    print(pool.markdown(pool.pool(rows, columns, against, value), columns, against, across, value))
+    print(pool.markdown(pool.pool(rows, columns, against, value, _positive("--comparisons", comparisons)), columns, against, across, value))
 
 
 @app.command("archive")

@@ -3,9 +3,10 @@
     python -m evals leaderboard --out out          # prints it, and writes leaderboard.md and leaderboard.csv there
 
 A figure is the mean of the sets' means, so that every set weighs the same, whatever number of items it has. Its
-interval takes the items of each set as drawn for themselves. Evictions that see the question stand in a table of their
-own: question-in, and policies that are told the question. The last table puts what takes about as many bytes under one
-another, whatever made it small.
+interval takes the units of each set (a question, a document: tasks.unit()) as drawn for themselves, or, where a unit
+stands in several sets (longbench: one document), all sets as rising and falling together. Evictions that see the
+question stand in a table of their own: question-in, and policies that are told the question. The last table puts what
+takes about as many bytes under one another, whatever made it small.
 """
 import math
 from collections import defaultdict
@@ -18,7 +19,7 @@ from pykvc.table import grid, mebibytes
 from . import stats
 from .cases import Case
 from .pictures import label
-from .report import CASE, comma_separated, largest_first
+from .report import CASE, comma_separated, largest_first, unit_of
 from .store import Row
 
 GROUP = ("model", "task", "settings", "chat", "n_ubatch", "seed")  # what has a leaderboard of its own
@@ -54,14 +55,19 @@ def _line(names: Row, rows: Sequence[Row]) -> Row:
     sets: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         sets[row["set"]].append(row)
-    score, low, high = stratified([[row["score"] for row in of_set] for of_set in sets.values()])
+    units = {name: [unit_of(row) for row in of_set] for name, of_set in sets.items()}
+    scores = {name: stats.unit_means([row["score"] for row in of_set], units[name]) for name, of_set in sets.items()}
+    n_units = len({unit for of_set in units.values() for unit in of_set})
+    score, low, high = stratified(list(scores.values()), apart=n_units == sum(map(len, scores.values())))
     used = [sum(row["bytes_used"] for row in of_set)/len(of_set) for of_set in sets.values()]
     return {**names, "sees_question": sees_question(names), "removed": removed(names), "n_sets": len(sets),
-            "n": len(rows), "score": score, "score_low": low, "score_high": high, "bytes_used": sum(used)/len(used)}
+            "n": len(rows), "n_units": n_units, "score": score, "score_low": low, "score_high": high,
+            "bytes_used": sum(used)/len(used)}
 
 
-def stratified(strata: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """(mean of the strata's means, low, high), 95 %, of scores in [0, 1]. The unit is an item.
+def stratified(strata: Sequence[Sequence[float]], apart: bool = True) -> tuple[float, float, float]:
+    """(mean of the strata's means, low, high), 95 %, of scores in [0, 1], one for each unit of a stratum. apart: no
+    unit stands in several strata; else their errors may be the same ones, and are added.
 
     Each stratum has an interval, and these are put together as Zou, Huang and Zhang 2009, Computational Statistics &
     Data Analysis 53:1080, do for any linear function. A stratum in which all is right, or all wrong, or all alike, is
@@ -69,8 +75,8 @@ def stratified(strata: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     means = [sum(scores)/len(scores) for scores in strata]
     intervals = [_interval(scores) for scores in strata]
     mean = sum(means)/len(means)
-    below = math.sqrt(sum((one - low)**2 for one, (low, _) in zip(means, intervals)))/len(means)
-    above = math.sqrt(sum((high - one)**2 for one, (_, high) in zip(means, intervals)))/len(means)
+    arms = [(one - low, high - one) for one, (low, high) in zip(means, intervals)]
+    below, above = ((math.hypot(*side) if apart else sum(side))/len(means) for side in zip(*arms))
     return mean, max(0.0, mean - below), min(1.0, mean + above)
 
 
@@ -115,8 +121,12 @@ def markdown(found: Sequence[Row]) -> str:
 
 def _group(found: list[Row]) -> str:
     n_sets, n = max(line["n_sets"] for line in found), max(line["n"] for line in found)
-    text = [f"## {_title(found[0])}", f"Means over {n_sets} sets, {n} items, in percent, with 95 % intervals. "
-                                      "Columns: the share of the cache that is removed."]
+    n_units = max(line["n_units"] for line in found)
+    units = f" of {n_units} units"*(n_units != n)
+    text = [f"## {_title(found[0])}", f"Means over {n_sets} sets, {n} items{units}, in percent, with 95 % intervals. "
+                                      "Columns: the share of the cache that is removed. Intervals are not corrected for "
+                                      f"how many there are: {len(found)}. To compare two methods, `pool --against` has "
+                                      "paired differences, corrected."]
     # full of question-in evicts nothing, too: it is full of question-out once more
     blind = [line for line in found if not line["sees_question"] and line["protocol"] != "question-in"]
     aware = [line for line in found if line["sees_question"]]

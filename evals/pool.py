@@ -4,16 +4,19 @@ A table has a few questions in each cell, and its cells share them. So the unit 
 several of them share (tasks.unit()): its scores under all configurations of a line are one mean, and the interval is
 over units, not answers. gsm8k's first question, asked with 1, 2 and 8 examples under six policies, is one unit of 18
 answers.
+
+Several comparisons in one table are corrected for their number (Bonferroni). Sets of examples that were drawn (gsm8k's
+--order) are a second thing that answers share: stats.widening().
 """
 from collections import defaultdict
-from typing import Callable, Iterator, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 from pykvc.table import grid
 
 from . import stats
-from .report import GROUP, as_asked, largest_first, unit_of
+from .report import GROUP, as_asked, compared, largest_first, nats, unit_of
 from .store import Row
-from .tasks import TASKS
+from .tasks import TASKS, draw
 
 QUARTER = "quarter"                                             # of the tokens of fidelity: does it lose more, the longer an answer is?
 COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells", QUARTER)
@@ -22,12 +25,22 @@ SAME = (*GROUP, "item", QUARTER)                                        # of an 
 SAME_BUDGET = ("budget", "decode_budget", "cells")              # and these, unless that is full's
 
 
-def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: str = "score") -> list[Row]:
+class Pair(NamedTuple):
+    """An answer, and that of the other policy."""
+    score: float
+    reference: float
+    unit: tuple[str, str]
+    draw: str                       # the set of examples before it, of those that its task draws; "" of others
+
+
+def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: str = "score",
+         n_comparisons: int | None = None) -> list[Row]:
     """A line for each value of the columns `by`, in the order of the answers, budgets from the largest on. score and
     reference are means over units of a unit's mean, difference is theirs, with its interval: difference_low and
-    difference_high, both None where nothing can be said of a figure (one unit, or equal values). Policies are named
-    without parameters, a decode_budget that is the budget is "same". value: "score", or a further figure of a task,
-    "kl" of fidelity, for those that have it.
+    difference_high, both None where nothing can be said of a figure (few units, or equal values). corrected_low and
+    corrected_high are corrected for n_comparisons, by default those of the lines. Policies are named without
+    parameters, a decode_budget that is the budget is "same". value: "score", or a further figure of a task, "kl" of
+    fidelity, for those that have it.
     ValueError: an unknown column or value, no answer of `against`, or several of them to compare with."""
     for name in by:
         if name not in COLUMNS:
@@ -41,13 +54,15 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
         rows = [{**row, QUARTER: quarter, "score": figures[value]} for row in rows if hasattr(TASKS[row["task"]], "extra")
                 for quarter, figures in _figures_of(row, QUARTER in by)]
     reference = _reference([row for row in rows if row["policy"] == against], against)
-    groups: dict[tuple, dict[tuple, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple, list[Pair]] = defaultdict(list)
     for row in sorted(rows, key=largest_first):  # so are lines and columns
         other = reference.get(_same(row, against))
         if row["policy"] not in (against, "full") and other is not None:
-            groups[tuple(as_asked(row)[name] for name in by)][unit_of(row)].append((row["score"], other))
-    difference = stats.paired_difference if value == "score" else stats.figure_difference
-    return [_line(dict(zip(by, values)), list(units.values()), difference) for values, units in groups.items()]
+            examples = draw(row["task"], row["item"], row.get("tags", {}))
+            groups[tuple(as_asked(row)[name] for name in by)].append(Pair(row["score"], other, unit_of(row), examples))
+    compare = [pairs for pairs in groups.values() if value == "score" or any(pair.reference for pair in pairs)]
+    n = n_comparisons or sum(_difference(pairs, value)[1] is not None for pairs in compare)  # a KL is not compared with 0
+    return [_line(dict(zip(by, values)), pairs, value, n) for values, pairs in groups.items()]
 
 
 def _figures_of(row: Row, by_quarter: bool) -> Iterator[tuple[str, dict[str, float]]]:
@@ -74,43 +89,69 @@ def _reference(rows: Sequence[Row], against: str) -> dict[tuple, float]:
     return found
 
 
-def _line(names: Row, units: list[list[tuple[float, float]]], interval: Callable) -> Row:
-    """units: of each, (score, reference) of every answer."""
-    ours, theirs = ([sum(pair[i] for pair in of_unit)/len(of_unit) for of_unit in units] for i in (0, 1))
-    difference, low, high = interval(ours, theirs)
-    return {**names, "n_units": len(units), "n_answers": sum(map(len, units)), "score": sum(ours)/len(ours),
-            "reference": sum(theirs)/len(theirs), "difference": difference,
-            "difference_low": low, "difference_high": high}
+def _line(names: Row, pairs: list[Pair], value: str, n_comparisons: int) -> Row:
+    scores, references = _unit_means(pairs)
+    difference, low, high = _difference(pairs, value)
+    _, lowest, highest = _difference(pairs, value, stats.corrected(n_comparisons))
+    return {**names, "n_units": len(scores), "n_answers": len(pairs), "score": sum(scores)/len(scores),
+            "reference": sum(references)/len(references), "difference": difference, "difference_low": low,
+            "difference_high": high, "n_comparisons": n_comparisons, "corrected_low": lowest, "corrected_high": highest}
+
+
+def _unit_means(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
+    """Of the answers, and of those they are compared with."""
+    units = [pair.unit for pair in pairs]
+    return stats.unit_means([pair.score for pair in pairs], units), stats.unit_means([pair.reference for pair in pairs], units)
+
+
+def _difference(pairs: Sequence[Pair], value: str, level: float = stats.LEVEL) -> tuple[float, float | None, float | None]:
+    """(difference, low, high)"""
+    interval = stats.paired_difference if value == "score" else stats.figure_difference
+    difference, low, high = interval(*_unit_means(pairs), level)
+    if low is None or high is None:
+        return difference, None, None
+    times = stats.widening([pair.score - pair.reference for pair in pairs], [pair.unit for pair in pairs], _draws(pairs), level)
+    low, high = stats.widen(difference, low, high, times)
+    return (difference, max(-1.0, low), min(1.0, high)) if value == "score" else (difference, low, high)
+
+
+def _draws(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    """Of each, the set of examples; the unit itself where the task has fewer than two of them here."""
+    of_task: dict[str, set[str]] = defaultdict(set)
+    for pair in pairs:
+        of_task[pair.unit[0]] |= {pair.draw} - {""}
+    return [(pair.unit[0], pair.draw) if pair.draw and len(of_task[pair.unit[0]]) > 1 else pair.unit for pair in pairs]
 
 
 def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str = "", value: str = "score") -> str:
     """A line for each group; with `across`, one of `by`, a column for each of its values: score and, in brackets, the
-    difference's interval. Below it, how many comparisons that are."""
+    difference's interval, with a star where the corrected one excludes 0, too. Below it, how many comparisons that
+    are."""
     if across and across not in by:
         raise ValueError(f"--across is one of --by, {', '.join(by)}, not {across!r}")
+    n = max((line["n_comparisons"] for line in lines), default=0)
     if not across:
-        header = [*by, "units", "answers", value, against, "difference", "95 %"]
+        header = [*by, "units", "answers", value, against, "difference", "95 %", *["corrected"]*(n > 1)]
         figures = ([*_names(line, by), str(line["n_units"]), str(line["n_answers"]), _figure(line["score"], value),
-                    _figure(line["reference"], value), _figure(line["difference"], value, "+"), _interval(line, value)]
-                   for line in lines)
-        return grid([header, *figures], len(by)) + comparisons(lines)
+                    _figure(line["reference"], value), _figure(line["difference"], value, "+"), _interval(line, value),
+                    *[_interval(line, value, "corrected")]*(n > 1)] for line in lines)
+        return grid([header, *figures], len(by)) + compared(n)
     rest, columns = [name for name in by if name != across], list(dict.fromkeys(str(line[across]) for line in lines))
     cells: dict[tuple, dict[str, str]] = defaultdict(dict)
     for line in lines:
-        cells[tuple(_names(line, rest))][str(line[across])] = f"{_figure(line['score'], value)} ({_interval(line, value)})"
+        text = f"{_figure(line['score'], value)} ({_interval(line, value)})" + "*"*(n > 0 and excludes_0(line))
+        cells[tuple(_names(line, rest))][str(line[across])] = text
     references: dict[tuple, dict[str, None]] = defaultdict(dict)  # several where a column has other items, or --against is evicted, too
     for line in lines:
         references[tuple(_names(line, rest))][_figure(line["reference"], value)] = None
+    star = (" " if n > 1 else "\n\n")*(n > 0) + "Star: the corrected interval excludes 0."*(n > 0)
     return grid([[*rest, against, *columns],
                  *([*names, " / ".join(references[names]), *(of.get(column, "") for column in columns)]
-                   for names, of in cells.items())], len(rest)) + comparisons(lines)
+                   for names, of in cells.items())], len(rest)) + compared(n) + star
 
 
-def comparisons(lines: Sequence[Row]) -> str:
-    """A sentence for a table of several intervals: how many of them chance alone would put beside 0. "" of fewer."""
-    n = sum(line["difference_low"] is not None for line in lines)
-    return "" if n < 2 else (f"\n\n{n} comparisons at 95 % each: if nothing differed, about {n/20:.1f} of them would "
-                             "exclude 0 by chance.")
+def excludes_0(line: Row, name: str = "corrected") -> bool:
+    return line[f"{name}_low"] is not None and not line[f"{name}_low"] <= 0 <= line[f"{name}_high"]
 
 
 def _names(line: Row, by: Sequence[str]) -> list[str]:
@@ -118,10 +159,10 @@ def _names(line: Row, by: Sequence[str]) -> list[str]:
 
 
 def _figure(number: float, value: str, sign: str = "") -> str:
-    return f"{100*number:{sign}.1f}" if value == "score" else f"{number:{sign}.3f}"
+    return f"{100*number:{sign}.1f}" if value == "score" else nats(number, 3, sign)
 
 
-def _interval(line: Row, value: str) -> str:
-    if line["difference_low"] is None:
+def _interval(line: Row, value: str, name: str = "difference") -> str:
+    if line[f"{name}_low"] is None:
         return "n/a"
-    return f"{_figure(line['difference_low'], value, '+')} to {_figure(line['difference_high'], value, '+')}"
+    return f"{_figure(line[f'{name}_low'], value, '+')} to {_figure(line[f'{name}_high'], value, '+')}"

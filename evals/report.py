@@ -1,7 +1,7 @@
 """Answers -> a table: what each policy scores, with intervals, and against the whole cache on the same items."""
 import csv
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -44,7 +44,8 @@ def scored(out: Path, tasks: Sequence[str] = (), rescore: bool = False) -> list[
 
 def table(rows: Sequence[Row]) -> list[Row]:
     """A line for each configuration, in the order in which they were run, but those that differ in the budget alone from the largest on:
-    they are run together."""
+    they are run together. n_comparisons: how many differences to full stand in its table, for whose number
+    difference_corrected_low and _high are corrected."""
     configurations: dict[tuple, list[Row]] = defaultdict(list)
     budgets: dict[tuple, list[tuple]] = defaultdict(list)
     for row in rows:
@@ -52,8 +53,10 @@ def table(rows: Sequence[Row]) -> list[Row]:
         if names not in configurations:
             budgets[tuple(row[name] for name in (*GROUP, "policy", "cells"))].append(names)
         configurations[names].append(row)
-    return [_line(dict(zip(GROUP + CASE, names)), configurations[names], _reference(configurations, names))
-            for together in budgets.values() for names in sorted(together, key=lambda names: largest_first(dict(zip(GROUP + CASE, names))))]
+    ordered = {names: _paired(configurations[names], _reference(configurations, names))
+               for together in budgets.values() for names in sorted(together, key=lambda names: largest_first(dict(zip(GROUP + CASE, names))))}
+    counts = Counter(_heading(names) for names, paired in ordered.items() if paired)
+    return [_line(dict(zip(GROUP + CASE, names)), configurations[names], paired, counts[_heading(names)]) for names, paired in ordered.items()]
 
 
 def largest_first(row: Row) -> tuple:
@@ -79,7 +82,17 @@ def _reference(configurations: dict[tuple, list[Row]], names: tuple) -> dict[str
     return {row["item"]: row["score"] for row in full if row["score"] is not None}
 
 
-def _line(names: Row, rows: list[Row], reference: dict[str, float]) -> Row:
+def _paired(rows: list[Row], reference: dict[str, float]) -> list[tuple[Row, float]]:
+    """Answers that are compared, each with the score of full on the same item."""
+    return [(row, reference[row["item"]]) for row in rows
+            if row["score"] is not None and row["item"] in reference and row["policy"] != "full"]
+
+
+def _heading(names: tuple) -> str:
+    return ", ".join(title(dict(zip(GROUP + CASE, names))))
+
+
+def _line(names: Row, rows: list[Row], paired: list[tuple[Row, float]], n_comparisons: int) -> Row:
     done = [row for row in rows if row["score"] is not None]
     line = {**names, "shots": rows[0].get("shots"), "n": len(done), "n_failed": len(rows) - len(done)}
     if not done:
@@ -87,12 +100,13 @@ def _line(names: Row, rows: list[Row], reference: dict[str, float]) -> Row:
     scores = _by_unit(done, [row["score"] for row in done])
     low, high = stats.mean_interval(scores)
     line |= {"n_units": len(scores), "score": _mean(scores), "score_low": low, "score_high": high}
-    paired = [row for row in done if row["item"] in reference]
-    if paired and names["policy"] != "full":
-        ours = _by_unit(paired, [row["score"] for row in paired])
-        theirs = _by_unit(paired, [reference[row["item"]] for row in paired])
+    if paired:
+        compared = [row for row, _ in paired]
+        ours, theirs = _by_unit(compared, [row["score"] for row in compared]), _by_unit(compared, [other for _, other in paired])
         difference, low, high = stats.paired_difference(ours, theirs)
+        _, lowest, highest = stats.paired_difference(ours, theirs, stats.corrected(n_comparisons))
         line |= {"n_paired": len(paired), "difference": difference, "difference_low": low, "difference_high": high,
+                 "n_comparisons": n_comparisons, "difference_corrected_low": lowest, "difference_corrected_high": highest,
                  "relative": difference/_mean(theirs) if any(theirs) else None}
     n_before = [row["n_context"] if row["protocol"] == "question-out" else row["n_prompt"] for row in done]
     kept = [sum(row["kept"])/len(row["kept"]) for row in done]
@@ -140,14 +154,15 @@ COLUMNS = (
     ("failed", lambda x: str(x["n_failed"] or "")),
     ("score", lambda x: _percent(x, "score")), ("95 %", lambda x: _interval(x, "score")),
     ("vs full", lambda x: _percent(x, "difference", "+")), ("95 % of it", lambda x: _interval(x, "difference", "+")),
+    ("corrected", lambda x: _interval(x, "difference_corrected", "+") if x.get("n_comparisons", 0) > 1 else ""),
     ("relative", lambda x: _percent(x, "relative", "+")), ("KL", lambda x: f"{x['kl']:.4f}" if "kl" in x else ""),
-    ("95 % of KL", lambda x: f"{x['kl_low']:.4f} to {x['kl_high']:.4f}" if "kl_low" in x else ""),
+    ("95 % of KL", lambda x: f"{x['kl_low']:.4f} to {nats(x['kl_high'], 4)}" if "kl_low" in x else ""),
     ("tokens", lambda x: _whole(x, "n_before")), ("kept", lambda x: _whole(x, "n_kept")), ("ratio", lambda x: _percent(x, "ratio")),
     ("evictions", lambda x: _whole(x, "evictions")),
     ("KV used", lambda x: mebibytes(x["bytes_used"]) if "bytes_used" in x else ""),
     ("of", lambda x: mebibytes(x["bytes_full"]) if "bytes_full" in x else ""),
     ("allocated", lambda x: mebibytes(x["bytes_allocated"]) if "bytes_allocated" in x else ""))
-OPTIONAL = ("decode", "cells", "K/V", "units", "failed", "KL", "95 % of KL")  # where a line of the table has something to say
+OPTIONAL = ("decode", "cells", "K/V", "units", "failed", "corrected", "KL", "95 % of KL")  # where a line of the table has something to say
 
 
 def title(line: Row) -> list[str]:
@@ -167,7 +182,19 @@ def markdown(lines: Sequence[Row]) -> str:
 def _table(lines: Sequence[Row]) -> str:
     cells = {name: [show(line) for line in lines] for name, show in COLUMNS}
     shown = [name for name in cells if name not in OPTIONAL or any(cells[name])]
-    return grid([shown, *zip(*(cells[name] for name in shown))], 2)
+    return grid([shown, *zip(*(cells[name] for name in shown))], 2) + compared(max(line.get("n_comparisons", 0) for line in lines))
+
+
+def compared(n: int) -> str:
+    """A sentence below n comparisons, two or more: how many they are, and what was corrected for that."""
+    return "" if n < 2 else (f"\n\n{n} comparisons at 95 % each: if nothing differed, about {n/20:.1f} of them would exclude "
+                             f"0 by chance. Corrected: at {100*stats.corrected(n):.4g} % each, so that all of them "
+                             "together hold at 95 % (Bonferroni).")
+
+
+def nats(number: float, digits: int, sign: str = "") -> str:
+    """More than 10 nats either way is no limit at all: the upper ends of few, skewed figures."""
+    return f"{number:{sign}.{digits}f}" if abs(number) < 10 else "over 10" if number > 0 else "below -10"
 
 
 def _percent(line: Row, name: str, sign: str = "") -> str:

@@ -396,12 +396,14 @@ def test_the_table_compares_the_same_items(tmp_path):
 
 
 def test_the_table_has_the_interval_of_a_divergence():
-    """Student's, over items; a single one has none."""
+    """stats.figure_interval(), over items; a single one has none."""
     def of(policy, values):
         return [{**row(i, policy, 0.5, "200"), "task": "fidelity", "answer": json.dumps({"kl": [kl], "same": [1]})} for i, kl in enumerate(values)]
-    several, one, near_zero = report.table([*of("snapkv", (0.1, 0.2, 0.3)), *of("h2o", [0.1]), *of("tova", (0.0, 0.0, 0.3))])
-    assert [several[name] for name in ("kl", "kl_low", "kl_high")] == pytest.approx([0.2, 0, 0.2 + 4.303*0.1/3**0.5], abs=1e-3) and near_zero["kl_low"] == 0
-    assert "kl_low" not in one and "| 0.2000 | 0.0000 to 0.4484 |" in report.markdown([several, one])
+    several, one, near_zero = report.table([*of("snapkv", (0.1, 0.2, 0.3, 0.2)), *of("h2o", [0.1]), *of("tova", (0.0, 0.0, 0.3, 0.1))])
+    low, high = stats.figure_interval([0.1, 0.2, 0.3, 0.2])
+    assert [several[name] for name in ("kl", "kl_low", "kl_high")] == pytest.approx([0.2, low, high]) and 0 < near_zero["kl_low"] < 0.1
+    assert "kl_low" not in one and f"| 0.2000 | {low:.4f} to {high:.4f} |" in report.markdown([several, one])
+    assert "to over 10 |" in report.markdown([near_zero])
 
 
 def test_pooled_answers_are_counted_by_unit():
@@ -416,10 +418,10 @@ def test_pooled_answers_are_counted_by_unit():
     (against,) = pool.pool(rows, ["policy"], against="snapkv")
     assert (against["policy"], against["n_answers"], against["difference"]) == ("h2o", 4, 1)  # at the same budget; full is not compared
     figures = [{**row(i, policy, 0.5, budget), "task": "fidelity", "answer": json.dumps({"kl": [kl, 3*kl], "same": [0, 1]})}
-               for i in range(3) for policy, budget, kl in (("full", "", 0.0), ("h2o", "100", 0.1*(i + 1)))]
+               for i in range(4) for policy, budget, kl in (("full", "", 0.0), ("h2o", "100", 0.1*(i + 1)))]
     (nats,) = pool.pool([*rows, *figures], ["policy"], value="kl")  # of fidelity alone
-    assert (nats["n_units"], nats["score"], nats["reference"]) == pytest.approx((3, 0.4, 0))
-    assert "| `h2o` | 3 | 3 | 0.400 | 0.000 | +0.400 | -0.0" in pool.markdown([nats], ["policy"], "full", value="kl")
+    assert (nats["n_units"], nats["score"], nats["reference"]) == pytest.approx((4, 0.5, 0))
+    assert "| `h2o` | 4 | 4 | 0.500 | 0.000 | +0.500 | +0." in pool.markdown([nats], ["policy"], "full", value="kl")
     lines = pool.pool([{**one, "answer": json.dumps({"kl": [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8], "same": [1]*8})} if one["policy"] == "h2o" else
                        {**one, "answer": json.dumps({"kl": [0.0]*8, "same": [1]*8})} for one in figures], ["policy", "quarter"], value="kl")
     assert [(line["quarter"], round(line["difference"], 6)) for line in lines] == [("1", 0.05), ("2", 0.25), ("3", 0.45), ("4", 0.7)]

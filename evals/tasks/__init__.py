@@ -1,7 +1,8 @@
 """The tasks, one a file or folder: load(options), score(item, answer), and SETTINGS with their defaults.
 
 A task may also say what its picture lays out (ACROSS) and what its table keeps apart (SPLIT), both of an item's tags; put its questions
-itself (ask, as evals/ask.py); give the report more columns (extra); and say which items intervals count as one (unit).
+itself (ask, as evals/ask.py); give the report more columns (extra); and say which items intervals count as one (unit), and which set
+of examples, of several that were drawn, stands before an item (draw).
 """
 from types import ModuleType
 from typing import Any, Sequence
@@ -29,6 +30,12 @@ def unit(name: str, item: str, tags: dict[str, Any]) -> str:
     item is its own unit. Old answers are read, too, so the function goes by what ids have always held, and by tags only
     where they are there."""
     return task(name).unit(item, tags) if hasattr(task(name), "unit") else item
+
+
+def draw(name: str, item: str, tags: dict[str, Any]) -> str:
+    """The drawn set of examples that an item follows, whatever their number: "cot-order1" of gsm8k-test-0/8-cot-order1.
+    "" where a task draws none: of its examples there is one set, or each item has its own. ValueError: unknown task."""
+    return task(name).draw(item, tags) if hasattr(task(name), "draw") else ""
 
 
 def settings_of(names: Sequence[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -81,6 +81,14 @@ def unit(item: str, tags: dict) -> str:
     return item
 
 
+def draw(item: str, tags: dict) -> str:
+    """That of the task it asks."""
+    from . import TASKS
+    from . import draw as draw_of
+    name, _, asked = item.removesuffix("/f16").partition(":")
+    return draw_of(name, asked.rpartition("/")[0], tags) if name in TASKS else ""
+
+
 # -- in place of answers ------------------------------------------------------------------------------------------------
 
 REFERENCES = References()

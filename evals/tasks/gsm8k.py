@@ -44,6 +44,11 @@ def unit(item: str, tags: dict) -> str:
     return item.rpartition("/")[0] or item
 
 
+def draw(item: str, tags: dict) -> str:
+    """Which examples, in which order, whatever their number: "cot", "train-order1"."""
+    return item.rpartition("/")[2].partition("-")[2]
+
+
 def score(item: Item, answer: str) -> bool:
     return right(answer, item.gold)
 

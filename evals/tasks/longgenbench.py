@@ -32,6 +32,11 @@ def unit(item: str, tags: dict) -> str:
     return item.partition("/")[0]
 
 
+def draw(item: str, tags: dict) -> str:
+    """Which examples, in which order, whatever their number: "cot", "train-order1"."""
+    return item.rpartition("/")[2].partition("-")[2]
+
+
 def numbered(name: str, given: Sequence[str]) -> list[str]:
     """A shot each, and an empty line after the last."""
     return [f"{name}_{i}: {text.strip()}\n" + "\n"*(i == len(given)) for i, text in enumerate(given, 1)]
