@@ -1,13 +1,15 @@
-"""Runs a program that a model wrote, and tests of it. `python sandbox.py` is the child: it locks itself in, then runs what it is given.
+"""Runs a program that a model wrote, and tests of it. `python sandbox.py` is the child: it locks itself in, then runs
+what it is given.
 
-With bubblewrap (`bwrap`), where that is installed and may run: namespaces of its own (no network, no other process to see or signal), and
-in its file system nothing but Python, the system's libraries and an empty folder. Else by Linux 5.13 or later itself: the same namespaces,
-every mount read-only, a small tmpfs as its folder, and Landlock (no other file can be opened, and no program be started). Both: no
-capabilities, limits of time, memory, file size and processes (the last not for root, whom Linux exempts). Where the kernel or a container
-permits neither, nothing is run, unless weak=True: limits and an empty folder alone.
+With bubblewrap (`bwrap`), where that is installed and may run: namespaces of its own (no network, no other process to
+see or signal), and in its file system nothing but Python, the system's libraries and an empty folder. Else by Linux
+5.13 or later itself: the same namespaces, every mount read-only, a small tmpfs as its folder, and Landlock (no other
+file can be opened, and no program be started). Both: no capabilities, limits of time, memory, file size and processes
+(the last not for root, whom Linux exempts). Where the kernel or a container permits neither, nothing is run, unless
+weak=True: limits and an empty folder alone.
 
-The tests are in a process of their own, which the program can neither see nor trace: it gets the arguments of a call and gives a value, and
-that value is all it has a say in.
+The tests are in a process of their own, which the program can neither see nor trace: it gets the arguments of a call
+and gives a value, and that value is all it has a say in.
 """
 import builtins
 import ctypes
@@ -49,10 +51,11 @@ def available() -> bool:
 
 
 def passes(program: str, tests: Tests | None = None, weak: bool = False) -> bool:
-    """Does it run to its end, without an exception, in time, and does its function pass the tests? It is run in an empty
-    namespace, so `__name__` is not "__main__". Arguments and values of the function are None, bool, int, float, complex,
-    str, bytes, list, tuple, set, frozenset, dict, or a subclass of one, which arrives as that one; an argument that the
-    function changes stays as it was for the tests. ValueError if it cannot be locked in."""
+    """Does it run to its end, without an exception, in time, and does its function pass the tests?
+
+    It is run in an empty namespace, so `__name__` is not "__main__". Arguments and values of the function are None,
+    bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, or a subclass of one, which arrives as
+    that one. An argument that the function changes stays as it was for the tests. ValueError: it cannot be locked in."""
     if not weak and not available():
         raise ValueError("code of a model is run in namespaces and Landlock, which this system does not permit (Linux 5.13, and in a "
                          "container leave for user namespaces): --unsafe-code runs it with limits of time and memory alone")
@@ -69,8 +72,8 @@ def _child(program: str, tests: Tests | None, how: str) -> int:
         if how == "bubblewrap":
             python, script, within = os.path.realpath(python), "/sandbox.py", "/tmp"
         command = [*(_bubblewrap(python) if how == "bubblewrap" else []), python, "-I", "-S", script, within, how]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder, env={},
-                              start_new_session=True) as child:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              cwd=folder, env={}, start_new_session=True) as child:
             try:
                 child.communicate(job.encode(), timeout=SECONDS + 2)
             except subprocess.TimeoutExpired:
@@ -81,8 +84,8 @@ def _child(program: str, tests: Tests | None, how: str) -> int:
 
 
 def readable() -> list[str]:
-    """The folders of Python's own modules and of shared libraries, Python's and the system's: never all of the prefix, which
-    is /usr for a distribution's Python."""
+    """The folders of Python's own modules and of shared libraries, Python's and the system's: never all of the prefix,
+    which is /usr for a distribution's Python."""
     paths = {sysconfig.get_path("stdlib"), *(os.path.join(sys.base_prefix, name) for name in ("lib", sys.platlibdir)),
              "/usr/lib", "/usr/lib64", "/lib", "/lib64"}
     return sorted(path for path in paths if os.path.isdir(path))
@@ -99,15 +102,15 @@ def _end_group(group: int) -> None:
 def _bubblewrap(python: str) -> list[str]:
     """The command in front of a command."""
     shown = {path: path for path in (*readable(), python)} | {os.path.realpath(__file__): "/sandbox.py"}
-    return [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL",
-            "--dev", "/dev", "--size", str(16 << 20), "--tmpfs", "/tmp", "--chdir", "/tmp",
+    return [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session",
+            "--cap-drop", "ALL", "--dev", "/dev", "--size", str(16 << 20), "--tmpfs", "/tmp", "--chdir", "/tmp",
             *(word for path, at in shown.items() for word in ("--ro-bind", path, at))]
 
 
 # -- the child: the standard library only ---------------------------------------------------------------------------------
 
 def _main(folder: str, how: str) -> None:
-    stdin = open(0, "rb", buffering=0)  # what is not read yet is not in memory, which the program's process begins as a copy of
+    stdin = open(0, "rb", buffering=0)  # the program's process begins as a copy of this one, before the tests are read
     program = json.loads(stdin.readline())
     null = os.open(os.devnull, os.O_RDWR)
     if how == "locked":
@@ -122,7 +125,7 @@ def _main(folder: str, how: str) -> None:
         except OSError:
             os._exit(REFUSED)
     for what, limit in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, FILE_SIZE), (resource.RLIMIT_CORE, 0),
-                        *([] if how == "weak" else [(resource.RLIMIT_NPROC, PROCESSES)])):  # elsewhere NPROC counts all of the user's
+                        *([] if how == "weak" else [(resource.RLIMIT_NPROC, PROCESSES)])):  # there the user's count
         resource.setrlimit(what, (limit, limit))
     if sys.platform == "linux":
         _prctl(4, 0)  # PR_SET_DUMPABLE: no process of this user may trace it or read its memory
@@ -181,7 +184,8 @@ def _judge(tests: list[str] | None, calls: TextIO) -> int:
 
 def _exception(name: str) -> Callable[[str], Exception]:
     found = getattr(builtins, name, None)
-    return found if isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, UnicodeError) else Exception
+    takes_a_text = isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, UnicodeError)
+    return found if takes_a_text else Exception
 
 
 def _packed(value: Any) -> Any:
@@ -211,7 +215,8 @@ def _unpacked(value: Any) -> Any:
         return complex(*parts)
     if kind == "dict":
         return {_unpacked(key): _unpacked(one) for key, one in parts}
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}[kind](map(_unpacked, parts))
+    many = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}
+    return many[kind](map(_unpacked, parts))
 
 
 def _call(function: str, *args: object) -> int:

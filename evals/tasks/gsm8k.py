@@ -1,12 +1,13 @@
 """Grade-school arithmetic, with worked examples in front (few-shot chain of thought); an example is a shot.
 
-Paper: Cobbe et al. 2021, arXiv 2110.14168; data: openai/gsm8k (MIT). --exemplars cot: the eight of Wei et al. 2022 (arXiv 2201.11903), as
-carried by lm-evaluation-harness (MIT), in gsm8k/cot_exemplars of the data folder. --exemplars train: the training split, for more than
-eight. auto: cot where the folder has them, else train; an item's id says which. --order N: the examples in another order, drawn with
-seed N; 0: as they are.
+Paper: Cobbe et al. 2021, arXiv 2110.14168; data: openai/gsm8k (MIT). --exemplars cot: the eight of Wei et al. 2022
+(arXiv 2201.11903), as carried by lm-evaluation-harness (MIT), in gsm8k/cot_exemplars of the data folder. --exemplars
+train: the training split, for more than eight. auto: cot where the folder has them, else train; an item's id says
+which. --order N: the examples in another order, drawn with seed N; 0: as they are.
 
-Scored as lm-evaluation-harness scores its gsm8k_cot, by both of its filters: `strict` takes the first number after "The answer is",
-`flexible` the last number of the answer. `flexible` is the score: an evicted model that forgot the format may still be right.
+Scored as lm-evaluation-harness scores its gsm8k_cot, by both of its filters: `strict` takes the first number after "The
+answer is", `flexible` the last number of the answer. `flexible` is the score: an evicted model that forgot the format
+may still be right.
 """
 import random
 import re
@@ -16,9 +17,10 @@ from ..items import Item, Options
 
 SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0}
 FIELDS = ("question", "answer")
-STRICT = re.compile(r"The answer is (\-?[0-9\.\,]+).")      # filters and what comparing ignores: lm_eval/tasks/gsm8k/gsm8k-cot.yaml
+# Of lm_eval/tasks/gsm8k/gsm8k-cot.yaml: the filters, and what comparing ignores, one after the other
+STRICT = re.compile(r"The answer is (\-?[0-9\.\,]+).")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
-IGNORED = ",", r"\$", r"(?s).*#### ", r"\.$"                     # one after the other
+IGNORED = ",", r"\$", r"(?s).*#### ", r"\.$"
 
 
 def load(options: Options) -> list[Item]:

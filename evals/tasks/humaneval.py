@@ -1,10 +1,11 @@
 """Python functions from their docstrings, pass@1; what is evicted is the prompt that the function is written from.
 
-Paper: Chen et al. 2021, arXiv 2107.03374; data: openai/openai_humaneval (MIT). Greedy, one answer, run in a sandbox (evals/sandbox.py)
-as openai/human-eval's execution.py runs it: the prompt, the answer and the tests, `exec`ed in an empty namespace, so that nothing under
-`if __name__ == "__main__":` is run. human-eval only knows answers that go on after the prompt. Here an answer may also be the whole
-function, in a code block or not, between whatever a chat model says. What else is not as there: 10 seconds instead of 3; the tests call
-the function from a process of their own (see sandbox.passes).
+Paper: Chen et al. 2021, arXiv 2107.03374; data: openai/openai_humaneval (MIT). Greedy, one answer, run in a sandbox
+(evals/sandbox.py) as openai/human-eval's execution.py runs it: the prompt, the answer and the tests, `exec`ed in an
+empty namespace, so that nothing under `if __name__ == "__main__":` is run. human-eval only knows answers that go on
+after the prompt. Here an answer may also be the whole function, in a code block or not, between whatever a chat model
+says. What else is not as there: 10 seconds instead of 3; the tests call the function from a process of their own (see
+sandbox.passes).
 """
 import ast
 import itertools
@@ -20,7 +21,8 @@ from ..items import Item, Options
 SETTINGS = {"unsafe_code": False}
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 STUB = "    pass\n\n"  # ends the prompt's function
-FENCE = re.compile(r"^[ \t]*(?:[-*]|\d+[.)])?[ \t]*```[ \t]*([\w+#.-]*)[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^[ \t]*(?:[-*]|\d+[.)])?[ \t]*```[ \t]*([\w+#.-]*)[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)",
+                   re.MULTILINE | re.DOTALL)
 PYTHON = ("", "python", "python3", "py", "py3")
 CODE = re.compile(r"^(?:def|async def|class|import|from|@)(?!\w)", re.MULTILINE)  # where a module may begin
 ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```")  # of a function body
@@ -45,7 +47,8 @@ def _item(row: dict, options: Options) -> Item:
 
 def score(item: Item, answer: str) -> bool:
     gold, weak = item.gold, item.tags.get("unsafe_code", False)
-    return bool(answer.strip()) and sandbox.passes(program(item, answer), sandbox.Tests(gold["prompt"] + STUB, gold["test"], gold["entry_point"]), weak)
+    tests = sandbox.Tests(gold["prompt"] + STUB, gold["test"], gold["entry_point"])
+    return bool(answer.strip()) and sandbox.passes(program(item, answer), tests, weak)
 
 
 def program(item: Item, answer: str) -> str:
@@ -63,7 +66,7 @@ def program(item: Item, answer: str) -> str:
 
 
 def _modules(answer: str) -> Iterator[str]:
-    """From each line on that may begin a module the longest run of lines that is one. So prose before and after goes."""
+    """From each line on that may begin a module, the longest run of lines that is one: no prose before and after."""
     for begin in CODE.finditer(answer):
         lines = answer[begin.start():].splitlines(keepends=True)
         runs = ("".join(lines[:end]) for end in range(len(lines), 0, -1))
