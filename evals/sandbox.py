@@ -55,7 +55,7 @@ def passes(program: str, tests: Tests | None = None, weak: bool = False) -> bool
 
     It is run in an empty namespace, so `__name__` is not "__main__". Arguments and values of the function are None,
     bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, or a subclass of one, which arrives as
-    that one. An argument that the function changes stays as it was for the tests. ValueError: it cannot be locked in."""
+    that one. An argument that the function changes stays as it was for the tests. ValueError: cannot be locked in."""
     if not weak and not available():
         raise ValueError("code of a model is run in namespaces and Landlock, which this system does not permit (Linux 5.13, and in a "
                          "container leave for user namespaces): --unsafe-code runs it with limits of time and memory alone")

@@ -242,7 +242,7 @@ def test_longgenbench_goes_on_after_the_examples(folder):
 
 
 def long_gen_bench(text: str, gold: list[str]) -> int:
-    """Right answers of those it finds, by extract_ans(), process_question() and test_answer() of LongGenBench's code."""
+    """Right answers of those it finds, by extract_ans(), process_question() and test_answer() of LongGenBench."""
     numbers = lambda one: re.findall(r"\d*\.?\d+", one)
     found = re.findall(r"(?<=:\n)(.*?)(?=\n\n|$)", "\n".join(text.split("Answer_")), re.DOTALL)
     return sum(bool(numbers(said.replace(",", ""))) and numbers(said.replace(",", ""))[-1] == numbers(right)[-1]
