@@ -8,8 +8,8 @@ file can be opened, and no program be started). Both: no capabilities, limits of
 (the last not for root, whom Linux exempts). Where the kernel or a container permits neither, nothing is run, unless
 weak=True: limits and an empty folder alone.
 
-The tests are in a process of their own, which the program can neither see nor trace: it gets the arguments of a call
-and gives a value, and that value is all it has a say in.
+The tests are in a process of their own, which the program can neither see nor trace (root can, if weak): it gets the
+arguments of a call and gives a value, and that value is all it has a say in.
 """
 import builtins
 import ctypes

@@ -20,8 +20,8 @@ def verdicts(item: Item, row: Row) -> dict[str, float]:
 
 
 def each(out: Path, rows: Sequence[Row]) -> list[Row]:
-    """The rows, then, for each scorer of a task with several, its rows again with that scorer's score; their settings end
-    with "scorer strict". An archive has no answers, so there what the scores' file holds counts."""
+    """The rows, then, for each scorer of a task with several, its rows again with that scorer's score; their settings
+    end with "scorer strict". An archive has no answers, so there what the scores' file holds counts."""
     saved: dict[tuple, dict[str, float]] = {}
     for path in sorted([*out.glob("*.scores.jsonl"), *out.glob("*.scores.jsonl.xz")]):
         saved |= {key(row): row["verdicts"] for row in read(path) if "verdicts" in row}
@@ -29,7 +29,10 @@ def each(out: Path, rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if row["score"] is None:
             continue
-        found = verdicts(Item(row["item"], "", row["gold"], tags=row["tags"]), row) if "answer" in row else saved.get(key(row), {})
+        if "answer" in row:
+            found = verdicts(Item(row["item"], "", row["gold"], tags=row["tags"]), row)
+        else:
+            found = saved.get(key(row), {})
         for name, score in found.items():
             settings = ", ".join(filter(None, [row["settings"], f"scorer {name}"]))
             again.setdefault(name, []).append({**row, "settings": settings, "score": score})

@@ -1,5 +1,4 @@
-"""Many questions answered in one long generation: gsm8k, as LongGenBench has it. Evicts generated tokens too, with
---decode-budget.
+"""Many questions answered in one long generation: gsm8k, as LongGenBench has it. --decode-budget evicts that, too.
 
 Paper: Liu et al. 2024, arXiv 2410.04199; code: Dominic789654/LongGenBench, longgenbench_GSM8K_openai.py; data and
 examples: as gsm8k. The prompt has all example questions first and all example answers after, so an example is two

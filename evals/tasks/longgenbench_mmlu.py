@@ -1,5 +1,4 @@
-"""Many multiple-choice questions of a subject answered, with reasons, in one long generation: mmlu, as LongGenBench has
-it.
+"""Many multiple-choice questions of a subject answered in one long generation: mmlu, as LongGenBench has it.
 
 Paper: Liu et al. 2024, arXiv 2410.04199; data: as mmlu; examples: the subject's five with reasons of
 lm-evaluation-harness (MIT), which LongGenBench takes, too: DATA/mmlu/cot_prompts.jsonl. Example questions come first,
