@@ -8,6 +8,7 @@ from typing import Callable, Iterator, Sequence
 import pykvc
 from pykvc import _core
 
+from . import scorers
 from .ask import Asked, ask, ask_batch, shared, together
 from .cases import exceeds
 from .items import Item
@@ -181,6 +182,8 @@ def _score(item: Item, row: Row, scores: Rows) -> None:
     result = {name: row.get(name) for name in (*KEY, "prompt")}
     try:
         result["score"] = float(task(row["task"]).score(item, row["answer"]))
+        if found := scorers.verdicts(item, row):
+            result["verdicts"] = found
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"
     scores.append(result)

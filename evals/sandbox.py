@@ -1,56 +1,119 @@
-"""Runs a program that a model wrote. `python sandbox.py` is the child: it locks itself in, then runs what it is given.
+"""Runs a program that a model wrote, and tests of it. `python sandbox.py` is the child: it locks itself in, then runs
+what it is given.
 
-Linux 5.13 or later: namespaces of its own (no network, no other process to see or signal, every mount read-only, a small tmpfs as its
-folder), Landlock (no file outside that folder and Python's libraries can be opened), no capabilities, limits of time, memory, file size
-and processes (the last not for root, whom Linux exempts). Where the kernel or a container does not permit that, nothing is run, unless
+With bubblewrap (`bwrap`), where that is installed and may run: namespaces of its own (no network, no other process to
+see or signal), and in its file system nothing but Python, the system's libraries and an empty folder. Else by Linux
+5.13 or later itself: the same namespaces, every mount read-only, a small tmpfs as its folder, and Landlock (no other
+file can be opened, and no program be started). Both: no capabilities, limits of time, memory, file size and processes
+(the last not for root, whom Linux exempts). Where the kernel or a container permits neither, nothing is run, unless
 weak=True: limits and an empty folder alone.
+
+The tests are in a process of their own, which the program can neither see nor trace (root can, if weak): it gets the
+arguments of a call and gives a value, and that value is all it has a say in.
 """
+import builtins
 import ctypes
 import functools
+import json
 import os
 import resource
-import secrets
+import shutil
+import signal
+import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from dataclasses import astuple, dataclass
+from typing import Any, Callable, TextIO
 
 SECONDS, MEMORY, FILE_SIZE, PROCESSES = 10, 1 << 30, 1 << 20, 8
 REFUSED = 77  # exit status: it could not be locked in
+WAYS = "bubblewrap", "locked"
+
+
+@dataclass(frozen=True)
+class Tests:
+    """What judges a function: `check` defines check(candidate), and may use what `setup` defines."""
+    setup: str
+    check: str
+    function: str  # its name in the program
 
 
 @functools.cache
+def way() -> str:
+    """How a program can be locked in here: "bubblewrap", "locked" (the kernel alone), or "" if it cannot be."""
+    return next((one for one in WAYS if sys.platform == "linux" and _child("", None, one) == 0), "")
+
+
 def available() -> bool:
-    return sys.platform == "linux" and _child("", weak=False)[0] == 0
+    return way() != ""
 
 
-def passes(program: str, weak: bool = False) -> bool:
-    """Does it run to its end, without an exception, in time? ValueError if it cannot be locked in."""
+def passes(program: str, tests: Tests | None = None, weak: bool = False) -> bool:
+    """Does it run to its end, without an exception, in time, and does its function pass the tests?
+
+    It is run in an empty namespace, so `__name__` is not "__main__". Arguments and values of the function are None,
+    bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, or a subclass of one, which arrives as
+    that one. An argument that the function changes stays as it was for the tests. ValueError: cannot be locked in."""
     if not weak and not available():
         raise ValueError("code of a model is run in namespaces and Landlock, which this system does not permit (Linux 5.13, and in a "
                          "container leave for user namespaces): --unsafe-code runs it with limits of time and memory alone")
-    return _child(program, weak) == (0, True)
+    return _child(program, tests, "weak" if weak else way()) == 0
 
 
-def _child(program: str, weak: bool) -> tuple[int, bool]:
-    """(exit status, did it come to its end)"""
-    token = secrets.token_hex(16)
+def _child(program: str, tests: Tests | None, how: str) -> int:
+    """Exit status: 0 if it passes."""
+    if how == "bubblewrap" and not shutil.which("bwrap"):
+        return REFUSED
+    job = json.dumps(program) + "\n" + json.dumps(tests and astuple(tests))
     with tempfile.TemporaryDirectory(prefix="pykvc-sandbox-") as folder:
-        try:
-            done = subprocess.run([sys.executable, "-I", "-S", __file__, folder, "weak" if weak else "locked"], input=f"{token}\n{program}".encode(),
-                                  stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=folder, env={}, timeout=SECONDS + 2, start_new_session=True)
-        except subprocess.TimeoutExpired:
-            return -1, False
-    return done.returncode, done.stdout.endswith(token.encode())
+        python, script, within = sys.executable, os.path.realpath(__file__), folder
+        if how == "bubblewrap":
+            python, script, within = os.path.realpath(python), "/sandbox.py", "/tmp"
+        command = [*(_bubblewrap(python) if how == "bubblewrap" else []), python, "-I", "-S", script, within, how]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              cwd=folder, env={}, start_new_session=True) as child:
+            try:
+                child.communicate(job.encode(), timeout=SECONDS + 2)
+            except subprocess.TimeoutExpired:
+                os.killpg(child.pid, signal.SIGKILL)
+        if how == "weak":
+            _end_group(child.pid)
+    return child.returncode
+
+
+def readable() -> list[str]:
+    """The folders of Python's own modules and of shared libraries, Python's and the system's: never all of the prefix,
+    which is /usr for a distribution's Python."""
+    paths = {sysconfig.get_path("stdlib"), *(os.path.join(sys.base_prefix, name) for name in ("lib", sys.platlibdir)),
+             "/usr/lib", "/usr/lib64", "/lib", "/lib64"}
+    return sorted(path for path in paths if os.path.isdir(path))
+
+
+def _end_group(group: int) -> None:
+    """What a program left behind; namespaces end with their first process."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _bubblewrap(python: str) -> list[str]:
+    """The command in front of a command."""
+    shown = {path: path for path in (*readable(), python)} | {os.path.realpath(__file__): "/sandbox.py"}
+    return [shutil.which("bwrap") or "bwrap", "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session",
+            "--cap-drop", "ALL", "--dev", "/dev", "--size", str(16 << 20), "--tmpfs", "/tmp", "--chdir", "/tmp",
+            *(word for path, at in shown.items() for word in ("--ro-bind", path, at))]
 
 
 # -- the child: the standard library only ---------------------------------------------------------------------------------
 
-def _main(folder: str, mode: str) -> None:
-    token, _, program = sys.stdin.buffer.read().decode().partition("\n")
-    out = os.dup(1)
-    for fd in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-    if mode == "locked":
+def _main(folder: str, how: str) -> None:
+    stdin = open(0, "rb", buffering=0)  # the program's process begins as a copy of this one, before the tests are read
+    program = json.loads(stdin.readline())
+    null = os.open(os.devnull, os.O_RDWR)
+    if how == "locked":
         try:
             _namespaces(folder)
             pid = os.fork()  # the first of its process namespace
@@ -62,14 +125,98 @@ def _main(folder: str, mode: str) -> None:
         except OSError:
             os._exit(REFUSED)
     for what, limit in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, FILE_SIZE), (resource.RLIMIT_CORE, 0),
-                        *([(resource.RLIMIT_NPROC, PROCESSES)] if mode == "locked" else [])):  # elsewhere NPROC counts all of the user's
+                        *([] if how == "weak" else [(resource.RLIMIT_NPROC, PROCESSES)])):  # there the user's count
         resource.setrlimit(what, (limit, limit))
+    if sys.platform == "linux":
+        _prctl(4, 0)  # PR_SET_DUMPABLE: no process of this user may trace it or read its memory
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        ours.close()
+        os.dup2(null, 0)
+        _serve(program, theirs.makefile("rw"))
+        os._exit(0)
+    theirs.close()
+    os._exit(_judge(json.loads(stdin.read()), ours.makefile("rw")))
+
+
+def _serve(program: str, calls: TextIO) -> None:
+    """The program's process: calls of its function, a line each, "name" and arguments."""
+    names: dict[str, Any] = {}
     try:
-        exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+        exec(compile(program, "program", "exec"), names)
+        print(file=calls, flush=True)
+        for call in calls:
+            name, args, more = _unpacked(json.loads(call))
+            try:
+                said = json.dumps(_packed(("value", names[name](*args, **more))))
+            except Exception as error:
+                said = json.dumps(_packed(("error", type(error).__name__, str(error))))
+            print(said, file=calls, flush=True)
     except BaseException:  # SystemExit, too: it did not come to its end
         os._exit(1)
-    os.write(out, token.encode())
-    os._exit(0)
+
+
+def _judge(tests: list[str] | None, calls: TextIO) -> int:
+    """The tests' process: an exit status."""
+    if not calls.readline():
+        return 1
+    if tests is None:
+        return 0
+    setup, check, function = tests
+
+    def candidate(*args: Any, **more: Any) -> Any:
+        print(json.dumps(_packed((function, args, more))), file=calls, flush=True)
+        kind, *said = _unpacked(json.loads(calls.readline()))
+        if kind == "value":
+            return said[0]
+        raise _exception(said[0])(said[1])
+
+    names: dict[str, Any] = {}
+    try:
+        exec(compile(setup, "setup", "exec"), names)
+        names[function] = candidate
+        exec(compile(check, "tests", "exec"), names)
+        names["check"](candidate)
+    except BaseException:
+        return 1
+    return 0
+
+
+def _exception(name: str) -> Callable[[str], Exception]:
+    found = getattr(builtins, name, None)
+    takes_a_text = isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, UnicodeError)
+    return found if takes_a_text else Exception
+
+
+def _packed(value: Any) -> Any:
+    """As JSON. TypeError: it is of another type than those of passes()."""
+    if value is None or isinstance(value, bool):
+        return value
+    for plain in (int, float, str):
+        if isinstance(value, plain):
+            return plain.__new__(plain, value)
+    for many in (list, tuple, set, frozenset):
+        if isinstance(value, many):
+            return {many.__name__: [_packed(one) for one in value]}
+    if isinstance(value, dict):
+        return {"dict": [[_packed(key), _packed(one)] for key, one in value.items()]}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, bytes):
+        return {"bytes": list(value)}
+    raise TypeError(f"a {type(value).__name__} does not leave the sandbox")
+
+
+def _unpacked(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    [(kind, parts)] = value.items()
+    if kind == "complex":
+        return complex(*parts)
+    if kind == "dict":
+        return {_unpacked(key): _unpacked(one) for key, one in parts}
+    many = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}
+    return many[kind](map(_unpacked, parts))
 
 
 def _call(function: str, *args: object) -> int:
@@ -105,8 +252,8 @@ def _landlock(folder: str) -> None:
     version = _call("syscall", 444, None, ctypes.c_size_t(0), 1)
     handled = (1 << (13 if version == 1 else 14 if version == 2 else 15)) - 1  # every access that this kernel knows
     rules = _call("syscall", 444, ctypes.byref(ctypes.c_uint64(handled)), ctypes.c_size_t(8), 0)
-    read = 1 << 0 | 1 << 2 | 1 << 3  # execute, read a file, read a folder
-    for path, allowed in ((folder, handled), *((path, read) for path in {sys.base_prefix, "/usr/lib", "/lib", "/lib64"} if os.path.isdir(path))):
+    read = 1 << 2 | 1 << 3  # a file, a folder; nothing is executed
+    for path, allowed in ((folder, handled & ~1), *((path, read) for path in readable())):
         beneath = Beneath(allowed, os.open(path, os.O_PATH | os.O_CLOEXEC))
         _call("syscall", 445, rules, 1, ctypes.byref(beneath), 0)
         os.close(beneath.fd)

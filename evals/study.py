@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Sequence
 
-from . import attention_report, latency, leaderboard, panels
+from . import attention_report, latency, leaderboard, panels, scorers
 from . import report as tables
 from .cases import cases, protocols
 from .tasks import TASKS, settings_of, task
@@ -186,10 +186,10 @@ def report(study: Study, out: Path) -> list[str]:
     said = []
     if study.blocks["run"]:
         scored = tables.scored(out)
-        lines = tables.table(scored)
-        text = tables.markdown(lines)
+        lines, by_scorer = tables.table(scored), tables.table(scorers.each(out, scored))
+        text = tables.markdown(by_scorer)
         (out/"report.md").write_text(f"# {study.title}\n\n{text}", encoding="utf-8")
-        (out/"report.csv").write_text(tables.comma_separated(lines), encoding="utf-8")
+        (out/"report.csv").write_text(tables.comma_separated(by_scorer), encoding="utf-8")
         said += [text, *map(str, panels.draw(out, study.blocks["picture"], lines))]
         if of_ruler := [row for row in scored if row["task"] == "ruler"]:
             said.append(leaderboard.write(out, of_ruler, study.title))

@@ -1,8 +1,9 @@
 """The tasks, one a file or folder: load(options), score(item, answer), and SETTINGS with their defaults.
 
-A task may also say what its picture lays out (ACROSS) and what its table keeps apart (SPLIT), both of an item's tags; put its questions
-itself (ask, as evals/ask.py); give the report more columns (extra); and say which items intervals count as one (unit), and which set
-of examples, of several that were drawn, stands before an item (draw).
+A task may also say what its picture lays out (ACROSS) and what its table keeps apart (SPLIT), both of an item's tags;
+put its questions itself (ask, as evals/ask.py); give the report more columns (extra); say which items intervals count
+as one (unit), and which set of examples, of several that were drawn, stands before an item (draw); and have several
+scorers (verdicts, as evals/scorers.py).
 """
 from types import ModuleType
 from typing import Any, Sequence

@@ -1,20 +1,26 @@
 """Grade-school arithmetic, with worked examples in front (few-shot chain of thought); an example is a shot.
 
-Paper: Cobbe et al. 2021, arXiv 2110.14168; data: openai/gsm8k (MIT). --exemplars cot: the eight of Wei et al. 2022 (arXiv 2201.11903), as
-carried by lm-evaluation-harness (MIT), in gsm8k/cot_exemplars of the data folder. --exemplars train: the training split, for more than
-eight. auto: cot where the folder has them, else train; an item's id says which. --order N: the examples in another order, drawn with
-seed N; 0: as they are. The number after "The answer is" counts, else the last.
+Paper: Cobbe et al. 2021, arXiv 2110.14168; data: openai/gsm8k (MIT). --exemplars cot: the eight of Wei et al. 2022
+(arXiv 2201.11903), as carried by lm-evaluation-harness (MIT), in gsm8k/cot_exemplars of the data folder. --exemplars
+train: the training split, for more than eight. auto: cot where the folder has them, else train; an item's id says
+which. --order N: the examples in another order, drawn with seed N; 0: as they are.
+
+Scored as lm-evaluation-harness scores its gsm8k_cot, by both of its filters: `strict` takes the first number after "The
+answer is", `flexible` the last number of the answer. `flexible` is the score: an evicted model that forgot the format
+may still be right.
 """
 import random
 import re
-from decimal import Decimal, InvalidOperation
 
 from ..data import rows, take
 from ..items import Item, Options
 
 SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0}
 FIELDS = ("question", "answer")
-NUMBER = r"-?\$?\d[\d,]*(?:\.\d+)?"
+# Of lm_eval/tasks/gsm8k/gsm8k-cot.yaml: the filters, and what comparing ignores, one after the other
+STRICT = re.compile(r"The answer is (\-?[0-9\.\,]+).")
+FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+IGNORED = ",", r"\$", r"(?s).*#### ", r"\.$"
 
 
 def load(options: Options) -> list[Item]:
@@ -50,12 +56,14 @@ def draw(item: str, tags: dict) -> str:
 
 
 def score(item: Item, answer: str) -> bool:
-    return right(answer, item.gold)
+    return verdicts(item, answer)["flexible"]
 
 
-def right(answer: str, gold: str) -> bool:
-    said = re.findall(rf"answer is:?\s*({NUMBER})", answer) or re.findall(NUMBER, answer)[-1:]
-    return bool(said) and number(said[0]) == gold
+def verdicts(item: Item, answer: str) -> dict[str, bool]:
+    """Of both filters."""
+    strict, flexible = STRICT.search(answer), [found[0] for found in FLEXIBLE.finditer(answer)]
+    return {"strict": strict is not None and number(strict[1]) == item.gold,
+            "flexible": bool(flexible) and number(flexible[-1]) == item.gold}
 
 
 def worked(answer: str) -> str:
@@ -65,8 +73,8 @@ def worked(answer: str) -> str:
 
 
 def number(text: str) -> str:
-    """One spelling for a number: "1,200.0" and "1200" are the same."""
-    try:
-        return f"{Decimal(re.sub('[$,]', '', text.strip())).normalize():f}"
-    except InvalidOperation:
-        raise ValueError(f"gsm8k: {text.strip()!r} is no number") from None
+    """What is compared, of a number: "$1,200." and "1200" are the same, "1200.0" is another."""
+    text = text.strip()
+    for pattern in IGNORED:
+        text = re.sub(pattern, "", text)
+    return text

@@ -1,9 +1,18 @@
 """Python functions from their docstrings, pass@1; what is evicted is the prompt that the function is written from.
 
-Paper: Chen et al. 2021, arXiv 2107.03374; data: openai/openai_humaneval (MIT). Greedy, one answer, run with its tests in a sandbox
-(evals/sandbox.py). An answer is the whole function, in a code block or not, or, asked plainly, what follows the prompt.
+Paper: Chen et al. 2021, arXiv 2107.03374; data: openai/openai_humaneval (MIT). Greedy, one answer, run in a sandbox
+(evals/sandbox.py) as openai/human-eval's execution.py runs it: the prompt, the answer and the tests, `exec`ed in an
+empty namespace, so that nothing under `if __name__ == "__main__":` is run. human-eval only knows answers that go on
+after the prompt. Here an answer may also be the whole function, in a code block or not, between whatever a chat model
+says. What else is not as there: 10 seconds instead of 3; the tests call the function from a process of their own (see
+sandbox.passes).
 """
+import ast
+import itertools
 import re
+import textwrap
+import warnings
+from typing import Iterator
 
 from .. import sandbox
 from ..data import rows
@@ -11,6 +20,11 @@ from ..items import Item, Options
 
 SETTINGS = {"unsafe_code": False}
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+STUB = "    pass\n\n"  # ends the prompt's function
+FENCE = re.compile(r"^[ \t]*(?:[-*]|\d+[.)])?[ \t]*```[ \t]*([\w+#.-]*)[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)",
+                   re.MULTILINE | re.DOTALL)
+PYTHON = ("", "python", "python3", "py", "py3")
+CODE = re.compile(r"^(?:def|async def|class|import|from|@)(?!\w)", re.MULTILINE)  # where a module may begin
 ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n```")  # of a function body
 
 
@@ -32,17 +46,38 @@ def _item(row: dict, options: Options) -> Item:
 
 
 def score(item: Item, answer: str) -> bool:
-    return bool(answer.strip()) and sandbox.passes(program(item, answer), weak=item.tags.get("unsafe_code", False))
+    gold, weak = item.gold, item.tags.get("unsafe_code", False)
+    tests = sandbox.Tests(gold["prompt"] + STUB, gold["test"], gold["entry_point"])
+    return bool(answer.strip()) and sandbox.passes(program(item, answer), tests, weak)
 
 
 def program(item: Item, answer: str) -> str:
-    """The prompt, the answer, the tests. A whole function replaces the prompt's, whose imports and helpers stay."""
+    """The prompt and the answer. A whole function replaces the prompt's, whose imports and helpers stay."""
     gold = item.gold
-    blocks = re.findall(r"```(?:[Pp]ython)?[ \t]*\n(.*?)(?:\n```|\Z)", answer, re.DOTALL)
-    whole = next((text for text in [*blocks, answer] if re.search(rf"^def {re.escape(gold['entry_point'])}\(", text, re.MULTILINE)), None)
-    if whole is None:
-        body = "\n" + (blocks[0] if blocks and not answer.lstrip("\n").startswith((" ", "\t")) else answer)
-        text = gold["prompt"] + body[1:min([len(body), *(at for at in map(body.find, ENDS) if at >= 0)])]
-    else:
-        text = gold["prompt"] + "    pass\n\n" + whole
-    return f"{text}\n\n{gold['test']}\n\ncheck({gold['entry_point']})\n"
+    blocks = [textwrap.dedent(text) for language, text in FENCE.findall(answer) if language.lower() in PYTHON]
+    defined = re.compile(rf"^(?:async )?def {re.escape(gold['entry_point'])}\s*\(", re.MULTILINE)
+    whole = next((text for text in itertools.chain(blocks, _modules(answer)) if defined.search(text)), None)
+    if whole is not None:
+        return gold["prompt"] + STUB + whole
+    if blocks and not answer.lstrip("\n").startswith((" ", "\t")):
+        return gold["prompt"] + textwrap.indent(blocks[0], "    ")
+    body = "\n" + answer
+    return gold["prompt"] + body[1:min([len(body), *(at for at in map(body.find, ENDS) if at >= 0)])]
+
+
+def _modules(answer: str) -> Iterator[str]:
+    """From each line on that may begin a module, the longest run of lines that is one: no prose before and after."""
+    for begin in CODE.finditer(answer):
+        lines = answer[begin.start():].splitlines(keepends=True)
+        runs = ("".join(lines[:end]) for end in range(len(lines), 0, -1))
+        yield next(filter(_parses, runs), "")
+
+
+def _parses(text: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its escapes
+            ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True

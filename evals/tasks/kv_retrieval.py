@@ -24,15 +24,20 @@ def _of_object(i: int, row: dict, options: Options) -> list[Item]:
     pairs, n_asked = row["ordered_kv_records"], options["questions"]
     if not 2 <= options["pairs"] <= len(pairs):
         raise ValueError(f"--pairs is 2 to {len(pairs)} here, not {options['pairs']}")
-    if not 1 <= n_asked <= 10:
-        raise ValueError(f"--questions is 1 to 10, not {n_asked}")
+    if not 1 <= n_asked <= min(10, options["pairs"]):
+        raise ValueError(f"--questions is 1 to {min(10, options['pairs'])} with --pairs {options['pairs']}, "
+                         f"not {n_asked}")
     pairs = pairs[:options["pairs"]]
     shots = [f"{json.dumps(key)}: {json.dumps(value)},\n " for key, value in pairs]
     shots[-1] = shots[-1].replace(",\n ", "}\n\n")
-    items = []
+    items: list[Item] = []
+    free = list(range(len(pairs)))
     for j in range(n_asked):
         tenth = (i + j*10//n_asked) % 10
-        key, value = pairs[round((len(pairs) - 1)*tenth/9)]
+        wanted = round((len(pairs) - 1)*tenth/9)
+        place = min(free, key=lambda at: abs(at - wanted))  # noqa: B023  of few pairs two tenths may mean the same one
+        free.remove(place)
+        key, value = pairs[place]
         items.append(Item(id=f"{row.get('id', i)}/{options['pairs']}/{key}", lead=LEAD, shots=shots, question=f'Key: "{key}"\nValue:', cue="Value:",
                           query=f'Key: "{key}"', gold=value, max_tokens=60, tags={"depth": round(100*tenth/9)}))
     return items

@@ -1,7 +1,11 @@
-"""Many multiple-choice questions of a subject answered, with reasons, in one long generation: mmlu, as LongGenBench has it.
+"""Many multiple-choice questions of a subject answered in one long generation: mmlu, as LongGenBench has it.
 
-Paper: Liu et al. 2024, arXiv 2410.04199; data: as mmlu; examples: the subject's five with reasons of lm-evaluation-harness (MIT), which
-LongGenBench takes, too: DATA/mmlu/cot_prompts.jsonl. Example questions come first, example answers after; see longgenbench.
+Paper: Liu et al. 2024, arXiv 2410.04199; data: as mmlu; examples: the subject's five with reasons of
+lm-evaluation-harness (MIT), which LongGenBench takes, too: DATA/mmlu/cot_prompts.jsonl. Example questions come first,
+example answers after. What is as in the original (longgenbench_MMLU_openai.py) and what is not, longgenbench says; here
+the instruction names the subject, new questions begin at 6 after five examples, and the last A, B, C or D of an answer
+counts, be it the first letter of a word, as there. Choices have a space between them, and what was not answered is not
+asked again but wrong.
 """
 import re
 from collections import defaultdict
@@ -9,9 +13,12 @@ from collections import defaultdict
 from ..data import rows, take
 from ..items import Item, Options
 from . import mmlu
-from .longgenbench import answers, item, numbered
+from .longgenbench import item, share
 
 SETTINGS = {"shots": 5, "questions": 20}
+LEAD = ("Answer each question step by step, adhering to the format shown in the examples provided. Start each response "
+        "with 'Answer_' . Do not repeat the question. Ensure that you respond to all the questions presented, "
+        "regardless of their number. The following are multiple choice questions (with answers) about {}.\n\n")
 
 
 def load(options: Options) -> list[Item]:
@@ -24,9 +31,9 @@ def load(options: Options) -> list[Item]:
         if subject not in examples:
             raise ValueError(f"mmlu/cot_prompts has no {subject}, which mmlu/test asks about")
         shown = take("--shots", examples[subject], options["shots"])
-        shots = numbered("Question", [question for question, _ in shown]) + numbered("Answer", [answer for _, answer in shown])
         asked = take("--questions", found, n)
-        items.append(item(f"{subject}/{n}/{len(shown)}", shots, [_question(row) for row in asked], [mmlu.LABELS[row["answer"]] for row in asked],
+        lead, gold = LEAD.format(subject.replace("_", " ")), [mmlu.LABELS[row["answer"]] for row in asked]
+        items.append(item(f"{subject}/{n}/{len(shown)}", lead, shown, [_question(row) for row in asked], gold,
                           tags={"subject": subject}))
     return items[:options.n]
 
@@ -37,8 +44,7 @@ def unit(item: str, tags: dict) -> str:
 
 
 def score(item: Item, answer: str) -> float:
-    said = answers(answer)
-    return sum(_letter(said.get(i, "")) == gold for i, gold in enumerate(item.gold, 1))/len(item.gold)
+    return share(answer, item.gold, lambda text: (re.findall("A|B|C|D", text) or [""])[-1])
 
 
 def _examples(prompt: str) -> list[tuple[str, str]]:
@@ -48,8 +54,3 @@ def _examples(prompt: str) -> list[tuple[str, str]]:
 
 def _question(row: dict) -> str:
     return f"{row['question'].strip()}\n" + " ".join(f"({label}) {choice}" for label, choice in zip(mmlu.LABELS, row["choices"]))
-
-
-def _letter(text: str) -> str:
-    """Of the last "answer is"."""
-    return (re.findall(r"answer is:? *\(?([A-D])\b", text) or [""])[-1]

@@ -71,12 +71,14 @@ def _of_text(path: Path, needles: list[dict], depths: list[float], options: Opti
     room = options["length"] - sum(options.count(needle["needle"]) + 1 for needle in chosen)
     text = _cut(path.read_text(encoding="utf-8"), room, options)
     step = max(1, len(depths)//len(chosen))
+    unusual = [name for name in ("needles", "depths") if options[name] != SETTINGS[name]]  # they change the context
+    others = "".join(f"/{name} {options[name]}" for name in unusual)
     groups = []
     for i in range(len(depths)):
         at = [depths[(i + j*step) % len(depths)] for j in range(len(chosen))]
         context = _insert(text, list(zip(at, (needle["needle"] for needle in chosen))))
         groups.append([Item(
-            id=f"{path.stem}/{options['length']}/{i}/{needle['id']}@{depth:g}", context=context + "\n\n",
+            id=f"{path.stem}/{options['length']}/{i}/{needle['id']}@{depth:g}{others}", context=context + "\n\n",
             question=f"Question: {needle['question']}\nAnswer briefly, in the words of the text.", query=needle["question"],
             gold=needle["answer"], max_tokens=MAX_TOKENS, tags={"depth": depth, "length": options["length"], "needle": needle["id"], "text": path.stem})
             for depth, needle in zip(at, chosen)])
