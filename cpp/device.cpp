@@ -1,7 +1,7 @@
 // What the device that holds a layer's cache can run. Asked once, when the context is created.
 //
-// Most of our graph is the scheduler's to place: a device that lacks an op has it run on the CPU, between copies. An op that
-// writes into a tensor of ours has to run where that tensor is, and llama.cpp aborts where it cannot.
+// Most of our graph is the scheduler's to place: a device that lacks an op has it run on the CPU, between copies. An op
+// that writes into a tensor of ours has to run where that tensor is, and llama.cpp aborts where it cannot.
 
 #include "engine.h"
 
@@ -34,6 +34,15 @@ bool can_run(ggml_backend_dev_t dev, const ggml_tensor * op) {
 
 static bool is_view(const ggml_tensor * t) {
     return t->op == GGML_OP_NONE || t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
+}
+
+bool can_run_all(ggml_backend_dev_t dev, ggml_context * graph) {
+    for (auto * op = ggml_get_first_tensor(graph); op; op = ggml_get_next_tensor(graph, op)) {
+        if (!is_view(op) && !can_run(dev, op)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 // The graphs of signal.cpp, in the largest shapes of a layer, and no memory behind them.

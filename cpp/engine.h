@@ -4,11 +4,11 @@
 // what they call is here.
 //
 // After an eviction layer l holds n_kept[l] rows, which stand for cells [n_base - n_kept[l], n_base): right-aligned, so
-// that the next token takes the same cell in every layer and llama.cpp's one cell table still serves all. Sequences differ in what
-// their layers hold: attention reads as many rows as the longest of a batch has, and each masks what it lacks. The rows
-// themselves begin at 0 of the layer's tensors: row = cell - cell_begin(layer). Each KV head of a layer keeps rows of
-// its own; where heads keep different numbers, the first rows of a shorter one are empty (zeros) and masked. Keys keep the
-// RoPE position they were written with.
+// that the next token takes the same cell in every layer and llama.cpp's one cell table still serves all. Sequences
+// differ in what their layers hold: attention reads as many rows as the longest of a batch has, and each masks what it
+// lacks. The rows themselves begin at 0 of the layer's tensors: row = cell - cell_begin(layer). Each KV head of a layer
+// keeps rows of its own; where heads keep different numbers, the first rows of a shorter one are empty (zeros) and
+// masked. Keys keep the RoPE position they were written with.
 //
 //   config.cpp  which policy a context gets, and which models can evict
 //   engine.cpp  what a new one holds, and what its sequences hold
@@ -76,7 +76,8 @@ struct config {
     int32_t     n_reserve = 0;     // of them, those that an eviction of the prompt leaves free: n_ubatch
 };
 
-// Why a sequence is evicted: its prompt ended; its generated tokens are over their budget; the next tokens have no room.
+// Why a sequence is evicted: its prompt ended; its generated tokens are over their budget; the next tokens have no
+// room.
 enum class cause { prompt, decode, room };
 
 struct stats {
@@ -189,14 +190,15 @@ public:
     void set_spans(llama_seq_id seq_id, std::vector<span> spans);
     void set_guess(bool guess);
     void set_policy(llama_seq_id seq_id, const char * policy, const char * prompt, const char * decode); // until the sequence is emptied
-    // What set_policy() would give a sequence: another policy on the signals and cells that the context has, budgets of its own.
-    // Null: the context's own. Reads nothing that changes.
+    // What set_policy() would give a sequence: another policy on the signals and cells that the context has, budgets of
+    // its own. Null: the context's own. Reads nothing that changes.
     std::shared_ptr<const config> variant(const char * policy, const char * prompt, const char * decode) const;
     void begin_prompt(llama_seq_id seq_id); // another prompt follows: what was generated belongs to it
     void end_prompt(llama_seq_id seq_id);
     bool evict(llama_context * lctx, llama_seq_id seq_id, bool mask_only = false); // false: nothing was over budget
-    // A probe about positions [begin, end) is evaluated after the context, at most a window of it at a time: what the last n_new of
-    // its n_probe tokens so far gave to the slots before it is added to `heard`, a layer F32 [n_head, n_kv].
+    // A probe about positions [begin, end) is evaluated after the context, at most a window of it at a time: what the
+    // last n_new of its n_probe tokens so far gave to the slots before it is added to `heard`, a layer F32 [n_head,
+    // n_kv].
     void listen(llama_context * lctx, llama_seq_id seq_id, int32_t n_new, int32_t n_probe, llama_pos begin, llama_pos end,
                 std::vector<std::vector<float>> & heard);
     // The probe is removed, and what was heard of positions [begin, end) is kept for the policy.
@@ -323,8 +325,8 @@ private:
     ggml_tensor * graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, const ring_part & p) const;
     ggml_tensor * graph_reduced(ggml_context * ctx, int32_t ikv, ggml_tensor * each, ggml_tensor * weight, bool largest) const;
     ring_part largest_part(int32_t ikv) const; // that one graph ever takes
-    // F32 [n_head, n_kv]: the weighted sum, or the largest, of what the queries give to each slot. slots: those that they see, ascending,
-    // of all heads; empty: all of them.
+    // F32 [n_head, n_kv]: the weighted sum, or the largest, of what the queries give to each slot. slots: those that
+    // they see, ascending, of all heads; empty: all of them.
     std::vector<float> attention_of(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
                                     bool largest, const std::vector<int32_t> & slots = {}) const;
     std::vector<float> attention_tiles(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
@@ -437,6 +439,7 @@ bool uses_flash_attn(llama_context * lctx);
 
 ggml_backend_dev_t device_of(const ggml_tensor * t);
 bool can_run(ggml_backend_dev_t dev, const ggml_tensor * op); // but for what pretend_lacking() named
+bool can_run_all(ggml_backend_dev_t dev, ggml_context * graph); // every op of it but views
 
 // A small graph of ours, between those of the model: build it, then run it for one result.
 llm_graph_result * begin_graph(llama_context * lctx);

@@ -1,11 +1,13 @@
-// Rows move where they lie: the kept rows of a layer go to its first rows. In the host's memory one after the other, in place.
-// On a device by two ops that every backend has: GET_ROWS over an I32 alias of the bytes, which copies them as they are
-// whatever their type is, and CPY; nothing crosses but the numbers of the slots. Where a device lacks them, through the host.
+// Rows move where they lie: the kept rows of a layer go to its first rows. In the host's memory one after the other, in
+// place. On a device by two ops that every backend has: GET_ROWS over an I32 alias of the bytes, which copies them as
+// they are whatever their type is, and CPY; nothing crosses but the numbers of the slots. Where a device lacks them,
+// through the host.
 //
 //   K of a stream [n_embd_k, n_rows]  as  I32 [head bytes/4, n_rows, n_head_kv]
 //   GET_ROWS by slots I32 [n, n_head_kv]  ->  I32 [head bytes/4, n, n_head_kv]  -> CPY to rows [begin, begin + n)
 //
-// A slot is never below the row it goes to, so rows are moved in pieces, the first ones first, and a piece is all the memory it takes.
+// A slot is never below the row it goes to, so rows are moved in pieces, the first ones first, and a piece is all the
+// memory it takes.
 
 #include "gather.h"
 #include "engine.h"
@@ -99,9 +101,8 @@ static bool can_gather(const cache_rows & rows) {
     }
     ggml_context_ptr ctx(ggml_init({ 16*ggml_tensor_overhead(), nullptr, true }));
     const int32_t slot = 0;
-    const auto ops = ops_of(ctx.get(), { rows, 0, 1, &slot, 1 }, ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, rows.ne2*rows.ne3), 0);
-    auto * dev = device_of(rows.t);
-    return can_run(dev, ops.first) && can_run(dev, ops.second);
+    ops_of(ctx.get(), { rows, 0, 1, &slot, 1 }, ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, rows.ne2*rows.ne3), 0);
+    return can_run_all(device_of(rows.t), ctx.get());
 }
 
 void add_pieces(const cache_rows & rows, int32_t n, const int32_t * slots, std::vector<piece> & out) {
@@ -111,8 +112,9 @@ void add_pieces(const cache_rows & rows, int32_t n, const int32_t * slots, std::
     }
 }
 
-// One head's parts of rows, in place: row i becomes row slots[i] - begin. Behind -1s some rows move up, the last of them first; those that
-// follow move down. Empty rows (slot -1) become zeros: what is masked is still multiplied by 0, and NaN would stay NaN.
+// One head's parts of rows, in place: row i becomes row slots[i] - begin. Behind -1s some rows move up, the last of
+// them first; those that follow move down. Empty rows (slot -1) become zeros: what is masked is still multiplied by 0,
+// and NaN would stay NaN.
 static void move_head(char * rows, size_t n_row, size_t n_part, const int32_t * slots, int32_t n, int32_t begin) {
     const auto move = [&](int32_t i) {
         if (slots[i] - begin != i) {

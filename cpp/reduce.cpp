@@ -1,5 +1,5 @@
-// What a policy needs of keys and values, computed where they lie: one KV head after the other, so that the workspace is one
-// head's keys as F32. On the CPU that is ggml's threads and vectors, on a device rows do not cross.
+// What a policy needs of keys and values, computed where they lie: one KV head after the other, so that the workspace
+// is one head's keys as F32. On the CPU that is ggml's threads and vectors, on a device rows do not cross.
 
 #include "engine.h"
 
@@ -16,18 +16,6 @@ namespace kvc {
 ggml_tensor * engine::graph_head(ggml_context * ctx, ggml_tensor * t, uint32_t s, int64_t head_dim, int32_t h, int64_t n_kv) const {
     auto * head = ggml_view_2d(ctx, t, head_dim, n_kv, t->nb[1], s*t->nb[2] + h*ggml_row_size(t->type, head_dim));
     return ggml_cast(ctx, head, GGML_TYPE_F32);
-}
-
-static bool all_run(ggml_context * ctx, const ggml_tensor * where) {
-    auto * dev = device_of(where);
-    for (auto * op = ggml_get_first_tensor(ctx); op; op = ggml_get_next_tensor(ctx, op)) {
-        const bool is_view = op->op == GGML_OP_NONE || op->op == GGML_OP_VIEW || op->op == GGML_OP_RESHAPE || op->op == GGML_OP_PERMUTE ||
-            op->op == GGML_OP_TRANSPOSE;
-        if (!is_view && !can_run(dev, op)) {
-            return false;
-        }
-    }
-    return true;
 }
 
 // A graph of one output for each head, and what it gives: F32, one head after the other.
@@ -62,7 +50,7 @@ bool engine::reduce_keys(llama_context * lctx, uint32_t s, layer_signals & sig) 
         auto * m = mean ? ggml_view_2d(ctx, mean, n_dim, n_group, mean->nb[1], h*n_group*mean->nb[1]) : nullptr;
         auto * c = cov  ? ggml_view_3d(ctx, cov, n_dim, n_dim, n_group, cov->nb[1], cov->nb[2], h*n_group*cov->nb[2]) : nullptr;
         heads.push_back(pol.reduce_keys(ctx, graph_head(ctx, k, s, n_dim, h, sig.n_kv), m, c));
-        if (!heads.back() || (h == 0 && !all_run(ctx, k))) {
+        if (!heads.back() || (h == 0 && !can_run_all(device_of(k), ctx))) {
             return false;
         }
     }
@@ -91,7 +79,7 @@ bool engine::reduce_values(llama_context * lctx, uint32_t s, layer_signals & sig
     std::vector<ggml_tensor *> heads;
     for (int32_t h = 0; h < n_hkv; ++h) {
         heads.push_back(ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, graph_head(ctx, v, s, sig.value_dim, h, sig.n_kv)))));
-        if (h == 0 && !all_run(ctx, v)) {
+        if (h == 0 && !can_run_all(device_of(v), ctx)) {
             return false;
         }
     }

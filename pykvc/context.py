@@ -13,10 +13,9 @@ import weakref
 from typing import TYPE_CHECKING, Any, Literal, Sequence, overload
 
 from . import _core, options
+from .arguments import Budget
 from .session import Session
 from .turns import Turns, queued
-
-Budget = int | float | str | None
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -126,7 +125,8 @@ class Context:
 
     @queued
     def ask(self, question: str | None = None, **how: Any) -> "Generation | Stream":
-        """LLM.generate() from the context as it is now, whole or compressed. how: max_tokens, stop, stream, tokens= instead of a question ..."""
+        """LLM.generate() from the context as it is now, whole or compressed. how: max_tokens, stop, stream, tokens=
+        instead of a question ..."""
         self.go_back()
         return self._llm.generate(question, **{"spans": () if question is not None else None, **how, "reset": False, "compress": False})
 

@@ -16,7 +16,7 @@ from .progress import prompt_bar
 from .sampling import Sampler, SamplingParams
 from .table import mebibytes
 
-POLICY = "snapkv"  # each eviction comes after a message, whose words say what is needed: docs/benchmarks.md
+POLICY = "snapkv"  # each eviction comes after a message, whose words say what is needed: docs/guide.md, Chats
 COMMANDS = ("/clear forgets the conversation, /system TEXT begins a new one, Ctrl-C stops an answer, "
             "/exit or Ctrl-D ends")
 
