@@ -1,4 +1,5 @@
-// What some queries of the ring give to the cells of a layer: steps of our own on the CPU (ggml/attn_scores.h), elsewhere a small graph.
+// What some queries of the ring give to the cells of a layer: steps of our own on the CPU (ggml/attn_scores.h),
+// elsewhere a small graph.
 
 #include "engine.h"
 #include "attn_ops.h"
@@ -39,8 +40,8 @@ void run_graph(llama_context * lctx, llm_graph_result * res, ggml_tensor * out, 
     llama_synchronize(lctx);
 }
 
-// Which slots a query head's queries see: I32 [2, n_query, n_mask], from and up to. By the positions of head 0, since from the floor
-// on all agree; of each head where one has empty slots.
+// Which slots a query head's queries see: I32 [2, n_query, n_mask], from and up to. By the positions of head 0, since
+// from the floor on all agree; of each head where one has empty slots.
 std::vector<int32_t> ranges_of(const layer_signals & sig, const std::vector<ring_query> & queries, int32_t n_mask) {
     std::vector<int32_t> res;
     for (int32_t h = 0; h < n_mask; ++h) {

@@ -1,5 +1,5 @@
-// What some queries of the ring give to the cells of a layer, as graphs that any device runs. A graph takes as many rows of the
-// ring and KV heads as its workspace holds, whatever n_kv, window and n_head are.
+// What some queries of the ring give to the cells of a layer, as graphs that any device runs. A graph takes as many
+// rows of the ring and KV heads as its workspace holds, whatever n_kv, window and n_head are.
 
 #include "engine.h"
 
@@ -17,7 +17,8 @@ namespace kvc {
 
 static const int64_t N_WORKSPACE = 16 << 20; // bytes of the probabilities of one graph; beside them lie a mask, queries and a copy
 
-// softmax(scale * Q K^T + mask) of some rows of the ring and KV heads: F32 [n_kv, n_row, n_head], of a mask F32 [n_kv, n_row, 1 or n_head].
+// softmax(scale * Q K^T + mask) of some rows of the ring and KV heads: F32 [n_kv, n_row, n_head], of a mask F32 [n_kv,
+// n_row, 1 or n_head].
 ggml_tensor * engine::graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, const ring_part & p) const {
     const auto & hp    = model.hparams;
     const auto & layer = kv.layers[ikv];
@@ -44,7 +45,8 @@ ggml_tensor * engine::graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, 
     return out;
 }
 
-// Of probabilities [n_kv, n_row, n_head] and a weight F32 [1, n_row, n_head] of each row: [n_kv, 1, n_head] or, of the largest, [1, n_kv, n_head].
+// Of probabilities [n_kv, n_row, n_head] and a weight F32 [1, n_row, n_head] of each row: [n_kv, 1, n_head] or, of the
+// largest, [1, n_kv, n_head].
 ggml_tensor * engine::graph_reduced(ggml_context * ctx, int32_t ikv, ggml_tensor * each, ggml_tensor * weight, bool largest) const {
     if (!largest) {
         return graph_dot(ctx, ikv, each, weight);

@@ -65,9 +65,10 @@ public:
 
     // -- bind_cache.cpp
     bool evict(int32_t seq, bool mask_only);
-    // Evaluates a probe after what the sequence holds, lets the policy see what it attends to of positions [begin, end), and
-    // takes it out again, a window of it at a time. However it ends, the probe is gone. Of the last n_repeated tokens, those that the
-    // model was to repeat: (sum of their log-probabilities in nats, how many were looked at).
+    // Evaluates a probe after what the sequence holds, lets the policy see what it attends to of positions [begin,
+    // end), and takes it out again, a window of it at a time. However it ends, the probe is gone. Of the last
+    // n_repeated tokens, those that the model was to repeat: (sum of their log-probabilities in nats, how many were
+    // looked at).
     std::pair<double, int32_t> ask(const i32_array & tokens, int32_t seq, int32_t begin, int32_t end, int32_t n_repeated);
     void make_room(int32_t n, int32_t seq);
 

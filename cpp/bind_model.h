@@ -154,7 +154,8 @@ public:
     }
 };
 
-// Contexts of one model may be made by several threads, and llama.cpp lists its adapters without a lock: the GIL is held.
+// Contexts of one model may be made by several threads, and llama.cpp lists its adapters without a lock: the GIL is
+// held.
 class Adapter {
 public:
     std::shared_ptr<Model> model; // outlives ptr

@@ -102,7 +102,8 @@ private:
         }
     }
 
-    // Of the logits, the chain's token. A grammar looks at the whole vocabulary only where it refuses what the chain chose.
+    // Of the logits, the chain's token. A grammar looks at the whole vocabulary only where it refuses what the chain
+    // chose.
     llama_token pick(const float * logits, int32_t n_vocab) {
         llama_token res = choose(logits, n_vocab, false);
         if (grammar) {

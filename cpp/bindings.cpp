@@ -1,4 +1,5 @@
-// The module: what is bound stands in bind_policy.cpp, bind_spans.cpp (no model needed), bind_llama.cpp and bind_sampler.cpp.
+// The module: what is bound stands in bind_policy.cpp, bind_spans.cpp (no model needed), bind_llama.cpp and
+// bind_sampler.cpp.
 
 #include <pybind11/pybind11.h>
 

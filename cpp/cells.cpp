@@ -1,9 +1,9 @@
 // kv_cells: a cache of fewer cells than the context has tokens. Evictions make room before each ubatch.
 //
 // Layers whose budgets differ are allocated at their own length: a layer of budget B_l has B_l + n_ubatch rows, and all
-// of them together n_layer * kv_cells. A layer's rows begin at 0, so row = cell - cell_begin(layer). Where layers share a
-// budget, they draw their rows from a pool (pool.cpp). Where heads differ, nobody knows yet which layer will have the longest:
-// all are allocated alike, and no head keeps more than its layer holds.
+// of them together n_layer * kv_cells. A layer's rows begin at 0, so row = cell - cell_begin(layer). Where layers share
+// a budget, they draw their rows from a pool (pool.cpp). Where heads differ, nobody knows yet which layer will have the
+// longest: all are allocated alike, and no head keeps more than its layer holds.
 
 #include "engine.h"
 
@@ -229,8 +229,8 @@ bool engine::has_room(const llama_ubatch & ubatch) const {
     return true;
 }
 
-// Slots to free in every layer so that n_new tokens fit: a whole ubatch of a prompt; of an answer half of what the prompt
-// left, so that generated tokens are not evicted at every step.
+// Slots to free in every layer so that n_new tokens fit: a whole ubatch of a prompt; of an answer half of what the
+// prompt left, so that generated tokens are not evicted at every step.
 int32_t engine::n_to_free(uint32_t s, int32_t n_new) const {
     const auto & q = streams[s];
     const int32_t n_left = std::max((cfg->n_cells - q.n_prompt)/2, q.cfg->interval);

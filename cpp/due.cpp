@@ -40,7 +40,8 @@ int32_t engine::target(uint32_t s, cause why, int32_t n_new, const std::vector<i
         return n_most;
     }
     if (why == cause::prompt) {
-        // a ratio of a short prompt is not below what the policy always keeps; a number of tokens was checked when it was given
+        // a ratio of a short prompt is not below what the policy always keeps; a number of tokens was checked when it
+        // was given
         return q.prompt_budget.kind == budget::none ? std::numeric_limits<int32_t>::max() :
             std::min(std::max(q.prompt_budget.of(n_tokens), q.cfg->pol->min_budget()), n_most);
     }
@@ -85,8 +86,8 @@ int32_t engine::n_of_each(const llama_ubatch & ubatch) const {
     return (int32_t) (ubatch.n_tokens/(kv.n_stream > 1 ? ubatch.n_seqs_unq : 1));
 }
 
-// Before a batch, whose ubatches may each have other sequences: whether a prompt is over, and what an answer may hold, are matters of
-// all of it.
+// Before a batch, whose ubatches may each have other sequences: whether a prompt is over, and what an answer may hold,
+// are matters of all of it.
 bool engine::is_due(const std::vector<llama_ubatch> & ubatches) {
     due.clear();
     std::map<llama_seq_id, int32_t> n_new;
@@ -133,8 +134,8 @@ void engine::add_room(const llama_ubatch & ubatch) {
     }
 }
 
-// Heads disagree on what lies below the floor. Queries from the floor on see all of that; earlier ones are left out. The ring
-// may be longer than the window of the sequence's policy.
+// Heads disagree on what lies below the floor. Queries from the floor on see all of that; earlier ones are left out.
+// The ring may be longer than the window of the sequence's policy.
 llama_pos engine::first_query(uint32_t s) const {
     const auto & q = streams[s];
     return std::max({ q.floor - 1, (llama_pos) q.tokens.size() - q.cfg->need.window, 0 });
@@ -151,7 +152,8 @@ bool engine::is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) con
     if (why == cause::room) {
         return !has_room(s, n_new);
     }
-    // of all layers where they share: one may hold more than the mean. With count=rows a layer's longest head counts for all.
+    // of all layers where they share: one may hold more than the mean. With count=rows a layer's longest head counts
+    // for all.
     const auto & share = streams[s].cfg->pol->share;
     int64_t n_all = 0;
     for (int32_t l = 0; l < n_layer(); ++l) {

@@ -119,16 +119,17 @@ std::vector<int32_t> engine::kept(llama_seq_id seq_id, int32_t ikv) const {
     return slot_pos(stream_of(seq_id), ikv);
 }
 
-// Every head of every layer that evicts holds what lies from here on. Behind sums there is no way back: what the queries of a tail gave
-// cannot be taken out. A caller that knows nothing of us is led back no further than to the last eviction: one that asks the same prompt
-// again evaluates its last token alone, and would get the answer of a cache that this prompt has been evicted from.
+// Every head of every layer that evicts holds what lies from here on. Behind sums there is no way back: what the
+// queries of a tail gave cannot be taken out. A caller that knows nothing of us is led back no further than to the last
+// eviction: one that asks the same prompt again evaluates its last token alone, and would get the answer of a cache
+// that this prompt has been evicted from.
 llama_pos engine::held_from(uint32_t s) const {
     const auto & q = streams[s];
     return cfg->need.sums ? (llama_pos) q.tokens.size() : cfg->guess ? q.seen : q.floor;
 }
 
-// The sliding windows of the first token there have to be whole, too; at the end they are. A recurrent state is of the end, or of where it was
-// remembered.
+// The sliding windows of the first token there have to be whole, too; at the end they are. A recurrent state is of the
+// end, or of where it was remembered.
 llama_pos engine::floor(llama_seq_id seq_id) const {
     const uint32_t  s   = stream_of(seq_id);
     const llama_pos end = (llama_pos) streams[s].tokens.size();

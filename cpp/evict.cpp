@@ -62,7 +62,8 @@ int32_t engine::n_block() const {
     return off_host ? 256 : 1;
 }
 
-// The one place that says what views of the cache are off the host: they begin at whole blocks, and so are whole blocks themselves.
+// The one place that says what views of the cache are off the host: they begin at whole blocks, and so are whole blocks
+// themselves.
 static void check_blocks(const std::string & who, const std::vector<int32_t> & n_keep, int32_t n_block) {
     const int32_t n_base = *std::max_element(n_keep.begin(), n_keep.end());
     for (const int32_t n : n_keep) {

@@ -1,5 +1,5 @@
-// The queries that are to be expected: a Gaussian fit of those in the ring, each turned from its own position to the mean
-// of the positions to come.
+// The queries that are to be expected: a Gaussian fit of those in the ring, each turned from its own position to the
+// mean of the positions to come.
 
 #include "engine.h"
 
@@ -25,8 +25,8 @@ static bool has_rope(const ggml_tensor * t) {
     return t->op == GGML_OP_ROPE || std::any_of(t->src, t->src + GGML_MAX_SRC, has_rope);
 }
 
-// From what attention multiplies with keys back to the rope. In between, a query may be scaled as a whole: a rotation does
-// not mind.
+// From what attention multiplies with keys back to the rope. In between, a query may be scaled as a whole: a rotation
+// does not mind.
 bool rotation::find(const ggml_tensor * q, rotation & res) {
     res = rotation();
     const ggml_tensor * mixed = q->op == GGML_OP_RESHAPE ? q->src[0] : nullptr;

@@ -33,7 +33,8 @@ struct piece {
     int32_t stride;
 };
 
-// What has to move for rows [0, n) to become those of the slots I32 [n_head_kv, n], ascending in each head, -1s first. They stay the caller's.
+// What has to move for rows [0, n) to become those of the slots I32 [n_head_kv, n], ascending in each head, -1s first.
+// They stay the caller's.
 void add_pieces(const cache_rows & rows, int32_t n, const int32_t * slots, std::vector<piece> & out);
 
 void move_rows(llama_context * lctx, const std::vector<piece> & pieces);

@@ -117,8 +117,9 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 }
 
 void engine::on_seq_cp(uint32_t s0, uint32_t s1) {
-    // Signals now, although K and V wait for the next update: by then the source or the copy may have been removed, which clears sums
-    // at once. (K and V may wait: removing cells leaves their rows, and copies come first in an update, in the order they were asked for.)
+    // Signals now, although K and V wait for the next update: by then the source or the copy may have been removed,
+    // which clears sums at once. (K and V may wait: removing cells leaves their rows, and copies come first in an
+    // update, in the order they were asked for.)
     synchronize();
     for (const auto & t : tensors) {
         for (ggml_tensor * x : { t.win, t.sums }) {
@@ -143,8 +144,9 @@ bool engine::refuse_shift(const char * what) const {
     return true;
 }
 
-// What llama_memory_seq_pos_min() says. A llama-server goes on from n_past tokens if this is below n_past - n_swa: the edge of the window,
-// where windows forget, else n_past itself. So that it goes on from the floor and from what is behind it.
+// What llama_memory_seq_pos_min() says. A llama-server goes on from n_past tokens if this is below n_past - n_swa: the
+// edge of the window, where windows forget, else n_past itself. So that it goes on from the floor and from what is
+// behind it.
 llama_pos engine::pos_min(uint32_t s, llama_pos p0) const {
     const bool forget = mem.windows && mem.windows->get_size() < kv.get_size();
     return p0 < 0 ? p0 : std::max(held_from(s) - 1 - (forget ? (llama_pos) mem.windows->n_swa : 0), 0);

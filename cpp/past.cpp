@@ -1,4 +1,5 @@
-// Where a recurrent state can go back to: it is of its end alone, so a copy is kept of where a prompt ended, or a probe began.
+// Where a recurrent state can go back to: it is of its end alone, so a copy is kept of where a prompt ended, or a probe
+// began.
 
 #include "engine.h"
 

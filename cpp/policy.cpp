@@ -48,8 +48,8 @@ void policy::keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) 
         const int32_t n    = r.heads.empty() ? n_keep : std::min(r.heads[il][h], n_keep);
         const int32_t from = r.heads.empty() ? 0 : first_slot(lp.pos + (size_t) h * lp.n_kv, lp.n_kv);
 
-        // Beside a frozen prompt, sinks that it is too short for and n_recent() are a matter of the generated tokens' own budget, which
-        // may be smaller.
+        // Beside a frozen prompt, sinks that it is too short for and n_recent() are a matter of the generated tokens'
+        // own budget, which may be smaller.
         const int32_t n_other = n - lp.n_frozen;
         const int32_t n_first = lp.n_frozen > 0 ? std::min(std::max(lp.n_frozen, n_sink()), n) : n_sink();
         const int32_t n_last  = lp.n_frozen > 0 ? std::min(n_recent(n_other), n - n_first) : n_recent(n_other);
@@ -336,7 +336,8 @@ std::vector<float> sum_over_heads(const request & r, int32_t il) {
     return sum;
 }
 
-// Sums f(i) over [0, n) in eight partial sums: one running sum would wait for each addition, and the compiler may not reorder floats.
+// Sums f(i) over [0, n) in eight partial sums: one running sum would wait for each addition, and the compiler may not
+// reorder floats.
 template <typename F>
 static float sum_of(int32_t n, F f) {
     float s[8] = { 0 };

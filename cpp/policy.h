@@ -8,8 +8,9 @@
 // thread at a time. Errors are std::invalid_argument with a sentence that names what is valid.
 //
 // A *slot* is a cell of one layer and KV head, counted from the oldest token the head still holds. Before the first
-// eviction slot j is position j; afterwards heads differ, and pos says which token a slot holds. Where heads_differ(), the
-// first slots of a head that holds fewer than its layer are empty: position -1, no attention, keys of 0, never kept again.
+// eviction slot j is position j; afterwards heads differ, and pos says which token a slot holds. Where heads_differ(),
+// the first slots of a head that holds fewer than its layer are empty: position -1, no attention, keys of 0, never kept
+// again.
 
 #include "share.h"
 #include "spec.h"
@@ -106,28 +107,30 @@ public:
     // The least kv_budget, in tokens, that means anything: sinks + window + 1 for most.
     virtual int32_t min_budget() const { return 1; }
 
-    // True: KV heads of a layer may keep different numbers, r.budget on average. A layer takes as many rows as its longest
-    // head: that is what budgets() says and what is freed; the others' missing rows are masked. Only where generated tokens stay.
+    // True: KV heads of a layer may keep different numbers, r.budget on average. A layer takes as many rows as its
+    // longest head: that is what budgets() says and what is freed; the others' missing rows are masked. Only where
+    // generated tokens stay.
     virtual bool heads_differ() const { return share.heads_differ(); }
 
-    // Slots each layer keeps. The mean over layers is r.budget exactly; no layer asks for more than it has. The default does
-    // what `share` says; a policy with another rule declares no share.
+    // Slots each layer keeps. The mean over layers is r.budget exactly; no layer asks for more than it has. The default
+    // does what `share` says; a policy with another rule declares no share.
     virtual std::vector<int32_t> budgets(const request & r) const;
 
     // F32 [n_head_kv, n_kv], higher is kept longer.
     virtual void score(const layer_view & v, float * out) const = 0;
 
-    // What score() needs of the keys as a graph, which runs where they lie: of one KV head's F32 [head_dim, n_kv], with future > 0 the fit of
-    // its query heads F32 [head_dim, n_group] and [head_dim, head_dim, n_group], F32 [n_kv, n_out]. Null: score() takes the keys themselves.
+    // What score() needs of the keys as a graph, which runs where they lie: of one KV head's F32 [head_dim, n_kv], with
+    // future > 0 the fit of its query heads F32 [head_dim, n_group] and [head_dim, head_dim, n_group], F32 [n_kv,
+    // n_out]. Null: score() takes the keys themselves.
     virtual ggml_tensor * reduce_keys(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * mean, ggml_tensor * cov) const {
         (void) ctx, (void) keys, (void) mean, (void) cov;
         return nullptr;
     }
 
-    // Slots to keep of layer il: I32 [n_head_kv, n_keep], ascending in each head. The default keeps n_frozen,
-    // n_sink() and n_recent(n_keep), then the best scores; equal scores go to the older slot, and a head keeps r.heads if there are
-    // any. Where heads_differ(), n_keep is
-    // the most a head may keep, with kv_cells maybe less than budgets() asked for; a head that keeps fewer begins with -1s.
+    // Slots to keep of layer il: I32 [n_head_kv, n_keep], ascending in each head. The default keeps n_frozen, n_sink()
+    // and n_recent(n_keep), then the best scores; equal scores go to the older slot, and a head keeps r.heads if there
+    // are any. Where heads_differ(), n_keep is the most a head may keep, with kv_cells maybe less than budgets() asked
+    // for; a head that keeps fewer begins with -1s.
     virtual void keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) const;
 };
 
@@ -153,7 +156,8 @@ struct policy_info {
 
 const std::vector<policy_info> & policy_table();
 
-// Of the table: what a budget without a policy gets. It works on every device and knows no question; docs/results.md says what it is worth.
+// Of the table: what a budget without a policy gets. It works on every device and knows no question; docs/results.md
+// says what it is worth.
 extern const char * const recommended;
 const policy_info & find_policy(const std::string & name); // throws, listing the names
 

@@ -1,6 +1,7 @@
 // Memory that is really taken. A host's buffer is pages that the system gives when they are first written, so rows that
-// nobody holds need none. Here they are given back: after an eviction, and when a sequence is emptied. What was given back
-// reads as zeros, which is what attention needs of free rows. On Linux; elsewhere, and on devices, all pages stay (use kv_cells).
+// nobody holds need none. Here they are given back: after an eviction, and when a sequence is emptied. What was given
+// back reads as zeros, which is what attention needs of free rows. On Linux; elsewhere, and on devices, all pages stay
+// (use kv_cells).
 
 #include "engine.h"
 
@@ -60,7 +61,8 @@ static size_t n_resident(const char *, size_t size) {
 
 #endif
 
-// Not those of a bounded cache, which the next tokens write again at once, nor while a copy of the sequence waits for the next update.
+// Not those of a bounded cache, which the next tokens write again at once, nor while a copy of the sequence waits for
+// the next update.
 void engine::give_back_rows(uint32_t s, bool all) const {
     for (int32_t l = 0; !is_bounded() && kv.sc_info.empty() && l < n_layer(); ++l) {
         const auto & layer = kv.layers[l];

@@ -182,7 +182,8 @@ std::vector<int32_t> weighted_lengths(const policy & pol, const request & r) {
     return whole_budgets(r, ideal, n_least);
 }
 
-// Of the heads of layers [first, last): their best scores until they hold n slots, or with rows until their layers' longest heads do.
+// Of the heads of layers [first, last): their best scores until they hold n slots, or with rows until their layers'
+// longest heads do.
 static void fill_heads(const policy & pol, const request & r, int32_t first, int32_t last, std::vector<std::vector<int32_t>> & heads) {
     std::vector<rival> rivals;
     std::vector<bool> kept_already((size_t) last*r.n_head_kv, false);

@@ -1,7 +1,7 @@
 #pragma once
 
-// Sharing: how far one ranking of scores reaches when it decides how much each head keeps. A choice of its own beside the
-// score (policy.h): "snapkv:share=layers" is snapkv's score, ranked over all layers.
+// Sharing: how far one ranking of scores reaches when it decides how much each head keeps. A choice of its own beside
+// the score (policy.h): "snapkv:share=layers" is snapkv's score, ranked over all layers.
 //
 //   head    every head of every layer keeps the same number: no ranking between heads
 //   layers  one ranking over all layers and heads says how long each layer is; its heads keep equally many
@@ -10,9 +10,9 @@
 //   2/1/1   weights, one for each layer: its part of the budget, whatever the scores say (kvpress' PerLayerCompressionPress)
 //   auto    layers; head where kv_cells has no pool that layers draw their rows from (pool.cpp)
 //
-// The mean over all heads is the budget, whatever the share. Where heads differ, a layer takes the rows of its longest head: with
-// count=rows those are what the budget counts, so that every share takes the same bytes; with count=cells, the papers' way, it
-// counts what heads hold, and a layer's bytes are more than its budget.
+// The mean over all heads is the budget, whatever the share. Where heads differ, a layer takes the rows of its longest
+// head: with count=rows those are what the budget counts, so that every share takes the same bytes; with count=cells,
+// the papers' way, it counts what heads hold, and a layer's bytes are more than its budget.
 
 #include "spec.h"
 

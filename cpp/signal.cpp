@@ -253,7 +253,8 @@ void engine::read_values(uint32_t s, layer_signals & sig) const {
     }
 }
 
-// What nobody asked for stays, as a question may have come since; of an answer it gives way, or a long one would drive out the context.
+// What nobody asked for stays, as a question may have come since; of an answer it gives way, or a long one would drive
+// out the context.
 void engine::read_probed(uint32_t s, layer_signals & sig) const {
     const auto & q = streams[s];
     const auto & probed = q.probed[sig.il];

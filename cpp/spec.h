@@ -36,8 +36,8 @@ public:
 
 struct policy_info;
 
-// A parsed spec. canonical() writes it with every parameter, in the declared order, but for a share and values that are the policy's own: two specs
-// mean the same iff equal.
+// A parsed spec. canonical() writes it with every parameter, in the declared order, but for a share and values that are
+// the policy's own: two specs mean the same iff equal.
 struct spec {
     const policy_info * info = nullptr;
     params              p;

@@ -176,8 +176,8 @@ void engine::build_mask(llm_graph_result * res, int il, const ggml_tensor * k, g
     }
 }
 
-// What the queries were made from, the input of the attention block: behind the first matrix product on the way back. Quantized
-// keys have queries mixed by a Hadamard matrix, a product of its own.
+// What the queries were made from, the input of the attention block: behind the first matrix product on the way back.
+// Quantized keys have queries mixed by a Hadamard matrix, a product of its own.
 static ggml_tensor * input_of(ggml_tensor * q) {
     while (q && q->op != GGML_OP_NONE) {
         if (q->op != GGML_OP_MUL_MAT) {

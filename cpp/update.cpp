@@ -16,7 +16,8 @@
 namespace kvc {
 
 void engine::update(llama_context * lctx) {
-    // Nothing may leave here but by last_error(): llama_decode is C. What fails for one sequence is not what fails for the others.
+    // Nothing may leave here but by last_error(): llama_decode is C. What fails for one sequence is not what fails for
+    // the others.
     const auto attempt = [&](const auto & fn) {
         try {
             fn();
@@ -81,7 +82,8 @@ void engine::before_ubatch(llama_context * lctx, const llama_ubatch & ubatch) {
     }
 }
 
-// Several components of a position, and positions that leave gaps: an image, or text behind one. What is kept is counted in tokens.
+// Several components of a position, and positions that leave gaps: an image, or text behind one. What is kept is
+// counted in tokens.
 std::string engine::why_not(const llama_batch_allocr & balloc) const {
     if (model.hparams.n_pos_per_embd() == 1) {
         return "";

@@ -29,7 +29,8 @@ def _groups(found: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def lines(found: Sequence[Row]) -> list[Row]:
-    """A line for each model and task: means over units (report.unit_of()), and the interval of each, None of one unit."""
+    """A line for each model and task: means over units (report.unit_of()), and the interval of each, None of one
+    unit."""
     table = []
     for (model, name), of_task in _groups(found).items():
         line: Row = {"model": model, "task": name, "n": len(of_task), "tokens": float(np.mean([row["n_tokens"] for row in of_task]))}
@@ -83,7 +84,8 @@ def comma_separated(table: Sequence[Row]) -> str:
 # -- pictures -------------------------------------------------------------------------------------------------------------
 
 def draw(out: Path, found: Sequence[Row]) -> list[Path]:
-    """For each model: cumulative mass and entropy of all tasks, and of each task's first item a heat map and what survives."""
+    """For each model: cumulative mass and entropy of all tasks, and of each task's first item a heat map and what
+    survives."""
     use_matplotlib()
     paths = []
     for model in dict.fromkeys(row["model"] for row in found):

@@ -1,4 +1,5 @@
-"""The command line: `python -m evals run | study | report | leaderboard | pool | archive | list`. A mistake ends with exit status 2 and one sentence on stderr."""
+"""The command line: `python -m evals run | study | report | leaderboard | pool | archive | list`. A mistake ends with
+exit status 2 and one sentence on stderr."""
 import sys
 from contextlib import contextmanager
 from pathlib import Path

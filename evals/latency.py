@@ -35,7 +35,8 @@ def cases_of(blocks: Sequence[Row], model: Path | str | None, policies: Sequence
 
 
 def run(blocks: Sequence[tuple[Case, int]], out: Path, watch: Callable[[int, str], None]) -> list[str]:
-    """Measures what the folder does not hold yet; returns what went wrong, in sentences: a row that fails is no other row's end."""
+    """Measures what the folder does not hold yet; returns what went wrong, in sentences: a row that fails is no other
+    row's end."""
     out.mkdir(parents=True, exist_ok=True)
     done, problems = {_key(row) for row in rows(out)}, []
     for case, repetitions in blocks:
@@ -76,7 +77,8 @@ def table(out: Path) -> str:
 
 
 def draw(out: Path) -> list[Path]:
-    """How much faster it decodes than with the whole cache, and what the eviction takes of the prefill: a bar for each row."""
+    """How much faster it decodes than with the whole cache, and what the eviction takes of the prefill: a bar for each
+    row."""
     use_matplotlib()
     import matplotlib.pyplot as plt
     paths, found = [], [row for row in rows(out) if row["decode_ratio_full"] is not None]

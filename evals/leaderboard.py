@@ -81,7 +81,8 @@ def stratified(strata: Sequence[Sequence[float]], apart: bool = True) -> tuple[f
 
 
 def _interval(scores: Sequence[float]) -> tuple[float, float]:
-    """stats.mean_interval(); of scores that are all alike Wilson's, which is that of the widest spread with this mean."""
+    """stats.mean_interval(); of scores that are all alike Wilson's, which is that of the widest spread with this
+    mean."""
     return stats.wilson(sum(scores), len(scores)) if len(set(scores)) == 1 else stats.mean_interval(scores)
 
 

@@ -27,7 +27,8 @@ def run(plan: Plan, model: str | None, size: Callable[[int], None] = lambda n: N
 
 
 def check_all(plans: Sequence[Plan], model: str | None) -> None:
-    """ValueError for every mistake in the plans, before anything is evaluated: of all models before the first of them answers."""
+    """ValueError for every mistake in the plans, before anything is evaluated: of all models before the first of them
+    answers."""
     with _ready(plans, model):
         pass
 
@@ -75,7 +76,8 @@ def _checked_alike(work: Work) -> tuple:
 
 
 def _check(subject: Subject, work: Work) -> None:
-    """A budget that cannot be, or a question too long to be asked after each chunk, is a mistake now and not in an hour."""
+    """A budget that cannot be, or a question too long to be asked after each chunk, is a mistake now and not in an
+    hour."""
     with _open(subject, work) as llm:
         if work.case.asks:
             llm.prefill("a", kv_query=max((prompt.query for _, prompt in work.asked), key=lambda query: len(llm.tokenize(query))))

@@ -18,7 +18,8 @@ def architectures() -> list[str]: """Names of all that llama.cpp knows: docs/arc
 def parse_spec(spec: str) -> str:
     """The canonical form of a spec: every parameter, in declared order. ValueError names what is valid."""
 
-def needs(spec: str) -> dict[str, Any]: """What a policy with these parameters is given, as the table has it for the default ones."""
+def needs(spec: str) -> dict[str, Any]:
+    """What a policy with these parameters is given, as the table has it for the default ones."""
 
 def parse_budget(text: str, name: str = "kv_budget") -> tuple[str, float]:
     """('none' | 'tokens' | 'ratio', value)."""
@@ -47,20 +48,24 @@ def separator_spans(text: bytes, separator: bytes) -> list[tuple[int, int]]: """
 
 def system_info() -> str: ...
 def devices() -> list[tuple[str, str, str]]: """name, description, kind: CPU, GPU, IGPU, ACCEL"""
-def device_memory() -> list[tuple[str, str, int, int]]: """name, kind, free and total bytes; of the CPU no measure of what is free"""
+def device_memory() -> list[tuple[str, str, int, int]]:
+    """name, kind, free and total bytes; of the CPU no measure of what is free"""
 def pretend_lacking(ops: Sequence[str]) -> None: """Tests: no device runs these ops of ggml, if it is asked."""
 def set_log(callback: Callable[[int, str], None] | None) -> None: """level (1 debug .. 4 error), text; None: silent."""
 def next_context(policy: Any, budget: str = "", decode_budget: str = "", cells: str = "") -> None:
-    """The policy of the next context this thread creates, by whatever program (see Context); None: what the environment says."""
+    """The policy of the next context this thread creates, by whatever program (see Context); None: what the environment
+    says."""
 def begin_call() -> None: """Forgets what failed before on this thread."""
-def end_calls() -> None: """Before the interpreter ends: a call in another thread is a SystemExit after its llama_decode."""
+def end_calls() -> None:
+    """Before the interpreter ends: a call in another thread is a SystemExit after its llama_decode."""
 def why_failed(what: str) -> str: """what, and why, as llama.cpp or the engine said since begin_call()."""
 
 class Model:
     """A loaded GGUF. ValueError: not a GGUF, truncated, unknown architecture."""
     def __init__(self, path: str, *, n_gpu_layers: int = 0, use_mmap: bool = True, use_mlock: bool = False, vocab_only: bool = False,
                  main_gpu: int = -1, tensor_split: Sequence[float] = ()) -> None:
-        """main_gpu: the one device that is used; -1: layers are split over all, in the proportions of tensor_split, as much to each if that is empty."""
+        """main_gpu: the one device that is used; -1: layers are split over all, in the proportions of tensor_split, as
+        much to each if that is empty."""
     @property
     def desc(self) -> str: ...
     @property
@@ -132,44 +137,56 @@ class Context:
     @property
     def n_layer_kv(self) -> int: """layers that may evict"""
 
-    def set_adapters(self, adapters: Sequence[Adapter], scales: Sequence[float]) -> None: """LoRAs of what is evaluated from now on, each times its scale."""
+    def set_adapters(self, adapters: Sequence[Adapter], scales: Sequence[float]) -> None:
+        """LoRAs of what is evaluated from now on, each times its scale."""
     def decode(self, tokens: I32, seq: int = 0, logits: str = "last") -> None:
-        """Appends tokens to a sequence in calls of n_batch. logits: 'none' | 'last' | 'all'. GIL released; checks signals between calls."""
+        """Appends tokens to a sequence in calls of n_batch. logits: 'none' | 'last' | 'all'. GIL released; checks
+        signals between calls."""
     def decode_batch(self, tokens: I32, seqs: I32) -> None:
         """One token for each of several sequences, one call; logits rows in that order."""
     def logits(self) -> F32: """[n_rows, n_vocab] of the last decode"""
     def pos_max(self, seq: int = 0) -> int: """last position, -1: empty"""
     def pos_floor(self, seq: int = 0) -> int: """first position a tail removal may start at"""
-    def remove_tail(self, pos: int, seq: int = 0) -> bool: """Removes [pos, end); False and unchanged below the floor."""
+    def remove_tail(self, pos: int, seq: int = 0) -> bool:
+        """Removes [pos, end); False and unchanged below the floor."""
     def clear(self, seq: int = -1) -> None: ...
     def copy(self, src: int, dst: int) -> None: ...
 
     def check_budget(self, budget: str, decode_budget: str) -> None: """ValueError where set_budget() would refuse."""
-    def check_policy(self, policy: str, budget: str, decode_budget: str = "") -> None: """ValueError where set_policy() would refuse."""
+    def check_policy(self, policy: str, budget: str, decode_budget: str = "") -> None:
+        """ValueError where set_policy() would refuse."""
     def set_policy(self, policy: str, budget: str, decode_budget: str = "", seq: int = 0) -> None:
         """Another policy of one sequence ("": the context's own), until it is cleared: one that needs no more signals than the context's. ValueError: it does."""
-    def set_budget(self, budget: str, decode_budget: str, seq: int = 0) -> None: """Of one sequence, until it is cleared."""
-    def set_spans(self, spans: Sequence[tuple[int, int]], seq: int = 0) -> None: """original positions; ValueError where they overlap"""
+    def set_budget(self, budget: str, decode_budget: str, seq: int = 0) -> None:
+        """Of one sequence, until it is cleared."""
+    def set_spans(self, spans: Sequence[tuple[int, int]], seq: int = 0) -> None:
+        """original positions; ValueError where they overlap"""
     def begin_prompt(self, seq: int = 0) -> None: """Another prompt follows: what was generated belongs to it."""
     def end_prompt(self, seq: int = 0) -> None: """Tokens from here on are generated ones."""
     def evict(self, seq: int = 0, mask_only: bool = False) -> bool:
-        """Prompt eviction now. False: nothing was over budget. mask_only (tests): the keep sets as a mask, nothing is freed."""
+        """Prompt eviction now. False: nothing was over budget. mask_only (tests): the keep sets as a mask, nothing is
+        freed."""
     def ask(self, tokens: I32, seq: int = 0, begin: int = 0, end: int = -1, n_repeated: int = 0) -> tuple[float, int]:
         """Evaluates a probe after the sequence, lets the policy see what it attends to of positions [begin, end), and takes it out.
         Of its last n_repeated tokens up to 64: (sum of their log-probabilities, how many)."""
     def has_room(self, n: int, seq: int = 0) -> bool: ...
-    def n_until_eviction(self, seq: int = 0) -> int: """tokens of an answer that can be evaluated at once as if one by one, 1 or more"""
+    def n_until_eviction(self, seq: int = 0) -> int:
+        """tokens of an answer that can be evaluated at once as if one by one, 1 or more"""
     def make_room(self, n: int, seq: int = 0) -> None: """With kv_cells: evicts if n more tokens do not fit."""
-    def kept(self, seq: int = 0) -> list[I32]: """a layer [n_head_kv, n_kept], original positions ascending, -1 first where a head holds fewer"""
-    def scores(self, seq: int = 0) -> list[F32]: """a layer [n_head_kv, n_kv], what the policy would rank by now; -inf where a head holds nothing"""
-    def signals(self, seq: int = 0) -> list[dict[str, Any]]: """a layer: pos, attn, sums, keys, probed, n_query (those the policy needs)"""
+    def kept(self, seq: int = 0) -> list[I32]:
+        """a layer [n_head_kv, n_kept], original positions ascending, -1 first where a head holds fewer"""
+    def scores(self, seq: int = 0) -> list[F32]:
+        """a layer [n_head_kv, n_kv], what the policy would rank by now; -inf where a head holds nothing"""
+    def signals(self, seq: int = 0) -> list[dict[str, Any]]:
+        """a layer: pos, attn, sums, keys, probed, n_query (those the policy needs)"""
     def stats(self) -> dict[str, Any]:
         """cells_used [n_seq_max], cells_allocated (a sequence), kept [n_layer_kv] (rows, those of the longest head; sequence 0), bytes_allocated, bytes_used, bytes_full
         (what the evaluated tokens would take), n_evictions, n_evicted (cells of the mean layer), score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
     def bytes_resident(self) -> int: """of bytes_allocated, in memory now; it looks at every page"""
     def n_evictions(self, seq: int = 0) -> int: """of the sequence since it was emptied"""
     def seq_stats(self, seq: int = 0) -> dict[str, Any]:
-        """Of one sequence: n_tokens (evaluated), cells (in use), kept [n_layer_kv], bytes_used, bytes_full, n_evictions, n_evicted."""
+        """Of one sequence: n_tokens (evaluated), cells (in use), kept [n_layer_kv], bytes_used, bytes_full,
+        n_evictions, n_evicted."""
     def save(self) -> bytes: """whole state, with what was kept"""
     def load(self, data: bytes) -> None: """ValueError: other model, policy or version; the context is then empty"""
     def save_seq(self, seq: int = 0) -> bytes: ...
@@ -178,7 +195,8 @@ class Context:
 def json_schema_to_grammar(schema: str) -> str: """GBNF of the JSON texts that a schema, itself JSON text, allows."""
 
 class Sampler:
-    """llama.cpp's chain: logit_bias, penalties, top_k, typical_p, top_p, min_p, temp, dist; temperature 0 is greedy. grammar: GBNF."""
+    """llama.cpp's chain: logit_bias, penalties, top_k, typical_p, top_p, min_p, temp, dist; temperature 0 is greedy.
+    grammar: GBNF."""
     def __init__(self, model: Model, *, temperature: float = 0.0, top_k: int = 40, top_p: float = 0.95, min_p: float = 0.05, typical_p: float = 1.0,
                  repeat_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, seed: int = 0,
                  logit_bias: dict[int, float] = ..., grammar: str = "") -> None: ...

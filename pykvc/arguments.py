@@ -1,4 +1,5 @@
-"""What generate(), chat() and generate_batch() take by name, for type checkers and help(); pykvc/llm.py says what it means."""
+"""What generate(), chat() and generate_batch() take by name, for type checkers and help(); pykvc/llm.py says what it
+means."""
 import inspect
 from dataclasses import fields
 from typing import Any, Callable, Mapping, Sequence, TypedDict
@@ -88,7 +89,8 @@ class Batch(Common, total=False):
 
 
 def show(function: Callable[..., Any], like: Callable[..., Any], but: str = "") -> None:
-    """What help(function) shows: the arguments of `like` without one of them, and SamplingParams' fields for its **own."""
+    """What help(function) shows: the arguments of `like` without one of them, and SamplingParams' fields for its
+    **own."""
     signature = inspect.signature(like)
     shown = [p if p.kind == p.KEYWORD_ONLY else p.replace(kind=p.POSITIONAL_OR_KEYWORD)
              for p in signature.parameters.values() if p.name != but and p.kind != p.VAR_KEYWORD]

@@ -35,7 +35,8 @@ def sentences(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command the flags of functions, whose parameters they are; the command is passed what each of them returns, by these names."""
+    """Gives a command the flags of functions, whose parameters they are; the command is passed what each of them
+    returns, by these names."""
     def add(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command).parameters.values() if p.name not in groups]
         of_group = {name: list(inspect.signature(group).parameters.values()) for name, group in groups.items()}

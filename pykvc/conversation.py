@@ -90,7 +90,8 @@ class Conversation:
         return replace(pieces.result, kv={**pieces.result.kv, "dropped": n_dropped})
 
     def _query(self, text: str) -> str:
-        """What a policy that asks (finch) is given: the end of the message, where a question stands, as long as it takes."""
+        """What a policy that asks (finch) is given: the end of the message, where a question stands, as long as it
+        takes."""
         n_most = self._llm._session.probe.n_most//2
         ids = self._llm.tokenize(text, add_special=False)
         if len(ids) <= n_most:

@@ -96,7 +96,8 @@ def proportions(text: str | None) -> list[float] | None:
 
 
 def unescaped(text: str) -> str:
-    """Backslash-n and -t, which a shell does not make for one; as llama.cpp's -e. Regular expressions have their own."""
+    """Backslash-n and -t, which a shell does not make for one; as llama.cpp's -e. Regular expressions have their
+    own."""
     if text.startswith("re:"):
         return text
     return text.replace("\\n", "\n").replace("\\t", "\t")

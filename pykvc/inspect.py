@@ -80,7 +80,8 @@ class Inspection:
         return [part for part in [*found, ("question", [(self.n_prompt, self.n_tokens)])] if any(a < b for a, b in part[1])]
 
     def regions(self, il: int | None = None) -> list[dict[str, Any]]:
-        """Of layer il, or the mean of all: name, n_tokens, kept and mass as shares. The first tokens, which are in another part, too, come last."""
+        """Of layer il, or the mean of all: name, n_tokens, kept and mass as shares. The first tokens, which are in
+        another part, too, come last."""
         kept = self.kept_share if il is None else self.kept[il]/self.n_head_kv
         mass = self.mass.mean(axis=0) if il is None else self.mass[il]
         rows = []
@@ -91,7 +92,8 @@ class Inspection:
 
 
 def attention(prompt: str, question: str = "", *, window: int = WINDOW, **how: Any) -> tuple[list[int], F32]:
-    """(tokens, attention [n_layer, n_head, n_tokens] of the last `window` of them over all of them), with the whole cache. how: of LLM."""
+    """(tokens, attention [n_layer, n_head, n_tokens] of the last `window` of them over all of them), with the whole
+    cache. how: of LLM."""
     policy = Attention(options.whole("window", window, 1, 4096))
     with LLM(**{**how, "kv_policy": policy, "kv_budget": "100%", "kv_cells": None, "kv_decode_budget": None}) as llm:
         llm.prefill(prompt)
@@ -147,7 +149,8 @@ def counts(kept: I32, n: int) -> np.ndarray:
 
 
 def texts(pieces: Sequence[bytes]) -> list[str]:
-    """Tokens as text: a character that several make up stands in the first of them; bytes that are no UTF-8 as \\xNN."""
+    """Tokens as text: a character that several make up stands in the first of them; bytes that are no UTF-8 as
+    \\xNN."""
     owner = [i for i, piece in enumerate(pieces) for _ in piece]  # of each byte
     found, data, at = [""]*len(pieces), b"".join(pieces), 0
     for char in data.decode("utf-8", "surrogateescape"):
@@ -204,7 +207,8 @@ def _base64(array: np.ndarray) -> str:
 
 
 def _draw(found: Inspection, path: Path) -> None:
-    """Above: which layers keep what. Below: where the attention of the last queries goes, and the parts of the prompt."""
+    """Above: which layers keep what. Below: where the attention of the last queries goes, and the parts of the
+    prompt."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

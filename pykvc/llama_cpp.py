@@ -27,7 +27,8 @@ LIB = Path(_core.__file__).parent / "lib"
 
 
 def _load() -> Any:
-    """Their package on our library. ImportError: not installed, another version, or already loaded on another library."""
+    """Their package on our library. ImportError: not installed, another version, or already loaded on another
+    library."""
     how = f"CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install llama-cpp-python=={VERSION}"
     try:
         found = metadata.version("llama-cpp-python")
@@ -79,7 +80,8 @@ class _Cache:
         self.spans: list[tuple[int, int]] = []
 
     def remove_tail(self, seq: int, begin: int, end: int) -> bool:
-        """In the place of LlamaContext.kv_cache_seq_rm, which Llama calls before it evaluates. False: it then begins anew."""
+        """In the place of LlamaContext.kv_cache_seq_rm, which Llama calls before it evaluates. False: it then begins
+        anew."""
         if 0 < begin < self.n_seen:
             return False
         removed = self.ctx.remove_tail(max(begin, 0)) if end < 0 else False
@@ -90,7 +92,8 @@ class _Cache:
         return removed
 
     def begin(self, tokens: Sequence[int], n_before: int, before: Sequence[int]) -> None:
-        """Tokens are to be evaluated after n_before. Those after a sampled one are an answer: what came before is evicted now."""
+        """Tokens are to be evaluated after n_before. Those after a sampled one are an answer: what came before is
+        evicted now."""
         if self.phase == "prompt":
             self.ctx.begin_prompt()
             if self.needs_spans and tokens:

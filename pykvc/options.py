@@ -56,7 +56,8 @@ def budget(name: str, value: int | float | str | None) -> str:
 
 
 def budgets(kv_budget: Any, kv_decode_budget: Any, n: int, session: "Session") -> list[tuple[str, str] | None]:
-    """(kv_budget, kv_decode_budget) of n prompts. Each is one value for all or a list of them, None the context's own; None: both are."""
+    """(kv_budget, kv_decode_budget) of n prompts. Each is one value for all or a list of them, None the context's own;
+    None: both are."""
     found = []
     for name, value in (("kv_budget", kv_budget), ("kv_decode_budget", kv_decode_budget)):
         values = [value]*n if value is None or isinstance(value, (int, float, str)) else list(value)
@@ -155,7 +156,8 @@ def parameters(policy: str) -> dict[str, str]:
 
 
 def unshared(policy: str) -> str:
-    """A canonical spec without what it says of its budget's share: the same for policies that share an evaluated context."""
+    """A canonical spec without what it says of its budget's share: the same for policies that share an evaluated
+    context."""
     name, own = policy.partition(":")[0], parameters(policy)
     kept = ",".join(f"{key}={value}" for key, value in own.items() if key not in ("share", "count"))
     return f"{name}:{kept}" if kept else name

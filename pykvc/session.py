@@ -177,7 +177,8 @@ class Session:
         return bool(self.setup["kv_cells"] and self.probe.asks)
 
     def _ask_for_room(self, n_new: int, n_free: int) -> None:
-        """Where n_new tokens and a probe do not fit: what is to be evicted is asked for first, then room is made for n_free and a probe."""
+        """Where n_new tokens and a probe do not fit: what is to be evicted is asked for first, then room is made for
+        n_free and a probe."""
         if not self.ctx.has_room(n_new + self.probe.n_tokens):
             self._fresh, self._logits = False, None  # the probe leaves its own
             self.probe.ask()
@@ -206,7 +207,8 @@ class Session:
         return np.concatenate([np.empty((0, self.model.n_vocab), np.float32), *map(np.array, self.each_logits(ids, generated))])
 
     def each_logits(self, ids: list[int], generated: bool) -> Iterator[F32]:
-        """[n, n_vocab] of as many tokens at once as can be; of an answer, between two evictions. Views, valid until the next."""
+        """[n, n_vocab] of as many tokens at once as can be; of an answer, between two evictions. Views, valid until the
+        next."""
         n_most, done = min(self.ctx.n_batch, self.ctx.n_ubatch), 0
         while done < len(ids):
             n = min(n_most, self._steps()) if generated else n_most
@@ -302,7 +304,8 @@ class Session:
             raise ValueError(f"{why}: it can be truncated to {floor} tokens{' or more' if n_tokens < floor else ''}, or to 0, not to {n_tokens}")
 
     def cut(self, n_tokens: int) -> bool:
-        """Removes the tail, down to at least one token. False: that is below what can be removed, and nothing has changed."""
+        """Removes the tail, down to at least one token. False: that is below what can be removed, and nothing has
+        changed."""
         if n_tokens < self.n_tokens:
             if not self.ctx.remove_tail(n_tokens):
                 return False

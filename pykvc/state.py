@@ -20,7 +20,8 @@ VERSION = 2
 
 
 def fingerprint(path: Path) -> str:
-    """Of a model's file: its size, and 64 pieces of 4 KB from its metadata to its end. Milliseconds, however large it is."""
+    """Of a model's file: its size, and 64 pieces of 4 KB from its metadata to its end. Milliseconds, however large it
+    is."""
     size, crc = path.stat().st_size, 0
     with open(path, "rb") as f:
         for i in range(64):
@@ -30,7 +31,8 @@ def fingerprint(path: Path) -> str:
 
 
 def blocks(setup: dict[str, Any], session: dict[str, Any], logits: np.ndarray | None, state: bytes) -> list[bytes]:
-    """What the file is made of. setup: what a reader must have the same of; session: what it gets back; logits: F32 [n_vocab] or None."""
+    """What the file is made of. setup: what a reader must have the same of; session: what it gets back; logits: F32
+    [n_vocab] or None."""
     row = b"" if logits is None else np.ascontiguousarray(logits, dtype="<f4").tobytes()
     header = json.dumps({"setup": setup, "session": session, "n_logits": len(row) // 4, "length": len(row) + len(state),
                          "crc32": zlib.crc32(state, zlib.crc32(row))}).encode()
@@ -64,7 +66,8 @@ def read(path: str | os.PathLike) -> bytes:
 
 
 def parse(data: bytes, setup: dict[str, Any], name: object) -> tuple[dict[str, Any], np.ndarray | None, bytes]:
-    """(session, logits, state). ValueError: not ours, damaged, or of another setup, naming the fields. name: what it calls the data."""
+    """(session, logits, state). ValueError: not ours, damaged, or of another setup, naming the fields. name: what it
+    calls the data."""
     if not data.startswith(MAGIC):
         raise ValueError(f"{name} is not a state of pykvc")
     try:

@@ -9,7 +9,8 @@ _LOADED: "WeakValueDictionary[tuple, _core.Model]" = WeakValueDictionary()
 
 
 def adapt(ctx: "_core.Context", adapters: Sequence[tuple[str, float]], weighs_outputs: bool) -> None:
-    """LoRAs and their scales for what a context evaluates. ValueError: one is another model's, or the policy does not know what it changes."""
+    """LoRAs and their scales for what a context evaluates. ValueError: one is another model's, or the policy does not
+    know what it changes."""
     if weighs_outputs:
         raise ValueError(f"{ctx.policy} weighs values by the model's output projection, which a LoRA may change: take a policy without values=wo")
     loaded = [(_core.Adapter(ctx.model, path), scale) for path, scale in adapters]

@@ -23,7 +23,8 @@ _seconds: dict[str, float] = {}  # what each test of this run took
 
 
 def pytest_collection_modifyitems(config, items):
-    """Marks what fixtures tell, and what was slow when it ran last; `server` stands at most tests that it is true of."""
+    """Marks what fixtures tell, and what was slow when it ran last; `server` stands at most tests that it is true
+    of."""
     slow = config.cache.get("pykvc/slow", {}) if hasattr(config, "cache") else {}
     for item in items:
         taken = set(item.fixturenames)

@@ -14,7 +14,8 @@ class Device:
             getattr(self._lib, f"counting_{name}").restype = ctypes.c_int64
 
     def __getattr__(self, name: str) -> int:
-        """read, written: bytes to the host and from it since reset(); graphs: computed since; allocated: bytes of its buffers."""
+        """read, written: bytes to the host and from it since reset(); graphs: computed since; allocated: bytes of its
+        buffers."""
         if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self._lib, f"counting_{name}")()

@@ -1,4 +1,5 @@
-"""The families people run, as tiny random GGUFs: what tests/tiny.py writes beyond what all models have. Layer patterns are the real ones."""
+"""The families people run, as tiny random GGUFs: what tests/tiny.py writes beyond what all models have. Layer patterns
+are the real ones."""
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -146,7 +147,8 @@ def every_fourth(i):
 
 
 def qwen35(t: Tensors, next_gen: bool = False) -> None:
-    """Three layers of a gated delta net to one with gated attention; positions of four components (qwen3next: of one, and experts)."""
+    """Three layers of a gated delta net to one with gated attention; positions of four components (qwen3next: of one,
+    and experts)."""
     t.heads(n_rot=16, sections=None if next_gen else [3, 3, 2, 0])
     t.w.add_head_count_kv(N_HEAD_KV)
     t.w.add_feed_forward_length(N_FF)
@@ -331,7 +333,8 @@ def qwen3(t: Tensors, vision: bool = False) -> None:
 
 
 def llama4(t: Tensors) -> None:
-    """Every fourth layer is global and has no RoPE; the others see chunks of 8,192. Queries and keys are normed behind RoPE."""
+    """Every fourth layer is global and has no RoPE; the others see chunks of 8,192. Queries and keys are normed behind
+    RoPE."""
     t.heads()
     t.w.add_head_count_kv(N_HEAD_KV)
     t.w.add_feed_forward_length(N_FF)

@@ -56,7 +56,8 @@ def expected_queries(q, begin, future, **rope):
 
 
 def window_mean(a, newest=1.0):
-    """[n_head, n_query, n_kv] -> [n_head, n_kv]: the mean over the queries, weighted 1 (oldest) to `newest`, linearly."""
+    """[n_head, n_query, n_kv] -> [n_head, n_kv]: the mean over the queries, weighted 1 (oldest) to `newest`,
+    linearly."""
     return np.average(a, axis=1, weights=np.linspace(1, newest, a.shape[1]))
 
 
@@ -217,7 +218,8 @@ class streaming_llm(Policy):
 
 
 class h2o(Policy):
-    """2306.14048: half of what is kept (rounded down) is the newest tokens, half the heaviest by attention summed so far."""
+    """2306.14048: half of what is kept (rounded down) is the newest tokens, half the heaviest by attention summed so
+    far."""
     def __init__(self, recent=0.5):
         self.recent = recent
 
@@ -272,7 +274,8 @@ class snapkv(Policy):
 
 
 class pyramidkv(snapkv):
-    """2406.02069: SnapKV's score, budgets that fall linearly with depth. Flatter where the first layer has too few tokens."""
+    """2406.02069: SnapKV's score, budgets that fall linearly with depth. Flatter where the first layer has too few
+    tokens."""
     def __init__(self, window=32, kernel=5, pool="avg", beta=20):
         super().__init__(window, kernel, pool)
         self.beta = beta
@@ -383,7 +386,8 @@ class kvzip(Policy):
 
 
 class expected_attention(Policy):
-    """2510.00636: the mean of exp(q.k) over Gaussian queries, as a share among the tokens that are not sinks, times the norm of the value."""
+    """2510.00636: the mean of exp(q.k) over Gaussian queries, as a share among the tokens that are not sinks, times the
+    norm of the value."""
     def __init__(self, window=128, future=512, sinks=4, recent=32, epsilon=0):
         self.n_sink, self.recent, self.epsilon = sinks, recent, epsilon
 
@@ -405,7 +409,8 @@ BEST = float(np.finfo(np.float32).max)
 
 
 class critical:
-    """2502.03805 around another policy's score: half of the budget to the best by it, the others by (score + 1e-4) * |W_O v|."""
+    """2502.03805 around another policy's score: half of the budget to the best by it, the others by (score + 1e-4) *
+    |W_O v|."""
     def __init__(self, policy):
         self.policy = policy
 
@@ -428,7 +433,8 @@ def criticalkv(**params):
 
 
 class defensive(snapkv):
-    """2510.13334: the worst case over the group and the window, at least the mean, by the values' share among the heads."""
+    """2510.13334: the worst case over the group and the window, at least the mean, by the values' share among the
+    heads."""
     def __init__(self, window=32, kernel=5, pool="avg", mass=0.9):
         super().__init__(window, kernel, pool)
         self.mass = mass
@@ -503,7 +509,8 @@ class vase(Policy):
 
 
 class rkv(Policy):
-    """2505.24133: lambda * pooled attention - (1 - lambda) * softmax of the mean cosine; of a key's likes the newest counts as 0."""
+    """2505.24133: lambda * pooled attention - (1 - lambda) * softmax of the mean cosine; of a key's likes the newest
+    counts as 0."""
     def __init__(self, window=8, kernel=7, pool="max", **weight):
         self.window, self.kernel, self.pool, self.weight = window, kernel, pool, weight.get("lambda", 0.1)
 

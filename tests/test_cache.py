@@ -193,7 +193,8 @@ def test_state_machine(tmp_path, arch, n_steps):
 
 
 def test_tail_that_took_the_queries_along(tiny_llama):
-    """tova scores by the last token. Removed, and followed by a call that would go over the budget, the next call evicts."""
+    """tova scores by the last token. Removed, and followed by a call that would go over the budget, the next call
+    evicts."""
     c = _core.Context(_core.Model(str(tiny_llama)), n_ctx=256, n_threads=1, policy="tova:interval=4", budget="16", decode_budget="4")
     tokens = np.arange(100, dtype=np.int32)
     c.decode(tokens[:40])

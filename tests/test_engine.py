@@ -1,4 +1,5 @@
-"""What the engine refuses, when it evicts, and what only some models have. Random weights: nothing here is about quality."""
+"""What the engine refuses, when it evicts, and what only some models have. Random weights: nothing here is about
+quality."""
 import numpy as np
 import pytest
 
@@ -327,7 +328,8 @@ def test_damaged_states_are_refused(models, policy):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_state_that_was_read_in_part_leaves_no_sums(models, whole):
-    """h2o adds to them: what a truncated state left would count. Of one sequence, too, where the cache is not cleared as a whole."""
+    """h2o adds to them: what a truncated state left would count. Of one sequence, too, where the cache is not cleared
+    as a whole."""
     c, fresh = context(models["llama"], "h2o"), context(models["llama"], "h2o")
     c.decode(ids(60))
     data = c.save() if whole else c.save_seq()
@@ -355,7 +357,8 @@ def raw(tmp_path):
 
 @pytest.mark.parametrize("then", ["move", "take back", "clear"])
 def test_a_copy_of_sums_that_is_followed_by_a_removal(models, raw, then):
-    """llama.cpp copies K and V at the next decode: the sums are there before that, and only those of tokens that are."""
+    """llama.cpp copies K and V at the next decode: the sums are there before that, and only those of tokens that
+    are."""
     lib, _, memory, c = raw
     c.decode(ids(60))
     lib.llama_memory_seq_cp(memory, 0, 1, -1, -1)

@@ -1,4 +1,5 @@
-"""The tasks on small data of their schema: a right answer scores 1, an empty one 0, and code of a model is locked in."""
+"""The tasks on small data of their schema: a right answer scores 1, an empty one 0, and code of a model is locked
+in."""
 import json
 import os
 import re
@@ -510,7 +511,8 @@ def test_hugging_face_rows(monkeypatch):
 
 @pytest.mark.parametrize("chat, n_parallel", [(True, 1), (True, 3), (False, 1), (False, 3)])
 def test_no_shots_on_a_model(tmp_path, folder, chat, n_parallel):
-    """Before the question there is nothing to evict but a chat template's own words, its system message; behind it there is."""
+    """Before the question there is nothing to evict but a chat template's own words, its system message; behind it
+    there is."""
     several, settings = [Case(), Case(_core.parse_spec("snapkv:window=4"), "0.5")], {name: {"shots": 0} for name in ("gsm8k", "commonsense_qa")}
     plan = Plan(list(settings), several, ["question-out", "question-in"], tmp_path, folder, 2, n_threads=2, n_parallel=n_parallel, chat=chat, settings=settings)
     assert run.run(plan, None) == []

@@ -1,4 +1,5 @@
-"""The queries that are to be expected, and the values' norms: of random weights against numpy, of any model against its own attention."""
+"""The queries that are to be expected, and the values' norms: of random weights against numpy, of any model against its
+own attention."""
 import gguf
 import numpy as np
 import pytest
@@ -70,7 +71,8 @@ def test_the_first_tokens_are_not_fitted(folder):
 
 
 def attention_of_repeats(model, tokens, n_repeat, how):
-    """What the last token gives the ones before it in layer 0 at each of the next positions, as the score graph has it."""
+    """What the last token gives the ones before it in layer 0 at each of the next positions, as the score graph has
+    it."""
     c = context(model, "snapkv:window=1", **how)
     c.decode(tokens)
     for _ in range(n_repeat):

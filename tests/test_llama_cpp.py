@@ -349,7 +349,8 @@ print(json.dumps([warm, cold, llama_perf_context(llm._ctx.ctx).n_p_eval - before
 
 @pytest.mark.parametrize("policy", ["snapkv", "tova", "keydiff", "streaming_llm"])
 def test_the_same_prompt_again_in_a_program_that_knows_nothing_of_us(model_path, policy):
-    """Their server asks so. Theirs evaluates but the last token of it again, which would look at a cache evicted from itself."""
+    """Their server asks so. Theirs evaluates but the last token of it again, which would look at a cache evicted from
+    itself."""
     questions = ["What is 3 plus 4?"]*2 + ["What is the capital of France?"]*2 + ["What is 3 plus 4?"]
     done = _python(AGAIN, llama_cpp.LIB, str(model_path), *questions, LLAMA_ARG_KV_POLICY=policy, LLAMA_ARG_KV_BUDGET="75%")
     warm, cold, n_read, n_there = json.loads(done.stdout)

@@ -62,7 +62,8 @@ def test_auto_says_when_nothing_is_free(path, monkeypatch):
 @pytest.mark.parametrize("n_gpu_layers, main_gpu, offload, expected", [
     (0, -1, True, 90), (-1, -1, True, 9 + 18), (-1, 1, True, 18), (-1, -1, False, 90), (2, -1, True, (9 + 18)*2), (3, -1, True, (9 + 18)*4//3)])
 def test_auto_looks_where_the_cache_lies(path, monkeypatch, n_gpu_layers, main_gpu, offload, expected):
-    """GiB of a machine with 100 free, and GPUs with 10 and 20 of them, of which nine tenths count. The model has four layers."""
+    """GiB of a machine with 100 free, and GPUs with 10 and 20 of them, of which nine tenths count. The model has four
+    layers."""
     monkeypatch.setattr(memory, "FOR_COMPUTING", 0)
     monkeypatch.setattr(memory, "available", lambda: 100*GIB)
     monkeypatch.setattr(_core, "device_memory", lambda: [("GPU0", "GPU", 10*GIB, 11*GIB), ("GPU1", "GPU", 20*GIB, 24*GIB), ("CPU", "CPU", 9*GIB, 9*GIB)])

@@ -1,4 +1,5 @@
-"""Rows that nobody holds take no memory on a Linux host: those that were never written, and what an eviction leaves free."""
+"""Rows that nobody holds take no memory on a Linux host: those that were never written, and what an eviction leaves
+free."""
 import sys
 
 import numpy as np

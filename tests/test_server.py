@@ -1,4 +1,5 @@
-"""`pykvc serve` on SmolLM2-135M: what llama-server's API says of eviction, and that one client does not disturb another."""
+"""`pykvc serve` on SmolLM2-135M: what llama-server's API says of eviction, and that one client does not disturb
+another."""
 import gzip
 import http.client
 import json
@@ -370,7 +371,8 @@ def trailer(data: bytes, n_about: int) -> bytes:
 
 
 def test_mutated_slot_files(server):
-    """Whatever is changed is noticed; and where somebody made the checksum fit, it is refused or restored, and nothing breaks."""
+    """Whatever is changed is noticed; and where somebody made the checksum fit, it is refused or restored, and nothing
+    breaks."""
     rng = random.Random(5)
     erase(server)
     server.ok("/completion", ask("A short one.", 2, id_slot=0))

@@ -1,4 +1,5 @@
-"""`pykvc serve`: what was evaluated is not evaluated again, on every kind of cache we evict from; and what a slot's file holds."""
+"""`pykvc serve`: what was evaluated is not evaluated again, on every kind of cache we evict from; and what a slot's
+file holds."""
 import base64
 import http.client
 import json
@@ -148,7 +149,8 @@ def full_file(server):
 
 
 def test_short_answers_beside_others(server):
-    """What ends with its first token is evicted once all slots have sampled; streams, grammars and several answers do the same."""
+    """What ends with its first token is evicted once all slots have sampled; streams, grammars and several answers do
+    the same."""
     alone = [ask(server, DOCUMENT, 40, cache_prompt=False), ask(server, TURNS[0], 1, cache_prompt=False)]
     connection, events = server.stream("/completion", {"prompt": DOCUMENT, "n_predict": 40, "temperature": 0, "id_slot": 0, "cache_prompt": False})
     next(events)

@@ -1,4 +1,5 @@
-"""share=: one ranking over the heads of a layer, of all layers, or of each layer's length. Against the oracle, on made-up scores and a model."""
+"""share=: one ranking over the heads of a layer, of all layers, or of each layer's length. Against the oracle, on
+made-up scores and a model."""
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -88,7 +89,8 @@ def test_a_layer_gets_what_its_scores_deserve():
 
 
 def test_what_is_empty_is_passed_over():
-    """A head that lost slots at an earlier eviction cannot keep them again, and its first tokens are those that it holds."""
+    """A head that lost slots at an earlier eviction cannot keep them again, and its first tokens are those that it
+    holds."""
     pos, scores = made_up(5, 120)
     for il in range(N_LAYER):
         pos[il][1, :60], scores[il][1, :60] = -1, -np.inf
@@ -180,7 +182,8 @@ def test_share_of_a_policy_in_python(model_path):
 @pytest.mark.parametrize("n_block", [16, 64, 256])
 @pytest.mark.parametrize("budget", [100, 300, 700])
 def test_whole_blocks_take_no_more_than_the_budget(n_block, budget):
-    """A GPU's layers differ by whole blocks; together they hold what layers of any length do, but for less than a slot a layer."""
+    """A GPU's layers differ by whole blocks; together they hold what layers of any length do, but for less than a slot
+    a layer."""
     rng, n_layer, n_kv = np.random.default_rng(budget + n_block), 9, 1000
     pos = [np.tile(np.arange(n_kv, dtype=np.int32), (2, 1))]*n_layer
     scores = [(rng.random((2, n_kv))*rng.uniform(0.5, 2)).astype(np.float32) for _ in range(n_layer)]
@@ -233,7 +236,8 @@ def test_heads_do_not_differ_in_a_pool(model):
 
 @pytest.mark.parametrize("policy", ["keydiff", "snapkv:share=layers", "pyramidkv"])
 def test_sequences_whose_layers_differ_are_as_if_alone(model_path, policy):
-    """Several at once, of different lengths and budgets: the cells of each are those of one alone, and so are the logits of one token."""
+    """Several at once, of different lengths and budgets: the cells of each are those of one alone, and so are the
+    logits of one token."""
     model = _core.Model(str(model_path))
     rng = np.random.default_rng(6)
     prompts = [rng.integers(0, 40000, n, dtype=np.int32) for n in (310, 150, 260)]

@@ -1,4 +1,5 @@
-"""GGUF models with random weights, a few hundred kilobytes each: architectures to accept or refuse, and to fuzz fast."""
+"""GGUF models with random weights, a few hundred kilobytes each: architectures to accept or refuse, and to fuzz
+fast."""
 from pathlib import Path
 from typing import Callable, Sequence
 
@@ -187,7 +188,8 @@ def _byte_characters() -> list[str]:
 
 
 def lora(path: Path, base: Path, rank: int = 4, alpha: float = 8, seed: int = 9, only: str = "") -> dict[str, np.ndarray]:
-    """A LoRA of a llama that write() wrote, of all its matrices or of those with `only` in their names: what it adds to each, at scale 1."""
+    """A LoRA of a llama that write() wrote, of all its matrices or of those with `only` in their names: what it adds to
+    each, at scale 1."""
     rng, added = np.random.default_rng(seed), {}
     w = gguf.GGUFWriter(path, "llama")
     w.add_type("adapter")

@@ -4,11 +4,11 @@
 //   r_j       = max over the group's query heads h and the queries i of a_hij, at least this KV head's mean of r
 //   score(j)  = r_j * n_j / (sum of n_j over the layer's KV heads), n_j = mean over the group of |W_O^h v_j|
 //
-// A cell is worth its largest attention, not its mean, and none is worth less than average: a defence against what the last queries
-// have not asked. Those that hold the first 90 % of a head's mean attention, less what falls on the window itself, are kept first,
-// as many as the budget holds beside the window. Layer-DefensiveKV is share=all.
-// Variant: the L2 norm for the paper's L1 (output.cpp); the window's share is the mean over the layer's heads (the authors' code takes
-// it from the keys before the window). Memory while it scores: n_head * window * n_kv floats of one layer.
+// A cell is worth its largest attention, not its mean, and none is worth less than average: a defence against what the
+// last queries have not asked. Those that hold the first 90 % of a head's mean attention, less what falls on the window
+// itself, are kept first, as many as the budget holds beside the window. Layer-DefensiveKV is share=all. Variant: the
+// L2 norm for the paper's L1 (output.cpp); the window's share is the mean over the layer's heads (the authors' code
+// takes it from the keys before the window). Memory while it scores: n_head * window * n_kv floats of one layer.
 
 #include "policies.h"
 
@@ -72,7 +72,8 @@ struct defensive : window_policy {
         return sum;
     }
 
-    // The layer's greatest score for the window and, in each head, for the cells that hold the first `part` of its mean attention.
+    // The layer's greatest score for the window and, in each head, for the cells that hold the first `part` of its mean
+    // attention.
     void keep_first(const layer_view & v, int32_t n, const std::vector<float> & mean, float part, float * out) const {
         float best = 0;
         for (int32_t h = 0; h < v.n_head_kv; ++h) {

@@ -3,12 +3,13 @@
 //   z_j = k_j . mu + k_j^T Sigma k_j / 2       log of the mean of exp(q . k_j), q ~ N(mu, Sigma), of a query head
 //   score(j) = (mean over the group's query heads of softmax_j(z) + epsilon) * ||v_j||
 //
-// mu and Sigma are the queries' mean and covariance before their rotation, rotated by the mean of the rotations of the next
-// `future` positions, with the softmax scale in them. The first tokens are left out of fit and softmax, and always kept.
-// Variant: kvpress' ExpectedAttentionPress, which fits the queries of the whole prompt: here those of the last `window`
-// tokens, the ones the engine holds. The last `recent` tokens are always kept, too. The model's soft cap on logits, if it
-// has one, is left out: the mean of exp(cap * tanh(z / cap)) has no closed form. Cost: n_head * head_dim^2 / 2 products a
-// slot; 270 ms in all at 1,536 slots of SmolLM2-135M (two cores, the fit's 70 ms included), below 2 % of their prefill.
+// mu and Sigma are the queries' mean and covariance before their rotation, rotated by the mean of the rotations of the
+// next `future` positions, with the softmax scale in them. The first tokens are left out of fit and softmax, and always
+// kept. Variant: kvpress' ExpectedAttentionPress, which fits the queries of the whole prompt: here those of the last
+// `window` tokens, the ones the engine holds. The last `recent` tokens are always kept, too. The model's soft cap on
+// logits, if it has one, is left out: the mean of exp(cap * tanh(z / cap)) has no closed form. Cost: n_head *
+// head_dim^2 / 2 products a slot; 270 ms in all at 1,536 slots of SmolLM2-135M (two cores, the fit's 70 ms included),
+// below 2 % of their prefill.
 
 #include "policies.h"
 

@@ -2,8 +2,9 @@
 //
 //   score(j) = -cos(k_j, mean over the head's keys of k / ||k||)
 //
-// Variant: kvpress' KeyDiffPress with share=head. By default one ranking says how long each layer is (share.h): that keeps more of
-// what nobody has asked for (docs/benchmarks.md). Needs no query, so it does not depend on what is asked later.
+// Variant: kvpress' KeyDiffPress with share=head. By default one ranking says how long each layer is (share.h): that
+// keeps more of what nobody has asked for (docs/benchmarks.md). Needs no query, so it does not depend on what is asked
+// later.
 
 #include "policies.h"
 

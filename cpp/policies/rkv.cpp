@@ -4,10 +4,11 @@
 //   a_j      the largest of the group's attention, mean over the last w queries, pooled (max) along the keys
 //   r_j      softmax over j of the mean over i of c_ij, c_ij = cos(k_i, k_j); of each key's likes (c_ij above 0.5) the newest counts as 0
 //
-// So of keys that say the same the newest is kept. Variant: a is the mean of each query head's softmax over all cells, the largest of the
-// group (the authors' code takes the largest logit of the group first, and leaves the window out of the softmax); a key without a like
-// lets none off (theirs lets off the first); lambda is the paper's 0.1. The last w tokens are kept, an answer's evictions are 128 tokens
-// apart. Cost: n_head_kv * n_kv^2 dot products of keys a layer, on one thread: meant for budgets of an answer, slow for long prompts.
+// So of keys that say the same the newest is kept. Variant: a is the mean of each query head's softmax over all cells,
+// the largest of the group (the authors' code takes the largest logit of the group first, and leaves the window out of
+// the softmax); a key without a like lets none off (theirs lets off the first); lambda is the paper's 0.1. The last w
+// tokens are kept, an answer's evictions are 128 tokens apart. Cost: n_head_kv * n_kv^2 dot products of keys a layer,
+// on one thread: meant for budgets of an answer, slow for long prompts.
 
 #include "policies.h"
 

@@ -40,7 +40,8 @@ def draw(name: str, item: str, tags: dict[str, Any]) -> str:
 
 
 def settings_of(names: Sequence[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was given, for each task what it has a setting for. ValueError if no task has one, or it is of another kind."""
+    """What was given, for each task what it has a setting for. ValueError if no task has one, or it is of another
+    kind."""
     usual = {t: task(t).SETTINGS for t in names}
     if "fidelity" in usual and given.get("of") in TASKS:  # it asks that task's questions
         usual["fidelity"] = {**TASKS[given["of"]].SETTINGS, **usual["fidelity"]}

@@ -65,7 +65,8 @@ def _depths(text: Any) -> list[float]:
 
 
 def _of_text(path: Path, needles: list[dict], depths: list[float], options: Options) -> list[list[Item]]:
-    """Context i has needle j at depth i + j*step of the list (modulo), so that over all contexts every needle was at every depth."""
+    """Context i has needle j at depth i + j*step of the list (modulo), so that over all contexts every needle was at
+    every depth."""
     rng = random.Random(f"{options.seed} {path.stem}")
     chosen = [needles[0], *rng.sample(needles[1:], options["needles"] - 1)]
     room = options["length"] - sum(options.count(needle["needle"]) + 1 for needle in chosen)
