@@ -217,7 +217,7 @@ int32_t kvc_get_usage(llama_context * ctx, kvc_usage * out) {
         }
         for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
             for (int32_t l = 0; l < out->n_layer; ++l) {
-                out->bytes_used += e->n_slots(s, l)*e->row_bytes(l);
+                out->bytes_used += e->held_bytes(s, l);
             }
             out->bytes_full += (kv.get_cells((llama_seq_id) s).seq_pos_max((llama_seq_id) s) + 1)*row_bytes(kv, hp);
         }
@@ -255,7 +255,7 @@ int32_t kvc_get_seq_usage(llama_context * ctx, llama_seq_id seq_id, kvc_seq_usag
         const uint32_t s = kv.get_n_stream() > 1 ? (uint32_t) seq_id : 0;
         for (int32_t l = 0; l < e->n_layer(); ++l) {
             out->n_cells     = std::max(out->n_cells, e->n_slots(s, l));
-            out->bytes_used += e->n_slots(s, l)*e->row_bytes(l);
+            out->bytes_used += e->held_bytes(s, l);
         }
         e->count_evictions(s, out->n_evictions, out->n_evicted);
         out->evict_ms = e->evict_ms(s);

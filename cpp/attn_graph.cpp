@@ -17,16 +17,14 @@ namespace kvc {
 
 static const int64_t N_WORKSPACE = 16 << 20; // bytes of the probabilities of one graph; beside them lie a mask, queries and a copy
 
-// softmax(scale * Q K^T + mask) of some rows of the ring and KV heads: F32 [n_kv, n_row, n_head], of a mask F32 [n_kv,
-// n_row, 1 or n_head].
+// softmax(scale * Q K^T + mask) of some rows of the ring and KV heads of a lane: F32 [n_kv, n_row, n_head], of a mask F32
+// [n_kv, n_row].
 ggml_tensor * engine::graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, const ring_part & p) const {
     const auto & hp    = model.hparams;
-    const auto & layer = kv.layers[ikv];
-    const int64_t n_group = hp.n_head(layer.il)/n_hkv, head_dim = hp.n_embd_head_k(layer.il), n_window = n_ring(ikv);
+    const uint32_t il = kv.layers[ikv].il;
+    const int64_t n_group = hp.n_head(il)/n_hkv, head_dim = hp.n_embd_head_k(il), n_window = n_ring(ikv);
 
-    auto * k = layer.k;
-    const size_t k_head = ggml_row_size(k->type, head_dim);
-    k = ggml_view_3d(ctx, k, head_dim, p.n_head, mask->ne[0], k_head, k->nb[1], s*k->nb[2] + p.head*k_head);
+    auto * k = view_of(ctx, s, 1, ikv, { p.head, p.n_head }, mask->ne[0], false);
     auto * win = tensors[ikv].win;
     const size_t q_head = ggml_row_size(win->type, head_dim);
     auto * q = ggml_view_3d(ctx, win, head_dim, p.n_head*n_group, p.n_row, q_head, win->nb[1], (s*n_window + p.row)*win->nb[1] + p.head*n_group*q_head);
@@ -56,49 +54,48 @@ ggml_tensor * engine::graph_reduced(ggml_context * ctx, int32_t ikv, ggml_tensor
     return ggml_pool_2d(ctx, each, GGML_OP_POOL_MAX, n_row, 1, n_row, 1, 0, 0);
 }
 
-// What a graph is to mask: F32 [n_kv, n_row, n_mask], by rows of the ring.
-static std::vector<float> mask_of(const std::vector<ring_query> & queries, const std::vector<int32_t> & ranges, const ring_part & p, int32_t h0, int32_t n_mask,
-        int32_t n_kv, const std::vector<int32_t> & slots) {
+// What a graph is to mask: F32 [n_kv, n_row], by rows of the ring.
+static std::vector<float> mask_of(const std::vector<ring_query> & queries, const std::vector<int32_t> & ends, const ring_part & p, int32_t n_kv,
+        const std::vector<int32_t> & slots) {
     std::vector<float> seen(n_kv, slots.empty() ? 0.0f : -INFINITY);
     for (const int32_t j : slots) {
         seen[j] = 0.0f;
     }
-    std::vector<float> mask((size_t) n_mask*p.n_row*n_kv, 0.0f);
+    std::vector<float> mask((size_t) p.n_row*n_kv, 0.0f);
     for (size_t i = 0; i < queries.size(); ++i) {
-        for (int32_t h = 0; h < n_mask && p.has(queries[i]); ++h) {
-            const int32_t * range = &ranges[2*((size_t) (h0 + h)*queries.size() + i)];
-            float * row = mask.data() + ((size_t) h*p.n_row + queries[i].row - p.row)*n_kv;
+        if (p.has(queries[i])) {
+            float * row = mask.data() + (size_t) (queries[i].row - p.row)*n_kv;
             std::copy(seen.begin(), seen.end(), row);
-            std::fill(row, row + range[0], -INFINITY);
-            std::fill(row + range[1], row + n_kv, -INFINITY);
+            std::fill(row + ends[i], row + n_kv, -INFINITY);
         }
     }
     return mask;
 }
 
-// The parts of a layer's ring and heads, one after the other.
-static std::vector<ring_part> parts_of_ring(int64_t n_kv, int64_t n_row, int64_t n_head_kv, int64_t n_group) {
+// The parts of a layer's ring and of some of its KV heads, [h0, h0 + n_head_kv), one after the other.
+static std::vector<ring_part> parts_of_ring(int64_t n_kv, int64_t n_row, int64_t h0, int64_t n_head_kv, int64_t n_group) {
     const int64_t a_row = std::max<int64_t>(1, n_kv*n_group*(int64_t) sizeof(float)); // of one KV head
     const int64_t rows  = std::min(n_row, std::max<int64_t>(1, N_WORKSPACE/a_row));
     const int64_t heads = std::min(n_head_kv, std::max<int64_t>(1, N_WORKSPACE/(a_row*rows)));
     std::vector<ring_part> res;
     for (int64_t r = 0; r < n_row; r += rows) {
         for (int64_t h = 0; h < n_head_kv; h += heads) {
-            res.push_back({ (int32_t) r, (int32_t) std::min(rows, n_row - r), (int32_t) h, (int32_t) std::min(heads, n_head_kv - h) });
+            res.push_back({ (int32_t) r, (int32_t) std::min(rows, n_row - r), (int32_t) (h0 + h), (int32_t) std::min(heads, n_head_kv - h) });
         }
     }
     return res;
 }
 
 ring_part engine::largest_part(int32_t ikv) const {
-    return parts_of_ring(kv.layers[ikv].k->ne[1], n_ring(ikv), n_hkv, model.hparams.n_head(kv.layers[ikv].il)/n_hkv)[0];
+    return parts_of_ring(kv.layers[ikv].k->ne[1], n_ring(ikv), 0, n_hkv, model.hparams.n_head(kv.layers[ikv].il)/n_hkv)[0];
 }
 
-std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
-        const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const {
+std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const watched & w,
+        const std::vector<ring_query> & queries, bool largest) const {
     const int32_t n_group = sig.n_head/n_hkv;
-    std::vector<float> res((size_t) sig.n_kv*sig.n_head, 0.0f), part;
-    for (const auto & p : parts_of_ring(sig.n_kv, n_ring(sig.il), n_hkv, n_group)) {
+    const auto ends = seen_by(queries, w.pos, w.n_kv);
+    std::vector<float> res((size_t) w.n_kv*w.x.n_head*n_group, 0.0f), part;
+    for (const auto & p : parts_of_ring(w.n_kv, n_ring(sig.il), w.x.head, w.x.n_head, n_group)) {
         std::vector<float> weight(p.n_row, 0.0f); // 0: a row of the ring that is not asked for
         for (const auto & query : queries) {
             if (p.has(query)) {
@@ -106,7 +103,7 @@ std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, con
             }
         }
         const int32_t n_part = p.n_head*n_group;
-        const auto mask = mask_of(queries, ranges, p, n_mask > 1 ? p.head*n_group : 0, n_mask > 1 ? n_part : 1, sig.n_kv, slots);
+        const auto mask = mask_of(queries, ends, p, w.n_kv, w.slots);
         std::vector<float> weights;
         for (int32_t h = 0; h < n_part; ++h) {
             weights.insert(weights.end(), weight.begin(), weight.end());
@@ -114,18 +111,18 @@ std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, con
 
         auto * graph = begin_graph(lctx);
         auto * ctx = graph->get_ctx();
-        auto * m = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, sig.n_kv, p.n_row, n_mask > 1 ? n_part : 1);
-        auto * w = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, p.n_row, n_part);
-        ggml_set_input(m);
-        ggml_set_input(w);
-        auto * out = graph_reduced(ctx, sig.il, graph_scores(ctx, s, sig.il, m, p), w, largest);
+        auto * seen   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, w.n_kv, p.n_row);
+        auto * shares = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 1, p.n_row, n_part);
+        ggml_set_input(seen);
+        ggml_set_input(shares);
+        auto * out = graph_reduced(ctx, sig.il, graph_scores(ctx, s, sig.il, seen, p), shares, largest);
         run_graph(lctx, graph, out, [&]() {
-            ggml_backend_tensor_set(m, mask.data(),    0, ggml_nbytes(m));
-            ggml_backend_tensor_set(w, weights.data(), 0, ggml_nbytes(w));
+            ggml_backend_tensor_set(seen,   mask.data(),    0, ggml_nbytes(seen));
+            ggml_backend_tensor_set(shares, weights.data(), 0, ggml_nbytes(shares));
         });
-        part.resize((size_t) sig.n_kv*n_part);
+        part.resize((size_t) w.n_kv*n_part);
         ggml_backend_tensor_get(out, part.data(), 0, ggml_nbytes(out));
-        float * to = res.data() + (size_t) p.head*n_group*sig.n_kv;
+        float * to = res.data() + (size_t) (p.head - w.x.head)*n_group*w.n_kv;
         for (size_t i = 0; i < part.size(); ++i) {
             to[i] = largest ? std::max(to[i], part[i]) : to[i] + part[i];
         }
@@ -135,28 +132,29 @@ std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, con
 
 std::vector<float> engine::attention_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries) const {
     const int32_t n_query = (int32_t) queries.size(), n_reader = (int32_t) readers[sig.il].size(), n_group = sig.n_head/n_hkv;
-    const int32_t n_mask = n_masks(s, sig);
     const auto all = of_all_readers(sig.il, queries);
-    const auto ranges = ranges_of(sig, all, n_mask);
 
-    std::vector<float> rows((size_t) sig.n_head*n_query*sig.n_kv, 0.0f), row(sig.n_kv);
-    for (const auto & p : parts_of_ring(sig.n_kv, n_ring(sig.il), n_hkv, n_group)) {
-        const int32_t n_part = p.n_head*n_group;
-        const auto mask = mask_of(all, ranges, p, n_mask > 1 ? p.head*n_group : 0, n_mask > 1 ? n_part : 1, sig.n_kv, {});
-        auto * graph = begin_graph(lctx);
-        auto * m = ggml_new_tensor_3d(graph->get_ctx(), GGML_TYPE_F32, sig.n_kv, p.n_row, n_mask > 1 ? n_part : 1);
-        ggml_set_input(m);
-        auto * out = graph_scores(graph->get_ctx(), s, sig.il, m, p); // [n_kv, n_row, n_head]
-        run_graph(lctx, graph, out, [&]() { ggml_backend_tensor_set(m, mask.data(), 0, ggml_nbytes(m)); });
-        for (int32_t h = 0; h < n_part; ++h) {
-            for (size_t i = 0; i < all.size(); ++i) {
-                if (!p.has(all[i])) {
-                    continue;
-                }
-                ggml_backend_tensor_get(out, row.data(), h*out->nb[2] + (all[i].row - p.row)*out->nb[1], sig.n_kv*sizeof(float));
-                float * mean = rows.data() + ((size_t) (p.head*n_group + h)*n_query + i % n_query)*sig.n_kv;
-                for (int32_t j = 0; j < sig.n_kv; ++j) {
-                    mean[j] += n_reader == 1 ? row[j] : row[j]/n_reader;
+    std::vector<float> rows((size_t) sig.n_head*n_query*sig.n_kv, 0.0f), row;
+    for (const watched & w : watch(s, sig, {})) {
+        const auto ends = seen_by(all, w.pos, w.n_kv);
+        row.resize(w.n_kv);
+        for (const auto & p : parts_of_ring(w.n_kv, n_ring(sig.il), w.x.head, w.x.n_head, n_group)) {
+            const auto mask = mask_of(all, ends, p, w.n_kv, {});
+            auto * graph = begin_graph(lctx);
+            auto * seen  = ggml_new_tensor_2d(graph->get_ctx(), GGML_TYPE_F32, w.n_kv, p.n_row);
+            ggml_set_input(seen);
+            auto * out = graph_scores(graph->get_ctx(), s, sig.il, seen, p); // [n_kv, n_row, n_head]
+            run_graph(lctx, graph, out, [&]() { ggml_backend_tensor_set(seen, mask.data(), 0, ggml_nbytes(seen)); });
+            for (int32_t h = 0; h < p.n_head*n_group; ++h) {
+                for (size_t i = 0; i < all.size(); ++i) {
+                    if (!p.has(all[i])) {
+                        continue;
+                    }
+                    ggml_backend_tensor_get(out, row.data(), h*out->nb[2] + (all[i].row - p.row)*out->nb[1], w.n_kv*sizeof(float));
+                    float * mean = rows.data() + ((size_t) (p.head*n_group + h)*n_query + i % n_query + 1)*sig.n_kv - w.n_kv;
+                    for (int32_t j = 0; j < w.n_kv; ++j) {
+                        mean[j] += n_reader == 1 ? row[j] : row[j]/n_reader;
+                    }
                 }
             }
         }

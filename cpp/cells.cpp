@@ -1,9 +1,9 @@
 // kv_cells: a cache of fewer cells than the context has tokens. Evictions make room before each ubatch.
 //
 // Layers whose budgets differ are allocated at their own length: a layer of budget B_l has B_l + n_ubatch rows, and all
-// of them together n_layer * kv_cells. A layer's rows begin at 0, so row = cell - cell_begin(layer). Where layers share
-// a budget, they draw their rows from a pool (pool.cpp). Where heads differ, nobody knows yet which layer will have the
-// longest: all are allocated alike, and no head keeps more than its layer holds.
+// of them together n_layer * kv_cells. A layer's rows begin at 0, so row = cell - cell_begin(layer). Where layers or
+// heads share a budget, they draw their rows from a pool (pool.cpp). Where there is none, heads that differ are allocated
+// alike, and no head keeps more than its layer has rows for.
 
 #include "engine.h"
 
@@ -103,8 +103,7 @@ std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, c
             why = "on the CPU";
         }
     }
-    why = cfg->pol->share.heads_differ() ? "while the heads of a layer keep equally many" : cparams.n_seq_max > 1 ? "of one sequence" :
-        !cparams.flash_attn ? "with flash attention" : why;
+    why = !cparams.flash_attn ? "with flash attention" : why;
     if (cfg->pol->share.layers_differ() && !why.empty()) {
         if (cfg->own_share) {
             throw std::invalid_argument(cfg->spec + ": with kv_cells layers share their rows only " + why + ": give share=head");
@@ -115,7 +114,7 @@ std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, c
         cfg = make_config(sp.canonical(), cfg->prompt_budget.str(), cfg->decode_budget.str(), cfg->cells_text, cfg->guess);
     }
     auto c = std::make_shared<config>(*cfg);
-    c->pooled = cfg->pol->share.layers_differ();
+    c->pooled = why.empty() && (c->pol->share.layers_differ() || c->pol->heads_differ());
     c->n_cells  = (int32_t) n_cells;
     c->n_reserve = (int32_t) cparams.n_ubatch;
     if (c->prompt_budget.kind == budget::none) {
@@ -191,23 +190,13 @@ bool engine::is_bounded() const {
     return cfg->n_cells > 0;
 }
 
-int32_t engine::n_rows_max(int32_t ikv) const {
-    return (int32_t) kv.layers[ikv].k->ne[1];
-}
-
-uint32_t engine::n_rows(int32_t ikv, uint32_t n_kv, uint32_t s0, uint32_t s1) const {
-    uint32_t begin = cell_begin(s0, ikv);
-    for (uint32_t s = s0; s <= s1; ++s) {
-        begin = std::min(begin, cell_begin(s, ikv));
-    }
-    return std::min(n_kv - std::min(begin, n_kv), (uint32_t) n_rows_max(ikv));
-}
-
-// Rows that are free in every layer.
+// Rows that are free in every layer and head.
 int64_t engine::n_room(uint32_t s) const {
     int64_t n = std::numeric_limits<int32_t>::max();
     for (int32_t l = 0; l < n_layer(); ++l) {
-        n = std::min<int64_t>(n, n_rows_max(l) - n_slots(s, l));
+        for (int32_t h = 0; h < n_parts(); ++h) {
+            n = std::min<int64_t>(n, place_of(s, l, h, false).n_rows - n_slots(s, l, h));
+        }
     }
     return n;
 }
@@ -234,10 +223,7 @@ bool engine::has_room(const llama_ubatch & ubatch) const {
 int32_t engine::n_to_free(uint32_t s, int32_t n_new) const {
     const auto & q = streams[s];
     const int32_t n_left = std::max((cfg->n_cells - q.n_prompt)/2, q.cfg->interval);
-    const auto & layer = kv.layers[0];
-    const size_t alignment = ggml_backend_buffer_get_alignment(layer.k->buffer);
-    const int32_t n_lost = is_pooled() && (layer.k->nb[1] % alignment > 0 || layer.v->nb[1] % alignment > 0); // to where tensors may begin
-    return std::max(q.gen < 0 ? cfg->n_reserve : std::min(n_left, cfg->n_reserve), n_new) + n_lost;
+    return std::max(q.gen < 0 ? cfg->n_reserve : std::min(n_left, cfg->n_reserve), n_new);
 }
 
 } // namespace kvc

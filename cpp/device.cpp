@@ -72,7 +72,7 @@ void engine::ask_device(int32_t ikv, int32_t n_ubatch) {
             ggml_set_rows(ctx, t.inputs, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, 1), ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1));
         }
         if (t.sums) {
-            graph_sums(ctx, ikv, ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_kv, n_ubatch, n_head, 1), 0);
+            graph_sums(ctx, ikv, ggml_new_tensor_4d(ctx, GGML_TYPE_F32, n_kv, n_ubatch, n_head, 1), 0, 0);
         }
         bool missing = false;
         for (auto * op = ggml_get_first_tensor(ctx); op; op = ggml_get_next_tensor(ctx, op)) {

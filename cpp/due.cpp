@@ -152,12 +152,11 @@ bool engine::is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) con
     if (why == cause::room) {
         return !has_room(s, n_new);
     }
-    // of all layers where they share: one may hold more than the mean. With count=rows a layer's longest head counts
-    // for all.
+    // of all layers where they share: one may hold more than the mean
     const auto & share = streams[s].cfg->pol->share;
     int64_t n_all = 0;
     for (int32_t l = 0; l < n_layer(); ++l) {
-        const int64_t n = share.heads_differ() && share.rows ? (int64_t) n_slots(s, l)*n_hkv : n_held(s, l);
+        const int64_t n = n_held(s, l);
         if (n > (int64_t) n_target*n_hkv && !share.layers_differ()) {
             return true;
         }

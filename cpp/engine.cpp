@@ -23,22 +23,18 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
         }
     }
     check_weights(cfg->pol->share, kv.layers.size());
-    if (kv.n_stream > 1 && cfg->pol->heads_differ()) {
-        throw std::invalid_argument(cfg->spec + " gives heads different budgets, which several sequences in one context "
-                "do not support yet: use n_seq_max 1");
-    }
     for (const auto & layer : kv.layers) {
-        if (cfg->pol->heads_differ() && !ggml_backend_buffer_is_host(layer.k->buffer)) {
-            throw std::invalid_argument(cfg->spec + " gives KV heads different budgets, which takes a mask for each head: only the "
-                    "CPU's attention has been tested with one, so use n_gpu_layers 0, or offload_kqv off");
+        if (by_head() && !ggml_backend_buffer_is_host(layer.k->buffer)) {
+            throw std::invalid_argument(cfg->spec + " gives KV heads different budgets: only the CPU's attention has been tested with "
+                    "heads of different lengths, so use n_gpu_layers 0, or offload_kqv off");
         }
-    }
-    if (is_pooled()) {
-        find_pool();
     }
     streams.resize(kv.n_stream);
     for (auto & q : streams) {
         reset(q);
+    }
+    if (is_pooled()) {
+        find_pool();
     }
     attn.resize(kv.layers.size());
     find_readers();
@@ -55,6 +51,7 @@ void engine::reset(stream & q) const {
     q = stream();
     q.n_kept.assign(kv.layers.size(), 0);
     q.kept.resize(kv.layers.size());
+    q.lacks.assign(kv.layers.size()*n_hkv, 0);
     q.probed.resize(kv.layers.size());
     q.win_pos.assign(cfg->need.window, -1);
     q.cfg           = cfg;
@@ -72,31 +69,6 @@ int32_t engine::n_cells(uint32_t s) const {
 
 int32_t engine::n_slots(uint32_t s, int32_t ikv) const {
     return n_cells(s) - streams[s].n_base + streams[s].n_kept[ikv];
-}
-
-// Slots at the beginning of a layer that a shorter head does not have.
-int32_t engine::n_empty(uint32_t s, int32_t ikv, int32_t h) const {
-    const auto & q = streams[s];
-    const int32_t n = q.n_kept[ikv];
-    return cfg->pol->heads_differ() ? first_slot(q.kept[ikv].data() + (size_t) h*n, n) : 0;
-}
-
-// Slots of all heads of a layer that hold a token.
-int64_t engine::n_held(uint32_t s, int32_t ikv) const {
-    int64_t n = (int64_t) n_slots(s, ikv)*n_hkv;
-    for (int32_t h = 0; h < n_hkv; ++h) {
-        n -= n_empty(s, ikv, h);
-    }
-    return n;
-}
-
-uint32_t engine::cell_begin(uint32_t s, int32_t ikv) const {
-    return streams[s].n_base - streams[s].n_kept[ikv];
-}
-
-// Where position 0 would be, were it there: behind an eviction all positions are neighbours.
-int64_t engine::row_of_origin(uint32_t s, int32_t ikv) const {
-    return n_cells(s) - (int64_t) streams[s].tokens.size() - cell_begin(s, ikv);
 }
 
 // I32 [n_head_kv, n_slots], -1 where a slot is empty
@@ -147,12 +119,6 @@ uint32_t engine::stream_of(llama_seq_id seq_id) const {
         throw std::invalid_argument("sequence " + std::to_string(seq_id) + ": this context has 0 to " + std::to_string(kv.n_seq_max - 1));
     }
     return kv.seq_to_stream[seq_id];
-}
-
-size_t engine::row_bytes(int32_t ikv) const {
-    const auto & layer = kv.layers[ikv];
-    return ggml_row_size(layer.k->type, model.hparams.n_embd_k_gqa(layer.il)) +
-           ggml_row_size(layer.v->type, model.hparams.n_embd_v_gqa(layer.il));
 }
 
 void engine::count_evictions(uint32_t s, int64_t & n_evictions, int64_t & n_evicted) const {

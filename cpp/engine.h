@@ -7,18 +7,30 @@
 // that the next token takes the same cell in every layer and llama.cpp's one cell table still serves all. Sequences
 // differ in what their layers hold: attention reads as many rows as the longest of a batch has, and each masks what it
 // lacks. The rows themselves begin at 0 of the layer's tensors: row = cell - cell_begin(layer). Each KV head of a layer
-// keeps rows of its own; where heads keep different numbers, the first rows of a shorter one are empty (zeros) and
-// masked. Keys keep the RoPE position they were written with.
+// keeps rows of its own. Keys keep the RoPE position they were written with.
+//
+// Where heads keep different numbers, the rows of a head lie together (layout.cpp), and head h has its own beginning:
+// row = cell - cell_begin(layer, h). Neighbouring heads of one length are a *lane*, which attention takes in one call.
+// What is counted in slots is rectangular all the same, [n_head_kv, n_slots] of the longest head: the first slots of a
+// shorter one are empty (position -1), and no row stands for them.
+//
+//   position  of a token in its sequence: 0, 1, 2 ...
+//   cell      of llama.cpp's table, one for all layers; behind an eviction cells are renumbered
+//   slot      what a policy ranks: a cell of one layer and KV head, counted from the oldest that the layer holds
+//   row       where a slot's key and value lie, counted from the head's first
+//   lane      neighbouring KV heads of a layer that have as many rows
 //
 //   config.cpp  which policy a context gets, and which models can evict
 //   engine.cpp  what a new one holds, and what its sequences hold
 //   hooks.cpp   what happened to the cache
 //   due.cpp     budgets, and when an eviction is due
 //   cells.cpp   fewer cells than tokens: how many rows a layer gets, and room before each ubatch
-//   pool.cpp    fewer cells than tokens, and layers whose lengths are only known at an eviction
+//   layout.cpp  where the rows of layers and heads lie
+//   pool.cpp    fewer cells than tokens, and layers or heads whose lengths are only known at an eviction
 //   update.cpp  where evictions run
 //   device.cpp  what the device that holds a layer can run
-//   tap.cpp     the model's graph: query window, attention sums, mask views
+//   lanes.cpp   the model's graph: where new rows go, and attention over what each layer and head holds
+//   tap.cpp     the model's graph: what attention leaves behind, query window and sums
 //   attn.cpp    what some queries give to a layer's cells
 //   signal.cpp  what a policy looks at, of one layer
 //   fit.cpp     the queries that are to be expected
@@ -49,8 +61,11 @@ class  llama_io_write_i;
 class  llama_kv_cache;
 class  llama_memory_recurrent;
 class  llm_graph_result;
+struct llm_graph_context;
 
 namespace kvc {
+
+struct cache_rows; // gather.h
 
 // What a context's memory is made of, as far as it is ours.
 struct parts {
@@ -119,7 +134,8 @@ struct ring_part {
     bool has(const ring_query & q) const { return q.row >= row && q.row < row + n_row; }
 };
 
-std::vector<int32_t> ranges_of(const layer_signals & sig, const std::vector<ring_query> & queries, int32_t n_mask);
+// Up to which of n_kv slots each query sees, I32 [n_query]: those of no later position.
+std::vector<int32_t> seen_by(const std::vector<ring_query> & queries, const int32_t * pos, int32_t n_kv);
 
 // How a layer's queries were rotated before they reached attention, read off the model's own graph.
 struct rotation {
@@ -147,7 +163,7 @@ public:
     bool      can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
     bool      go_back(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // of a recurrent state, which is then that of p0: false if there is none
     bool      on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // false: refused, nothing may change
-    void      on_seq_cp(uint32_t s0, uint32_t s1);
+    bool      on_seq_cp(uint32_t s0, uint32_t s1); // false: llama.cpp copies keys and values at its next update
     void      on_ubatch(const llama_ubatch & ubatch);
     bool      refuse_shift(const char * what) const;
     llama_pos pos_min(uint32_t s, llama_pos p0) const;
@@ -162,18 +178,19 @@ public:
     void update(llama_context * lctx);
 
     // -- the graph
-    uint32_t cell_begin(uint32_t s, int32_t ikv) const; // first cell that layer ikv holds of a sequence, its row 0
-    // Rows that layer ikv reads for the first n_kv cells of the sequences s0 to s1: all that the longest of them has.
+    // Rows of llama.cpp's own view of layer ikv, for the first n_kv cells of the sequences s0 to s1.
     uint32_t n_rows(int32_t ikv, uint32_t n_kv, uint32_t s0, uint32_t s1) const;
     void build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, ggml_tensor *& v_idxs) const;
-    void build_mask(llm_graph_result * res, int il, const ggml_tensor * k, ggml_tensor *& kq_mask, ggml_tensor *& kq_b) const;
-    void build_tap (llm_graph_result * res, int il, ggml_tensor * q, ggml_tensor * k, ggml_tensor * cur,
-                    ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale);
+    // Writes new keys or values, F32 [head_dim, n_head_kv, n_tokens]; null: llama.cpp's own way does it.
+    ggml_tensor * store(ggml_context * ctx, int32_t ikv, ggml_tensor * cur, ggml_tensor * rows, bool values) const;
+    // What build_attn_mha() gives, of the sequences from s0 on. k, v: as llama.cpp reads them.
+    ggml_tensor * build_attn(const llm_graph_context & graph, uint32_t s0, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
+                             ggml_tensor * kq_mask, ggml_tensor * sinks, ggml_tensor * v_mla, float kq_scale, int il);
+    static uint32_t n_more_nodes(llama_memory_i * mem); // of a graph, beyond those that llama.cpp counts on
     void set_cache_rows(ggml_tensor * rows, const llama_ubatch * ubatch, int32_t ikv, bool trans) const;
     void set_window_rows(ggml_tensor * rows, const llama_ubatch * ubatch, int32_t i_reader, int32_t n_reader) const;
-    void set_seen(ggml_tensor * mask, const llama_ubatch * ubatch, int32_t ikv) const;
+    void set_seen(ggml_tensor * mask, const llama_ubatch * ubatch, int32_t ikv, int32_t h, int64_t i_seq) const;
     void set_bias(ggml_tensor * bias, int32_t ikv) const;
-    void set_empty(ggml_tensor * bias, int32_t ikv) const;
 
     // -- saved states
     uint32_t state_tag(uint32_t n_stream) const;
@@ -217,6 +234,7 @@ public:
     int32_t   n_head_kv() const { return n_hkv; }
     int32_t   n_slots(uint32_t s, int32_t ikv) const; // cells of layer ikv in use
     size_t    row_bytes(int32_t ikv) const;           // K and V of one cell
+    size_t    held_bytes(uint32_t s, int32_t ikv) const; // of all rows of a layer
     size_t    signal_bytes() const;
     void      count_evictions(uint32_t s, int64_t & n_evictions, int64_t & n_evicted) const;
     double    evict_ms(uint32_t s) const { return streams[s].evict_ms; }
@@ -233,6 +251,7 @@ private:
         int32_t   n_base = 0;                   // cells of the compacted part
         std::vector<int32_t> n_kept;            // [n_layer] rows of it a layer holds
         std::vector<std::vector<int32_t>> kept; // a layer I32 [n_head_kv, n_kept] original positions, after -1s in a shorter head
+        std::vector<int32_t> lacks;             // [n_layer, n_head_kv] how many -1s
         llama_pos floor = 0;                    // every head of every layer holds [floor, end)
         llama_pos seen  = 0;                    // tokens that the last eviction saw
         llama_pos gen   = -1;                   // first generated position; -1: still the prompt
@@ -253,22 +272,52 @@ private:
 
     struct job { uint32_t s; cause why; int32_t n_new; };
 
+    // Where the rows of a KV head lie, or those of all heads side by side. Bytes, but for n_rows.
+    struct place {
+        ggml_tensor * t;   // what views are made of
+        size_t  offset;    // of its first row
+        size_t  row;       // from a row to the next
+        size_t  channel;   // from a channel to the next, of transposed values; else 0
+        int64_t n_rows;    // that it has room for
+    };
+    struct region { int64_t at; int32_t n_rows; }; // of the pool: its first row
+    struct lane { int32_t head, n_head; };
+
     // cells.cpp
     static std::shared_ptr<const config> bound(std::shared_ptr<const config> cfg, const llama_model & model,
                                                const llama_context_params & params, const llama_cparams & cparams);
     static void check_memory(const std::shared_ptr<const config> & cfg, const llama_model & model,
                              const llama_context_params & params, const llama_cparams & cparams);
     static void forget_rows();
-    int32_t n_rows_max(int32_t ikv) const;
     int64_t n_room(uint32_t s) const;
     bool    has_room(uint32_t s, int32_t n_new) const;
     int32_t n_to_free(uint32_t s, int32_t n_new) const;
 
+    // layout.cpp
+    bool     by_head() const { return cfg->pol->heads_differ(); } // the rows of a head lie together
+    int32_t  n_parts() const { return by_head() ? n_hkv : 1; }    // of a layer, with rows of their own
+    int32_t  n_slots(uint32_t s, int32_t ikv, int32_t h) const;   // of a head; those that are not empty
+    uint32_t cell_begin(uint32_t s, int32_t ikv, int32_t h = 0) const; // first cell that a head holds of a sequence, its row 0
+    void     count_lacks(stream & q) const;
+    place    place_of(uint32_t s, int32_t ikv, int32_t h, bool values) const;
+    std::vector<lane> lanes(int32_t ikv, uint32_t s0, uint32_t s1) const; // of all these sequences
+    std::vector<int32_t> rows_held(uint32_t s) const; // [n_layer, n_parts]
+    struct run_of_rows { ggml_tensor * t; size_t offset, size; };
+    std::vector<run_of_rows> runs_of(uint32_t s, int32_t ikv, int32_t h, int64_t n, bool values) const; // of n rows, that lie together
+    // n rows of a lane of some sequences: [head_dim, n_head, n, n_seq], or of transposed values [n, n_head, head_dim, n_seq]
+    ggml_tensor * view_of(ggml_context * ctx, uint32_t s0, int64_t n_seq, int32_t ikv, const lane & x, int64_t n, bool values) const;
+
     // pool.cpp
-    void     find_pool() const; // throws where layers cannot draw from one
+    void     find_pool(); // throws where layers cannot draw from one
     int32_t  n_to_share(const std::vector<int32_t> & n_held) const;
-    void     lay_out(const std::vector<int32_t> & n_held);
-    void     even_out();
+    void     lay_out(uint32_t s, const std::vector<int32_t> & n_held); // [n_layer, n_parts]
+    void     even_out(uint32_t s);
+    void     copy_rows(uint32_t s0, uint32_t s1);
+    void     clear_pool(uint32_t s);
+
+    // lanes.cpp
+    ggml_tensor * mask_of_lane(llm_graph_result * res, ggml_tensor * kq_mask, uint32_t s0, int64_t i_seq, int64_t n_seq, int32_t ikv, int32_t h, int64_t n) const;
+    int64_t  rows_of_lane(uint32_t s0, int64_t n_seq, int32_t ikv, int32_t h, int64_t n_kv) const; // that attention reads
 
     // resident.cpp
     void     give_back_rows(uint32_t s, bool all) const; // to the system; all, or those that are free
@@ -281,8 +330,7 @@ private:
     uint32_t stream_of(llama_seq_id seq_id) const; // throws
     llama_pos held_from(uint32_t s) const;
     int32_t  n_cells(uint32_t s) const;
-    int64_t  row_of_origin(uint32_t s, int32_t ikv) const;
-    int32_t  n_empty(uint32_t s, int32_t ikv, int32_t h) const;
+    int64_t  row_of_origin(uint32_t s, int32_t ikv, int32_t h) const;
     int64_t  n_held(uint32_t s, int32_t ikv) const;
     std::vector<int32_t> slot_pos(uint32_t s, int32_t ikv) const;
 
@@ -310,7 +358,8 @@ private:
     int32_t  n_block() const; // rows by which layers differ: what kernels want of views off the host
     bool     run(llama_context * lctx, const job & j);
     void     compact(llama_context * lctx, uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep);
-    void     clear_free_sums(uint32_t s, const std::vector<int32_t> & n_keep) const;
+    std::vector<cache_rows> rows_of_part(uint32_t s, int32_t ikv, int32_t h) const;
+    void     clear_free_sums(uint32_t s) const;
     void     clear_sums(uint32_t s);
     std::vector<span> sentences(const stream & q) const;
 
@@ -318,22 +367,25 @@ private:
     void ask_device(int32_t ikv, int32_t n_ubatch); // throws what is missing, or finds a way around
 
     // tap.cpp
-    ggml_tensor * graph_sums(ggml_context * ctx, int32_t ikv, ggml_tensor * kq, int64_t s0) const;
+    void tap_queries(llm_graph_result * res, int il, ggml_tensor * q, int64_t n_seqs, ggml_tensor * sinks, float kq_scale);
+    ggml_tensor * graph_sums(ggml_context * ctx, int32_t ikv, ggml_tensor * kq, int64_t s0, int32_t h0) const;
     ggml_tensor * graph_dot(ggml_context * ctx, int32_t ikv, ggml_tensor * x, ggml_tensor * w) const;
 
     // attn.cpp, attn_graph.cpp
     ggml_tensor * graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, const ring_part & p) const;
     ggml_tensor * graph_reduced(ggml_context * ctx, int32_t ikv, ggml_tensor * each, ggml_tensor * weight, bool largest) const;
     ring_part largest_part(int32_t ikv) const; // that one graph ever takes
+    // Heads that have as many slots, and which of those are seen: their own slots, ascending; empty: all.
+    struct watched { lane x; int32_t n_kv; const int32_t * pos; std::vector<int32_t> slots; };
+    std::vector<watched> watch(uint32_t s, const layer_signals & sig, const std::vector<int32_t> & slots) const;
     // F32 [n_head, n_kv]: the weighted sum, or the largest, of what the queries give to each slot. slots: those that
     // they see, ascending, of all heads; empty: all of them.
     std::vector<float> attention_of(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
                                     bool largest, const std::vector<int32_t> & slots = {}) const;
-    std::vector<float> attention_tiles(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
-                                       const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const;
-    std::vector<float> attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries,
-                                       const std::vector<int32_t> & ranges, int32_t n_mask, bool largest, const std::vector<int32_t> & slots) const;
-    int32_t n_masks(uint32_t s, const layer_signals & sig) const; // one for all heads, or where some lack slots one for each
+    std::vector<float> attention_tiles(llama_context * lctx, uint32_t s, const layer_signals & sig, const watched & w,
+                                       const std::vector<ring_query> & queries, bool largest) const;
+    std::vector<float> attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const watched & w,
+                                       const std::vector<ring_query> & queries, bool largest) const;
     // F32 [n_head, n_query, n_kv]: of each query, in their order.
     std::vector<float> attention_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries) const;
 
@@ -348,14 +400,15 @@ private:
     layer_signals read_signals(llama_context * lctx, uint32_t s, int32_t ikv, bool whole = false) const;
     std::vector<float> score(uint32_t s, const layer_signals & sig, int32_t budget) const; // F32 [n_head_kv, n_kv], -inf where a slot is empty
     void read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) const;
-    void read_keys(uint32_t s, layer_signals & sig) const;
-    std::vector<float> values_of(uint32_t s, int32_t ikv) const; // F32 [n_head_kv, n_kv, head_dim] as they lie in the cache
+    std::vector<float> read_rows(uint32_t s, int32_t ikv, bool values) const; // F32 [n_head_kv, n_kv, head_dim] as they lie in the cache
     void read_values(uint32_t s, layer_signals & sig) const;
     void read_sums(uint32_t s, layer_signals & sig) const;
     void read_probed(uint32_t s, layer_signals & sig) const;
 
     // reduce.cpp
-    ggml_tensor * graph_head(ggml_context * ctx, ggml_tensor * t, uint32_t s, int64_t head_dim, int32_t h, int64_t n_kv) const;
+    ggml_tensor * graph_head(ggml_context * ctx, uint32_t s, int32_t ikv, int32_t h, bool values) const;
+    std::vector<float> run_heads(llama_context * lctx, uint32_t s, int32_t ikv, llm_graph_result * graph, const std::vector<ggml_tensor *> & heads,
+                                 const std::function<void()> & set_inputs) const;
     bool reduce_keys(llama_context * lctx, uint32_t s, layer_signals & sig) const; // false: the policy or the device has no graph for it
     bool reduce_values(llama_context * lctx, uint32_t s, layer_signals & sig) const;
 
@@ -368,7 +421,7 @@ private:
     void find_outputs(); // throws where the model has no plain output projection
     const std::vector<float> & gram_of(llama_context * lctx, int32_t ikv) const; // F32 [n_head, head_dim, head_dim] W_O^h' W_O^h
     std::vector<float> output_norms(llama_context * lctx, uint32_t s, int32_t ikv) const; // F32 [n_head, n_kv]
-    std::vector<float> plain_values(uint32_t s, int32_t ikv) const; // values_of(), not mixed as a quantized cache has them
+    std::vector<float> plain_values(uint32_t s, int32_t ikv) const; // read_rows(), not mixed as a quantized cache has them
 
     // fit.cpp
     void read_fit(llama_context * lctx, uint32_t s, layer_signals & sig) const;
@@ -384,6 +437,14 @@ private:
     llama_context * computes = nullptr; // the cache's own, known from its first ubatch on
     std::vector<job>    due;
     std::vector<std::function<void()>> jobs;
+
+    struct pool_rows {
+        ggml_context_ptr ctx;
+        ggml_tensor * k = nullptr, * v = nullptr; // [n_elem of a row, n_stream*n_rows], all of the buffer
+        int64_t n_rows = 0;                       // of a sequence
+        std::vector<std::vector<region>> regions; // a sequence [n_layer, n_parts]
+    };
+    pool_rows pool; // where layers draw their rows from one
     bool stale = false;           // where layers or heads differ, cells a layer reads changed outside an update: graphs must go
 
     std::vector<std::vector<int32_t>> readers; // [n_layer] layers of the model that read the cache of one, ascending: it, and who shares it
@@ -440,6 +501,9 @@ bool uses_flash_attn(llama_context * lctx);
 ggml_backend_dev_t device_of(const ggml_tensor * t);
 bool can_run(ggml_backend_dev_t dev, const ggml_tensor * op); // but for what pretend_lacking() named
 bool can_run_all(ggml_backend_dev_t dev, ggml_context * graph); // every op of it but views
+
+// Layers that agree on these numbers share an input of a graph: a name for it.
+std::string name_of(const char * what, const std::vector<int64_t> & numbers);
 
 // A small graph of ours, between those of the model: build it, then run it for one result.
 llm_graph_result * begin_graph(llama_context * lctx);

@@ -123,7 +123,7 @@ bool engine::run(llama_context * lctx, const job & j) {
     }
     const int32_t n_block = this->n_block();
     for (int32_t l = 0; is_bounded() && l < n_layer(); ++l) {
-        const int32_t n_rows = is_pooled() ? (int32_t) kv.get_size() : n_rows_max(l);
+        const int32_t n_rows = (int32_t) (is_pooled() ? kv.get_size() : kv.layers[l].k->ne[1]);
         const int32_t n_most = n_rows - n_to_free(s, j.n_new) - (conf.layers_differ ? n_block - 1 : 0);
         if (j.why != cause::room && !conf.layers_differ && n_keep[l] > n_most) {
             throw std::invalid_argument(conf.spec + ": budgets() gives layer " + std::to_string(l) + " " + std::to_string(n_keep[l]) +
@@ -181,15 +181,21 @@ void engine::compact(llama_context * lctx, uint32_t s, const std::vector<std::ve
 
     std::vector<piece> pieces;
     int32_t n_exact = n_base; // trailing slots in which all heads of all layers hold the same, newest positions
+    std::vector<std::vector<int32_t>> own = slots; // where heads differ, each head's one after the other, counted from its own first
     for (int32_t l = 0; l < n_layer(); ++l) {
-        const auto & layer = kv.layers[l];
-        const auto   pos   = slot_pos(s, l);
+        const auto    pos  = slot_pos(s, l);
         const int32_t n_kv = n_slots(s, l), n = n_keep[l];
-
-        add_pieces(rows_of_cache(layer.k_stream[s], false,      model.hparams.n_embd_head_k(layer.il), n_hkv), n, slots[l].data(), pieces);
-        add_pieces(rows_of_cache(layer.v_stream[s], kv.v_trans, model.hparams.n_embd_head_v(layer.il), n_hkv), n, slots[l].data(), pieces);
-        if (tensors[l].sums) {
-            add_pieces(rows_of_sums(tensors[l].sums, s), n, slots[l].data(), pieces);
+        for (int32_t h = 0; h < n_parts(); ++h) {
+            int32_t * from = own[l].data() + (size_t) h*n, n_own = n;
+            if (by_head()) {
+                const int32_t first = first_slot(from, n), lack = n_kv - n_slots(s, l, h);
+                from  += first;
+                n_own -= first;
+                std::for_each(from, from + n_own, [&](int32_t & slot) { slot -= lack; });
+            }
+            for (const auto & rows : rows_of_part(s, l, h)) {
+                add_pieces(rows, n_own, from, pieces);
+            }
         }
 
         std::vector<int32_t> kept((size_t) n_hkv*n);
@@ -215,13 +221,10 @@ void engine::compact(llama_context * lctx, uint32_t s, const std::vector<std::ve
         q.probed[l] = std::move(probed);
     }
     move_rows(lctx, pieces);
-    clear_free_sums(s, n_keep);
     q.n_kept = n_keep;
     q.n_base = n_base;
     q.floor  = last + 1 - n_exact;
-    if (is_pooled()) {
-        lay_out(n_keep);
-    }
+    count_lacks(q);
 
     // the cells below the exact tail stand for different tokens in each head: positions that only say "before it"
     auto & cells = kv.v_cells[s];
@@ -232,15 +235,36 @@ void engine::compact(llama_context * lctx, uint32_t s, const std::vector<std::ve
         cells.seq_add(c, seq_id);
     }
     kv.v_heads[s] = n_base;
+    clear_free_sums(s);
+    if (is_pooled()) {
+        lay_out(s, rows_held(s));
+    }
     give_back_rows(s, false);
 }
 
+// What moves of a layer, or of one of its heads: keys, values and sums.
+std::vector<cache_rows> engine::rows_of_part(uint32_t s, int32_t ikv, int32_t h) const {
+    const uint32_t il = kv.layers[ikv].il;
+    const int32_t n_heads = by_head() ? 1 : n_hkv;
+    std::vector<cache_rows> res;
+    for (const bool values : { false, true }) {
+        const place p = place_of(s, ikv, h, values);
+        const int64_t n_dim = values ? model.hparams.n_embd_head_v(il) : model.hparams.n_embd_head_k(il);
+        res.push_back(rows_of_cache(p.t, p.offset, p.row, p.channel, p.n_rows, n_dim, n_heads));
+    }
+    if (const auto * t = tensors[ikv].sums) {
+        res.push_back(rows_of_sums(tensors[ikv].sums, s*t->nb[2] + h*t->nb[1], n_heads));
+    }
+    return res;
+}
+
 // Free rows have a sum of 0: the graph only adds.
-void engine::clear_free_sums(uint32_t s, const std::vector<int32_t> & n_keep) const {
+void engine::clear_free_sums(uint32_t s) const {
     for (int32_t l = 0; l < n_layer(); ++l) {
         auto * t = tensors[l].sums;
         for (int32_t h = 0; t && h < n_hkv; ++h) {
-            ggml_backend_tensor_memset(t, 0, s*t->nb[2] + h*t->nb[1] + n_keep[l]*sizeof(float), (t->ne[0] - n_keep[l])*sizeof(float));
+            const int32_t n = n_slots(s, l, h);
+            ggml_backend_tensor_memset(t, 0, s*t->nb[2] + h*t->nb[1] + n*sizeof(float), (t->ne[0] - n)*sizeof(float));
         }
     }
 }

@@ -51,17 +51,17 @@ static ggml_backend_buffer_t buffer_of(const ggml_tensor * t) {
     return t->view_src ? t->view_src->buffer : t->buffer;
 }
 
-cache_rows rows_of_cache(ggml_tensor * t, bool trans, int64_t head_dim, int32_t n_head_kv) {
+cache_rows rows_of_cache(ggml_tensor * t, size_t offset, size_t row, size_t channel, int64_t n_rows, int64_t head_dim, int32_t n_heads) {
     const size_t es = ggml_type_size(t->type), n_head = ggml_row_size(t->type, head_dim);
-    if (!trans) {
-        return { t, 0, GGML_TYPE_I32, t->ne[1], n_head % 4 ? 0 : (int64_t) n_head/4, n_head_kv, 1, t->nb[1], n_head, n_head*n_head_kv, n_head_kv, false };
+    if (channel == 0) {
+        return { t, offset, GGML_TYPE_I32, n_rows, n_head % 4 ? 0 : (int64_t) n_head/4, n_heads, 1, row, n_head, n_head*n_heads, n_heads, false };
     }
-    const size_t n_row = es*t->ne[1]; // F16 and BF16 go through F32, which holds them as they are
-    return { t, 0, es == 4 ? GGML_TYPE_I32 : t->type, t->ne[1], 1, head_dim, n_head_kv, es, n_row, n_row*head_dim, n_head_kv, true };
+    // F16 and BF16 go through F32, which holds them as they are
+    return { t, offset, es == 4 ? GGML_TYPE_I32 : t->type, n_rows, 1, head_dim, n_heads, es, channel, channel*head_dim, n_heads, true };
 }
 
-cache_rows rows_of_sums(ggml_tensor * t, uint32_t s) {
-    return { t, s*t->nb[2], GGML_TYPE_I32, t->ne[0], 1, 1, t->ne[1], sizeof(float), t->nb[1], t->nb[1], (int32_t) t->ne[1], true };
+cache_rows rows_of_sums(ggml_tensor * t, size_t offset, int32_t n_heads) {
+    return { t, offset, GGML_TYPE_I32, t->ne[0], 1, 1, n_heads, sizeof(float), t->nb[1], t->nb[1], n_heads, true };
 }
 
 // Where a row of some head moves first.
@@ -112,28 +112,12 @@ void add_pieces(const cache_rows & rows, int32_t n, const int32_t * slots, std::
     }
 }
 
-// One head's parts of rows, in place: row i becomes row slots[i] - begin. Behind -1s some rows move up, the last of
-// them first; those that follow move down. Empty rows (slot -1) become zeros: what is masked is still multiplied by 0,
-// and NaN would stay NaN.
+// One head's parts of rows, in place: row i becomes row slots[i] - begin, which is never below it.
 static void move_head(char * rows, size_t n_row, size_t n_part, const int32_t * slots, int32_t n, int32_t begin) {
-    const auto move = [&](int32_t i) {
+    for (int32_t i = 0; i < n; ++i) {
         if (slots[i] - begin != i) {
             memcpy(rows + i*n_row, rows + (slots[i] - begin)*n_row, n_part);
         }
-    };
-    const int32_t n_empty = first_slot(slots, n);
-    int32_t n_up = n_empty;
-    while (n_up < n && slots[n_up] - begin < n_up) {
-        ++n_up;
-    }
-    for (int32_t i = n_up - 1; i >= n_empty; --i) {
-        move(i);
-    }
-    for (int32_t i = n_up; i < n; ++i) {
-        move(i);
-    }
-    for (int32_t i = 0; i < n_empty; ++i) {
-        memset(rows + i*n_row, 0, n_part);
     }
 }
 

@@ -22,8 +22,9 @@ struct cache_rows {
     bool      channels; // ne2 counts the channels of a head, whose rows lie together: transposed values, sums
 };
 
-cache_rows rows_of_cache(ggml_tensor * t, bool trans, int64_t head_dim, int32_t n_head_kv); // K or V of one stream
-cache_rows rows_of_sums(ggml_tensor * t, uint32_t s); // F32 [n_rows, n_head_kv, n_stream]
+// K or V of some heads that lie side by side, from a byte offset on; row and channel in bytes, channel 0: not transposed.
+cache_rows rows_of_cache(ggml_tensor * t, size_t offset, size_t row, size_t channel, int64_t n_rows, int64_t head_dim, int32_t n_heads);
+cache_rows rows_of_sums(ggml_tensor * t, size_t offset, int32_t n_heads); // F32 [n_rows, n_head_kv, n_stream]
 
 // Rows [begin, begin + n) become those of the slots; a head's begin at slots + h*stride.
 struct piece {
@@ -33,8 +34,8 @@ struct piece {
     int32_t stride;
 };
 
-// What has to move for rows [0, n) to become those of the slots I32 [n_head_kv, n], ascending in each head, -1s first.
-// They stay the caller's.
+// What has to move for rows [0, n) to become those of the slots I32 [n_head_kv, n], ascending in each head. They stay the
+// caller's.
 void add_pieces(const cache_rows & rows, int32_t n, const int32_t * slots, std::vector<piece> & out);
 
 void move_rows(llama_context * lctx, const std::vector<piece> & pieces);

@@ -37,7 +37,9 @@ void engine::on_clear() {
     due.clear();
     mask_only = false;
     stale = true;
-    even_out();
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        even_out(s);
+    }
 }
 
 // Changes nothing: memories of several parts ask all of them first.
@@ -73,7 +75,7 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         if (last < 0) {
             clear_sums(s);     // of a state that was read in part
             reset(streams[s]); // spans may have been set
-            even_out();
+            even_out(s);
         } else if (p0 <= last && p1 > p0) {
             todo.push_back({ s, p0 });
         }
@@ -86,7 +88,7 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         if (r.end == 0) {
             clear_sums(r.s);
             reset(q);
-            even_out();
+            even_out(r.s);
             give_back_rows(r.s, true);
             continue;
         }
@@ -107,6 +109,7 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
             q.probed[l].resize(std::min(q.probed[l].size(), (size_t) (n_left - q.n_base + q.n_kept[l] + n_rm)*n_hkv));
         }
         q.n_base -= n_rm;
+        count_lacks(q);
         q.tokens.resize(r.end);
         q.gen = r.end <= q.gen ? -1 : q.gen;
         for (auto & p : q.win_pos) {
@@ -116,7 +119,7 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     return true;
 }
 
-void engine::on_seq_cp(uint32_t s0, uint32_t s1) {
+bool engine::on_seq_cp(uint32_t s0, uint32_t s1) {
     // Signals now, although K and V wait for the next update: by then the source or the copy may have been removed,
     // which clears sums at once. (K and V may wait: removing cells leaves their rows, and copies come first in an
     // update, in the order they were asked for.)
@@ -137,6 +140,10 @@ void engine::on_seq_cp(uint32_t s0, uint32_t s1) {
     streams[s1].prompt_budget = prompt;
     streams[s1].decode_budget = decode;
     stale = true;
+    if (pool.k) {
+        copy_rows(s0, s1);
+    }
+    return pool.k;
 }
 
 bool engine::refuse_shift(const char * what) const {

@@ -84,7 +84,7 @@ static void unmix(const std::vector<float> & hadamard, int64_t n, std::vector<fl
 }
 
 std::vector<float> engine::plain_values(uint32_t s, int32_t ikv) const {
-    auto values = values_of(s, ikv);
+    auto values = read_rows(s, ikv, true);
     if (kv.attn_rot_v) {
         const int64_t n_mix = 64; // as llama_kv_cache::build_input_v_rot() has it
         unmix(kv.attn_rot_hadamard.at(n_mix), n_mix, values);

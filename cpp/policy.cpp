@@ -89,7 +89,7 @@ std::unique_ptr<policy> policy_info::make_policy(const kvc::params & p) const {
 }
 
 bool policy_info::is_own(const param_info & p, const kvc::params & given) const {
-    return ((share && (p.name == "share" || p.name == "count")) || (values && p.name == "values")) && given.s(p.name) == p.value;
+    return ((share && p.name == "share") || (values && p.name == "values")) && given.s(p.name) == p.value;
 }
 
 uint64_t rank_key(float score, int32_t slot) {

@@ -107,9 +107,8 @@ public:
     // The least kv_budget, in tokens, that means anything: sinks + window + 1 for most.
     virtual int32_t min_budget() const { return 1; }
 
-    // True: KV heads of a layer may keep different numbers, r.budget on average. A layer takes as many rows as its
-    // longest head: that is what budgets() says and what is freed; the others' missing rows are masked. Only where
-    // generated tokens stay.
+    // True: KV heads of a layer may keep different numbers, r.budget on average; a head takes the rows it keeps. budgets()
+    // says how many the longest head of each layer keeps. Only where generated tokens stay.
     virtual bool heads_differ() const { return share.heads_differ(); }
 
     // Slots each layer keeps. The mean over layers is r.budget exactly; no layer asks for more than it has. The default

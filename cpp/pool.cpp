@@ -1,9 +1,10 @@
-// kv_cells, and layers that share a budget. Nobody knows their lengths before an eviction. So layers draw their rows from
-// one pool: the memory that n_layer * kv_cells rows take. An eviction says how long each layer is. All layers have as many
-// free rows, since the next token takes one of each.
+// kv_cells, and layers that share a budget, or heads. Nobody knows their lengths before an eviction. So they draw their rows
+// from one pool: the memory that n_layer * kv_cells rows take. An eviction says how long each is. All have as many free
+// rows, since the next token takes one of each.
 //
-// The pool is the buffer that llama.cpp allocated. A layer's tensors are moved in it by their `data`, and so are the views
-// of them that llama.cpp made. Graphs of before are dropped, as at every eviction. On the host, one sequence, V not transposed.
+// The pool is the buffer that llama.cpp allocated: its first bytes are rows of keys, behind them lie rows of values, one
+// sequence after the other. A row is all heads of a cell, or where heads differ one head's. What moves is where a layer or
+// a head begins (place_of); graphs of before are dropped, as at every eviction. On the host, V not transposed.
 
 #include "engine.h"
 
@@ -19,86 +20,103 @@
 
 namespace kvc {
 
-void engine::find_pool() const {
+void engine::find_pool() {
     const auto & first = kv.layers[0];
     for (const auto & layer : kv.layers) {
         const bool alike = layer.k->buffer == first.k->buffer && layer.v->buffer == first.k->buffer && layer.k->nb[1] == first.k->nb[1] &&
             layer.v->nb[1] == first.v->nb[1];
-        if (!alike || !ggml_backend_buffer_is_host(first.k->buffer) || kv.v_trans || kv.n_stream > 1) {
+        if (!alike || !ggml_backend_buffer_is_host(first.k->buffer) || kv.v_trans) {
             throw std::invalid_argument(cfg->spec + ": with kv_cells layers share their rows only in one buffer of the CPU, with rows of one "
                     "size and flash attention: give share=head");
         }
     }
-}
-
-// Bytes that a tensor takes with so many rows.
-static size_t n_bytes(const ggml_tensor * t, int64_t n_rows) {
-    const size_t alignment = ggml_backend_buffer_get_alignment(t->buffer);
-    return (n_rows*t->nb[1] + alignment - 1)/alignment*alignment;
-}
-
-// Rows that every layer can have beyond those it holds, I32 [n_layer]; negative: even those are more than there are.
-int32_t engine::n_to_share(const std::vector<int32_t> & n_held) const {
-    const auto & first = kv.layers[0];
-    const size_t size = ggml_backend_buffer_get_size(first.k->buffer);
-    const int64_t n_rest = (int64_t) n_layer()*cfg->n_cells - std::accumulate(n_held.begin(), n_held.end(), (int64_t) 0);
-    const int64_t n_most = (int64_t) kv.get_size() - *std::max_element(n_held.begin(), n_held.end());
-    const auto fits = [&](int64_t n_free) {
-        size_t n = 0;
-        for (const int32_t n_rows : n_held) {
-            n += n_bytes(first.k, n_rows + n_free) + n_bytes(first.v, n_rows + n_free);
-        }
-        return n <= size;
-    };
-    int64_t n = n_rest < 0 ? -1 : std::min(n_rest/n_layer(), n_most);
-    while (n >= 0 && !fits(n)) { // tensors begin at whole alignments
-        --n;
+    if (ggml_backend_buffer_get_size(first.k->buffer) == 0) {
+        return; // only measured, by llama.cpp's --fit
     }
-    return (int32_t) n;
+    pool.n_rows = (int64_t) n_layer()*cfg->n_cells*n_parts();
+    pool.ctx.reset(ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }));
+    char * at = (char *) ggml_backend_buffer_get_base(first.k->buffer);
+    const auto place_rows = [&](const ggml_tensor * of) {
+        auto * t = ggml_new_tensor_2d(pool.ctx.get(), of->type, of->ne[0]/n_parts(), pool.n_rows*kv.n_stream);
+        ggml_backend_tensor_alloc(first.k->buffer, t, at);
+        at += GGML_PAD(ggml_nbytes(t), ggml_backend_buffer_get_alignment(first.k->buffer));
+        return t;
+    };
+    pool.k = place_rows(first.k);
+    pool.v = place_rows(first.v);
+    pool.regions.assign(kv.n_stream, std::vector<region>((size_t) n_layer()*n_parts(), { 0, 0 }));
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        even_out(s);
+    }
 }
 
-// Gives every layer the rows it holds, which are moved, and what is free to all alike.
-void engine::lay_out(const std::vector<int32_t> & n_held) {
-    struct block { ggml_tensor * t; ggml_tensor * view; char * to; int64_t n_held, n_rows; };
+// Rows that every part can have beyond those it holds, I32 [n_layer, n_parts]; negative: even those are more than there are.
+int32_t engine::n_to_share(const std::vector<int32_t> & n_held) const {
+    const int64_t n_rest = pool.n_rows - std::accumulate(n_held.begin(), n_held.end(), (int64_t) 0);
+    const int64_t n_most = (int64_t) kv.get_size() - *std::max_element(n_held.begin(), n_held.end());
+    return (int32_t) (n_rest < 0 ? -1 : std::min(n_rest/(int64_t) n_held.size(), n_most));
+}
+
+// Gives every part the rows it holds, which are moved, and what is free to all alike.
+void engine::lay_out(uint32_t s, const std::vector<int32_t> & n_held) {
+    if (!pool.k) {
+        return;
+    }
     const int32_t n_free = n_to_share(n_held);
     if (n_free < 0) {
         throw std::invalid_argument(cfg->spec + ": kv_cells have too few rows for what the layers hold");
     }
-    char * at = (char *) ggml_backend_buffer_get_base(kv.layers[0].k->buffer);
-    std::vector<block> blocks;
-    for (int32_t l = 0; l < n_layer(); ++l) {
-        const auto & layer = kv.layers[l];
-        for (const auto & [t, view] : { std::pair(layer.k, layer.k_stream[0]), std::pair(layer.v, layer.v_stream[0]) }) {
-            blocks.push_back({ t, view, at, std::min<int64_t>(n_held[l], t->ne[1]), n_held[l] + n_free }); // fewer before a state is read
-            at += n_bytes(t, n_held[l] + n_free);
-        }
+    const auto before = pool.regions[s];
+    auto & now = pool.regions[s];
+    int64_t at = (int64_t) s*pool.n_rows;
+    for (size_t i = 0; i < now.size(); ++i) {
+        now[i] = { at, n_held[i] + n_free };
+        at += now[i].n_rows;
     }
     // They lie in one order before and after: those that move down do so from the first on, then those that move up from the last.
-    for (auto b = blocks.begin(); b != blocks.end(); ++b) {
-        if (b->to < (char *) b->t->data) {
-            memmove(b->to, b->t->data, b->n_held*b->t->nb[1]);
+    for (auto * t : { pool.k, pool.v }) {
+        const auto move = [&](size_t i) {
+            const int64_t n = std::min(n_held[i], before[i].n_rows); // fewer before a state is read
+            memmove((char *) t->data + now[i].at*t->nb[1], (char *) t->data + before[i].at*t->nb[1], n*t->nb[1]);
+        };
+        for (size_t i = 0; i < now.size(); ++i) {
+            if (now[i].at < before[i].at) {
+                move(i);
+            }
         }
-    }
-    for (auto b = blocks.rbegin(); b != blocks.rend(); ++b) {
-        if (b->to > (char *) b->t->data) {
-            memmove(b->to, b->t->data, b->n_held*b->t->nb[1]);
+        for (size_t i = now.size(); i-- > 0;) {
+            if (now[i].at > before[i].at) {
+                move(i);
+            }
         }
-    }
-    for (const auto & b : blocks) {
-        for (auto * t : { b.t, b.view }) {
-            t->data  = b.to;
-            t->ne[1] = b.n_rows;
-            t->nb[2] = t->nb[3] = b.n_rows*t->nb[1];
+        for (size_t i = 0; i < now.size(); ++i) { // attention reads free rows, and NaN is not masked away
+            memset((char *) t->data + (now[i].at + n_held[i])*t->nb[1], 0, n_free*t->nb[1]);
         }
-        memset(b.to + b.n_held*b.t->nb[1], 0, (b.n_rows - b.n_held)*b.t->nb[1]); // attention reads free rows, and NaN is not masked away
     }
     stale = true;
 }
 
-// Of an empty cache: as many rows for each layer.
-void engine::even_out() {
-    if (is_pooled() && ggml_backend_buffer_get_size(kv.layers[0].k->buffer) > 0) { // 0: only measured, by llama.cpp's --fit
-        lay_out(std::vector<int32_t>(n_layer(), 0));
+// Of an empty sequence: as many rows for each part.
+void engine::even_out(uint32_t s) {
+    lay_out(s, std::vector<int32_t>((size_t) n_layer()*n_parts(), 0));
+}
+
+// A sequence's rows become another's, at the same places.
+void engine::copy_rows(uint32_t s0, uint32_t s1) {
+    const int64_t n_apart = ((int64_t) s1 - s0)*pool.n_rows;
+    for (size_t i = 0; i < pool.regions[s0].size(); ++i) {
+        const region & r = pool.regions[s0][i];
+        pool.regions[s1][i] = { r.at + n_apart, r.n_rows };
+    }
+    for (auto * t : { pool.k, pool.v }) {
+        const size_t n_bytes = pool.n_rows*t->nb[1];
+        memcpy((char *) t->data + s1*n_bytes, (char *) t->data + s0*n_bytes, n_bytes);
+    }
+}
+
+void engine::clear_pool(uint32_t s) {
+    for (auto * t : { pool.k, pool.v }) {
+        memset((char *) t->data + s*pool.n_rows*t->nb[1], 0, pool.n_rows*t->nb[1]);
     }
 }
 

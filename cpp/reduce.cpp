@@ -12,25 +12,29 @@
 
 namespace kvc {
 
-// One head of K, or of V that is not transposed: F32 [head_dim, n_kv].
-ggml_tensor * engine::graph_head(ggml_context * ctx, ggml_tensor * t, uint32_t s, int64_t head_dim, int32_t h, int64_t n_kv) const {
-    auto * head = ggml_view_2d(ctx, t, head_dim, n_kv, t->nb[1], s*t->nb[2] + h*ggml_row_size(t->type, head_dim));
-    return ggml_cast(ctx, head, GGML_TYPE_F32);
+// What one head holds of K, or of V that is not transposed: F32 [head_dim, n].
+ggml_tensor * engine::graph_head(ggml_context * ctx, uint32_t s, int32_t ikv, int32_t h, bool values) const {
+    auto * head = view_of(ctx, s, 1, ikv, { h, 1 }, n_slots(s, ikv, h), values); // [head_dim, 1, n]
+    return ggml_cast(ctx, ggml_permute(ctx, head, 0, 2, 1, 3), GGML_TYPE_F32);
 }
 
-// A graph of one output for each head, and what it gives: F32, one head after the other.
-static std::vector<float> run_heads(llama_context * lctx, llm_graph_result * graph, const std::vector<ggml_tensor *> & heads,
-        const std::function<void()> & set_inputs) {
+// A graph of one output for each head, F32 [n, n_out] of its n slots, and what it gives: F32 [n_head_kv, n_out, n_kv], 0
+// where a head has no slot.
+std::vector<float> engine::run_heads(llama_context * lctx, uint32_t s, int32_t ikv, llm_graph_result * graph, const std::vector<ggml_tensor *> & heads,
+        const std::function<void()> & set_inputs) const {
     for (auto * head : heads) {
         ggml_set_output(head);
         ggml_build_forward_expand(graph->get_gf(), head);
     }
     run_graph(lctx, graph, heads.back(), set_inputs);
+    const size_t n_kv = n_slots(s, ikv);
     std::vector<float> res;
-    for (auto * head : heads) {
-        const size_t at = res.size();
-        res.resize(at + ggml_nelements(head));
-        ggml_backend_tensor_get(head, res.data() + at, 0, ggml_nbytes(head));
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        const size_t n = n_slots(s, ikv, h), n_out = ggml_nelements(heads[h])/n;
+        for (size_t i = 0; i < n_out; ++i) {
+            res.resize(res.size() + n_kv, 0.0f);
+            ggml_backend_tensor_get(heads[h], res.data() + res.size() - n, i*n*sizeof(float), n*sizeof(float));
+        }
     }
     return res;
 }
@@ -49,7 +53,7 @@ bool engine::reduce_keys(llama_context * lctx, uint32_t s, layer_signals & sig) 
     for (int32_t h = 0; h < n_hkv; ++h) {
         auto * m = mean ? ggml_view_2d(ctx, mean, n_dim, n_group, mean->nb[1], h*n_group*mean->nb[1]) : nullptr;
         auto * c = cov  ? ggml_view_3d(ctx, cov, n_dim, n_dim, n_group, cov->nb[1], cov->nb[2], h*n_group*cov->nb[2]) : nullptr;
-        heads.push_back(pol.reduce_keys(ctx, graph_head(ctx, k, s, n_dim, h, sig.n_kv), m, c));
+        heads.push_back(pol.reduce_keys(ctx, graph_head(ctx, s, sig.il, h, false), m, c));
         if (!heads.back() || (h == 0 && !can_run_all(device_of(k), ctx))) {
             return false;
         }
@@ -59,7 +63,7 @@ bool engine::reduce_keys(llama_context * lctx, uint32_t s, layer_signals & sig) 
             ggml_set_input(input);
         }
     }
-    sig.reduced = run_heads(lctx, graph, heads, [&]() {
+    sig.reduced = run_heads(lctx, s, sig.il, graph, heads, [&]() {
         if (fit) {
             ggml_backend_tensor_set(mean, sig.q_mean.data(), 0, ggml_nbytes(mean));
             ggml_backend_tensor_set(cov,  sig.q_cov.data(),  0, ggml_nbytes(cov));
@@ -78,12 +82,12 @@ bool engine::reduce_values(llama_context * lctx, uint32_t s, layer_signals & sig
     auto * ctx   = graph->get_ctx();
     std::vector<ggml_tensor *> heads;
     for (int32_t h = 0; h < n_hkv; ++h) {
-        heads.push_back(ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, graph_head(ctx, v, s, sig.value_dim, h, sig.n_kv)))));
+        heads.push_back(ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, graph_head(ctx, s, sig.il, h, true)))));
         if (h == 0 && !can_run_all(device_of(v), ctx)) {
             return false;
         }
     }
-    sig.v_norm = run_heads(lctx, graph, heads, []() {});
+    sig.v_norm = run_heads(lctx, s, sig.il, graph, heads, []() {});
     return true;
 }
 

@@ -65,15 +65,21 @@ static size_t n_resident(const char *, size_t size) {
 // the next update.
 void engine::give_back_rows(uint32_t s, bool all) const {
     for (int32_t l = 0; !is_bounded() && kv.sc_info.empty() && l < n_layer(); ++l) {
-        const auto & layer = kv.layers[l];
-        const int64_t n = all ? 0 : n_slots(s, l);
-        for (const auto * t : { layer.k_stream[s], layer.v_stream[s] }) {
-            const bool trans = t == layer.v_stream[s] && kv.v_trans && n > 0; // a channel's rows lie together
-            const size_t n_row = trans ? ggml_type_size(t->type) : t->nb[1];
-            const int64_t n_part = !has_pages(layer.k) ? 0 : trans ? t->ne[0] : 1;
-            for (int64_t c = 0; c < n_part; ++c) {
-                char * begin = (char *) t->data + c*t->ne[1]*n_row;
-                give_back(begin + n*n_row, begin + t->ne[1]*n_row);
+        if (!has_pages(kv.layers[l].k)) {
+            continue;
+        }
+        for (const auto * t : { kv.layers[l].k_stream[s], kv.layers[l].v_stream[s] }) {
+            if (all) {
+                give_back((char *) t->data, (char *) t->data + ggml_nbytes(t));
+            }
+        }
+        for (int32_t h = 0; !all && h < n_parts(); ++h) {
+            for (const bool values : { false, true }) {
+                const place p = place_of(s, l, h, values);
+                for (const auto & run : runs_of(s, l, h, p.n_rows, values)) {
+                    char * begin = (char *) run.t->data + run.offset;
+                    give_back(begin + n_slots(s, l, h)*p.row, begin + run.size);
+                }
             }
         }
     }

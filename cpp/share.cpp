@@ -26,8 +26,6 @@ std::vector<param_info> share_params(const std::string & over) {
     return {
         { "share", over,   "how far one ranking reaches that decides how much each head keeps" + std::string(over == "auto" ?
             "; auto: layers, with kv_cells where that can be, else head" : "") + "; or a weight for each layer, as 2/1/1", 0, 0, words },
-        { "count", "rows", "what the budget counts where heads differ (share=layer, all): rows of a layer's longest head, or cells held",
-            0, 0, { "rows", "cells" } },
     };
 }
 
@@ -67,7 +65,7 @@ sharing read_sharing(const params & p) {
     settle_share(settled, true);
     const std::string word = settled.s("share");
     const auto weights = read_weights(word);
-    return { weights.empty() ? share_from(word) : share_over::weights, p.s("count") == "rows", weights };
+    return { weights.empty() ? share_from(word) : share_over::weights, weights };
 }
 
 void check_weights(const sharing & share, size_t n_layer) {
@@ -130,14 +128,11 @@ static void check_least(const policy & pol, const request & r, bool fits) {
     }
 }
 
-// The n best, in order; all if there are no more.
-static void cut_rivals(std::vector<rival> & rivals, int64_t n, bool sorted) {
+// The n best; all if there are no more.
+static void cut_rivals(std::vector<rival> & rivals, int64_t n) {
     n = std::min<int64_t>(std::max<int64_t>(n, 0), (int64_t) rivals.size());
     std::nth_element(rivals.begin(), rivals.begin() + n, rivals.end());
     rivals.resize(n);
-    if (sorted) {
-        std::sort(rivals.begin(), rivals.end());
-    }
 }
 
 std::vector<int32_t> layer_lengths(const policy & pol, const request & r) {
@@ -156,7 +151,7 @@ std::vector<int32_t> layer_lengths(const policy & pol, const request & r) {
         add_rivals(pol, r, il, rivals);
     }
     check_least(pol, r, n_left >= 0);
-    cut_rivals(rivals, n_left, false);
+    cut_rivals(rivals, n_left);
     for (const rival & x : rivals) {
         ideal[x.head/r.n_head_kv] += 1.0/r.n_head_kv;
     }
@@ -182,12 +177,11 @@ std::vector<int32_t> weighted_lengths(const policy & pol, const request & r) {
     return whole_budgets(r, ideal, n_least);
 }
 
-// Of the heads of layers [first, last): their best scores until they hold n slots, or with rows until their layers'
-// longest heads do.
+// Of the heads of layers [first, last): their best scores until they hold the budget together.
 static void fill_heads(const policy & pol, const request & r, int32_t first, int32_t last, std::vector<std::vector<int32_t>> & heads) {
     std::vector<rival> rivals;
     std::vector<bool> kept_already((size_t) last*r.n_head_kv, false);
-    int64_t n_held = 0, n_rows = 0;
+    int64_t n_held = 0;
     for (int32_t il = first; il < last; ++il) {
         for (int32_t h = 0; h < r.n_head_kv; ++h) {
             const int32_t n = n_always(pol, r, r.layers[il], h);
@@ -195,21 +189,14 @@ static void fill_heads(const policy & pol, const request & r, int32_t first, int
             heads[il][h] = std::max(1, n); // attention needs something to look at
             n_held += heads[il][h];
         }
-        n_rows += *std::max_element(heads[il].begin(), heads[il].end());
         add_rivals(pol, r, il, rivals);
     }
     drop_first(kept_already, rivals);
-    const int64_t n_mean = (int64_t) (last - first)*r.budget;
-    check_least(pol, r, pol.share.rows ? n_rows <= n_mean : n_held <= n_mean*r.n_head_kv);
-    cut_rivals(rivals, n_mean*r.n_head_kv - n_held, pol.share.rows);
+    const int64_t n_all = (int64_t) (last - first)*r.budget*r.n_head_kv;
+    check_least(pol, r, n_held <= n_all);
+    cut_rivals(rivals, n_all - n_held);
     for (const rival & x : rivals) {
-        auto & layer = heads[x.head/r.n_head_kv];
-        auto & head  = layer[x.head % r.n_head_kv];
-        const bool longest = head == *std::max_element(layer.begin(), layer.end());
-        if (pol.share.rows && longest && ++n_rows > n_mean) {
-            break; // nor those behind it, or it would be another ranking
-        }
-        ++head;
+        heads[x.head/r.n_head_kv][x.head % r.n_head_kv]++;
     }
 }
 

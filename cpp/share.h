@@ -10,9 +10,7 @@
 //   2/1/1   weights, one for each layer: its part of the budget, whatever the scores say (kvpress' PerLayerCompressionPress)
 //   auto    layers; head where kv_cells has no pool that layers draw their rows from (pool.cpp)
 //
-// The mean over all heads is the budget, whatever the share. Where heads differ, a layer takes the rows of its longest
-// head: with count=rows those are what the budget counts, so that every share takes the same bytes; with count=cells,
-// the papers' way, it counts what heads hold, and a layer's bytes are more than its budget.
+// The mean over all heads is the budget, whatever the share, and so are the bytes: a head takes the rows it holds.
 
 #include "spec.h"
 
@@ -28,7 +26,6 @@ enum class share_over { head, layers, layer, all, weights };
 
 struct sharing {
     share_over over = share_over::head;
-    bool       rows = true; // count=rows
     std::vector<double> weights = {}; // [n_layer] of share_over::weights
 
     bool heads_differ()  const { return over == share_over::layer || over == share_over::all; }

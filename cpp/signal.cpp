@@ -144,7 +144,7 @@ layer_signals engine::read_signals(llama_context * lctx, uint32_t s, int32_t ikv
     if (need.future > 0)                   { read_fit(lctx, s, sig); }
     else if (need.window > 0 && !probed)   { read_attn(lctx, s, sig); }
     if (need.sums)       { read_sums(s, sig); }
-    if (need.keys   && (whole || !reduce_keys(lctx, s, sig)))   { read_keys(s, sig); }
+    if (need.keys   && (whole || !reduce_keys(lctx, s, sig)))   { sig.keys = read_rows(s, sig.il, false); }
     if (need.values && (whole || !reduce_values(lctx, s, sig))) { read_values(s, sig); }
     if (need.outputs)    { sig.o_norm = output_norms(lctx, s, ikv); }
     if (need.value_rows) { sig.value_rows = plain_values(s, ikv); }
@@ -198,7 +198,7 @@ void engine::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
     }
 }
 
-// n values of a cache tensor, dequantized.
+// n values of a cache tensor, dequantized: they lie together.
 static std::vector<float> read_f32(const ggml_tensor * t, size_t offset, int64_t n) {
     std::vector<uint8_t> raw(ggml_row_size(t->type, n));
     ggml_backend_tensor_get(t, raw.data(), offset, raw.size());
@@ -211,28 +211,30 @@ static std::vector<float> read_f32(const ggml_tensor * t, size_t offset, int64_t
     return res;
 }
 
-void engine::read_keys(uint32_t s, layer_signals & sig) const {
-    const auto * k = kv.layers[sig.il].k;
-    const size_t n_embd = (size_t) sig.head_dim*n_hkv;
-    const auto rows = read_f32(k, s*k->nb[2], (int64_t) n_embd*sig.n_kv); // F32 [n_kv, n_head_kv, head_dim]
-    sig.keys.resize(rows.size());
+// Keys or values as they lie in the cache: F32 [n_head_kv, n_kv, head_dim], 0 in empty slots.
+std::vector<float> engine::read_rows(uint32_t s, int32_t ikv, bool values) const {
+    const auto & hp = model.hparams;
+    const uint32_t il = kv.layers[ikv].il;
+    const int64_t n_dim = values ? hp.n_embd_head_v(il) : hp.n_embd_head_k(il), n_kv = n_slots(s, ikv);
+    const int64_t n_side = by_head() ? 1 : n_hkv; // heads side by side in a row
+    std::vector<float> res((size_t) n_hkv*n_kv*n_dim, 0.0f);
     for (int32_t h = 0; h < n_hkv; ++h) {
-        for (int32_t j = 0; j < sig.n_kv; ++j) {
-            memcpy(&sig.keys[((size_t) h*sig.n_kv + j)*sig.head_dim], &rows[j*n_embd + (size_t) h*sig.head_dim], sig.head_dim*sizeof(float));
-        }
-    }
-}
-
-std::vector<float> engine::values_of(uint32_t s, int32_t ikv) const {
-    const auto * v = kv.layers[ikv].v;
-    const int64_t n_dim = model.hparams.n_embd_head_v(kv.layers[ikv].il), n_kv = n_slots(s, ikv);
-    const int64_t n_row = kv.v_trans ? v->ne[1] : v->ne[0]; // what lies together: a channel of all slots, or a slot
-    const auto data = read_f32(v, s*v->nb[2], kv.v_trans ? n_dim*n_hkv*n_row : n_row*n_kv);
-    std::vector<float> res((size_t) n_hkv*n_kv*n_dim);
-    for (int64_t h = 0; h < n_hkv; ++h) {
-        for (int64_t j = 0; j < n_kv; ++j) {
+        const place   p = place_of(s, ikv, h, values);
+        const int64_t n = n_slots(s, ikv, h);
+        float * out = res.data() + (h*n_kv + n_kv - n)*n_dim;
+        if (p.channel) {
             for (int64_t i = 0; i < n_dim; ++i) {
-                res[(h*n_kv + j)*n_dim + i] = data[kv.v_trans ? (h*n_dim + i)*n_row + j : j*n_row + h*n_dim + i];
+                const auto data = read_f32(p.t, p.offset + i*p.channel, n);
+                for (int64_t j = 0; j < n; ++j) {
+                    out[j*n_dim + i] = data[j];
+                }
+            }
+        } else if (h % n_side == 0) { // of all heads that lie side by side, at once
+            const auto data = read_f32(p.t, p.offset, n*n_side*n_dim);
+            for (int64_t i = 0; i < n_side; ++i) {
+                for (int64_t j = 0; j < n; ++j) {
+                    std::copy_n(data.data() + (j*n_side + i)*n_dim, n_dim, out + (i*n_kv + j)*n_dim);
+                }
             }
         }
     }
@@ -241,7 +243,7 @@ std::vector<float> engine::values_of(uint32_t s, int32_t ikv) const {
 
 // A Hadamard rotation of quantized values leaves their norms as they are.
 void engine::read_values(uint32_t s, layer_signals & sig) const {
-    const auto values = values_of(s, sig.il);
+    const auto values = read_rows(s, sig.il, true);
     const size_t n_dim = values.size()/sig.pos.size();
     sig.v_norm.resize(sig.pos.size());
     for (size_t i = 0; i < sig.v_norm.size(); ++i) {
@@ -270,9 +272,10 @@ void engine::read_probed(uint32_t s, layer_signals & sig) const {
 
 void engine::read_sums(uint32_t s, layer_signals & sig) const {
     auto * t = tensors[sig.il].sums;
-    sig.sums.resize((size_t) sig.n_kv*n_hkv);
+    sig.sums.resize((size_t) sig.n_kv*n_hkv, 0.0f);
     for (int32_t h = 0; h < n_hkv; ++h) {
-        ggml_backend_tensor_get(t, &sig.sums[(size_t) h*sig.n_kv], s*t->nb[2] + h*t->nb[1], sig.n_kv*sizeof(float));
+        const int32_t n = n_slots(s, sig.il, h);
+        ggml_backend_tensor_get(t, &sig.sums[(size_t) (h + 1)*sig.n_kv - n], s*t->nb[2] + h*t->nb[1], n*sizeof(float));
     }
 }
 

@@ -2,6 +2,7 @@
 // carries a tag, so that stock llama.cpp (or a context without a policy) refuses the state instead of misreading it.
 
 #include "engine.h"
+#include "select.h"
 
 #include "llama-impl.h"
 #include "llama-io.h"
@@ -14,7 +15,7 @@
 namespace kvc {
 
 static const uint32_t STATE_TAG     = 0x4b560000; // "KV"
-static const uint32_t STATE_VERSION = 5;
+static const uint32_t STATE_VERSION = 6;
 static const uint64_t N_MAX         = 1u << 28;   // no array of a real state is longer
 
 uint32_t engine::state_tag(uint32_t n_stream) const {
@@ -62,25 +63,18 @@ static void get_part(llama_io_read_i & io, ggml_tensor * t, size_t offset, size_
     }
 }
 
-// K and V of a stream, where llama.cpp writes rows by cell: each layer has a number of its own.
+// K and V of a sequence, where llama.cpp writes rows by cell: each layer, or each head, has a number of its own.
 void engine::state_write_rows(llama_io_write_i & io, uint32_t s) const {
-    std::vector<int32_t> n_rows;
-    for (int32_t l = 0; l < n_layer(); ++l) {
-        n_rows.push_back(n_slots(s, l));
-    }
+    const auto n_rows = rows_held(s);
     put(io, n_rows);
-    for (int32_t l = 0; l < n_layer(); ++l) {
-        const int32_t n = n_rows[l];
-        for (ggml_tensor * t : { kv.layers[l].k_stream[s], kv.layers[l].v_stream[s] }) {
-            const bool trans = kv.v_trans && t == kv.layers[l].v_stream[s];
-            const int32_t head[] = { t->type, (int32_t) t->ne[0], trans };
+    for (size_t i = 0; i < n_rows.size(); ++i) {
+        const int32_t l = (int32_t) i/n_parts(), h = (int32_t) i % n_parts();
+        for (const bool values : { false, true }) {
+            const auto * t = values ? kv.layers[l].v : kv.layers[l].k;
+            const int32_t head[] = { t->type, (int32_t) t->ne[0], values && kv.v_trans };
             io.write(head, sizeof(head));
-            const size_t es = ggml_type_size(t->type);
-            for (int64_t j = 0; trans && j < t->ne[0]; ++j) {
-                io.write_tensor(t, j*t->ne[1]*es, n*es);
-            }
-            if (!trans) {
-                io.write_tensor(t, 0, n*t->nb[1]);
+            for (const auto & run : runs_of(s, l, h, n_rows[i], values)) {
+                io.write_tensor(run.t, run.offset, run.size);
             }
         }
     }
@@ -89,30 +83,26 @@ void engine::state_write_rows(llama_io_write_i & io, uint32_t s) const {
 bool engine::state_read_rows(llama_io_read_i & io, uint32_t s) {
     std::vector<int32_t> n_rows;
     get(io, n_rows);
-    const bool fits = (int32_t) n_rows.size() == n_layer() && *std::min_element(n_rows.begin(), n_rows.end()) >= 0;
+    const bool fits = (int32_t) n_rows.size() == n_layer()*n_parts() && *std::min_element(n_rows.begin(), n_rows.end()) >= 0;
     if (!fits || (is_pooled() && n_to_share(n_rows) < 0)) {
         LLAMA_LOG_ERROR("%s: the state has other layers than this context, or more rows\n", __func__);
         return false;
     }
     if (is_pooled()) {
-        lay_out(n_rows);
+        lay_out(s, n_rows);
     }
-    for (int32_t l = 0; l < n_layer(); ++l) {
-        const int32_t n = n_rows[l];
-        for (ggml_tensor * t : { kv.layers[l].k_stream[s], kv.layers[l].v_stream[s] }) {
-            const bool trans = kv.v_trans && t == kv.layers[l].v_stream[s];
+    for (size_t i = 0; i < n_rows.size(); ++i) {
+        const int32_t l = (int32_t) i/n_parts(), h = (int32_t) i % n_parts();
+        for (const bool values : { false, true }) {
+            const auto * t = values ? kv.layers[l].v : kv.layers[l].k;
             int32_t head[3];
             io.read(head, sizeof(head));
-            if (n > t->ne[1] || head[0] != t->type || head[1] != t->ne[0] || head[2] != trans) {
+            if (n_rows[i] > place_of(s, l, h, values).n_rows || head[0] != t->type || head[1] != t->ne[0] || head[2] != (values && kv.v_trans)) {
                 LLAMA_LOG_ERROR("%s: layer %d of the state has other rows than this context\n", __func__, l);
                 return false;
             }
-            const size_t es = ggml_type_size(t->type);
-            for (int64_t j = 0; trans && j < t->ne[0]; ++j) {
-                io.read_tensor(t, j*t->ne[1]*es, n*es);
-            }
-            if (!trans) {
-                io.read_tensor(t, 0, n*t->nb[1]);
+            for (const auto & run : runs_of(s, l, h, n_rows[i], values)) {
+                io.read_tensor(run.t, run.offset, run.size);
             }
         }
     }
@@ -121,6 +111,10 @@ bool engine::state_read_rows(llama_io_read_i & io, uint32_t s) {
 
 // What a failed restore may have left behind: attention reads free rows, too, and NaN is not masked away.
 void engine::clear_rows(uint32_t s) {
+    if (pool.k) {
+        clear_pool(s);
+        return;
+    }
     for (const auto & layer : kv.layers) {
         for (ggml_tensor * t : { layer.k_stream[s], layer.v_stream[s] }) {
             ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
@@ -202,11 +196,15 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         }
         for (size_t l = 0; ok && l < q.n_kept.size(); ++l) {
             ok = q.n_kept[l] >= 0 && q.n_kept[l] <= q.n_base && q.kept[l].size() == (size_t) n_hkv*q.n_kept[l] &&
-                n_used - q.n_base + q.n_kept[l] <= n_rows_max((int32_t) l) && q.probed[l].size() % n_hkv == 0 &&
+                q.probed[l].size() % n_hkv == 0 &&
                 (int64_t) q.probed[l].size()/n_hkv <= n_used - q.n_base + q.n_kept[l];
             for (size_t i = 0; ok && i < q.kept[l].size(); ++i) { // ascending in each head, -1 where it has fewer
                 const llama_pos pos = q.kept[l][i], prev = i % q.n_kept[l] ? q.kept[l][i - 1] : -1;
                 ok = pos >= -1 && pos < (llama_pos) q.tokens.size() && (pos > prev || (pos == -1 && prev == -1));
+            }
+            for (int32_t h = 0; ok && h < n_parts(); ++h) {
+                const int32_t lack = by_head() ? first_slot(q.kept[l].data() + (size_t) h*q.n_kept[l], q.n_kept[l]) : 0;
+                ok = n_used - q.n_base + q.n_kept[l] - lack <= place_of(s, (int32_t) l, h, false).n_rows;
             }
         }
         if (!ok) {
@@ -216,6 +214,7 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
             get_part(io, t.win,  s*(t.win  ? ggml_nbytes(t.win)/kv.n_stream  : 0), t.win  ? ggml_nbytes(t.win)/kv.n_stream  : 0);
             get_part(io, t.sums, s*(t.sums ? ggml_nbytes(t.sums)/kv.n_stream : 0), t.sums ? ggml_nbytes(t.sums)/kv.n_stream : 0);
         }
+        count_lacks(q);
         streams[s] = std::move(q);
     }
     stale = true;

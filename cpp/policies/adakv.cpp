@@ -5,8 +5,8 @@
 //
 // Variant: the authors' first code (their later one gives a head round((1 - alpha) * count + alpha * b), count of the head's
 // among the H * b best, which need not add up). alpha * b is rounded down. Layers keep H * B each, exactly; equal scores go to
-// the older slot, then to the lower head. A layer takes the rows of its longest head: a sharper split frees less memory than
-// snapkv at the same budget. With kv_cells a head keeps at most what its layer has room for, the others get what it leaves.
+// the older slot, then to the lower head. With kv_cells and no pool of rows (pool.cpp) a head keeps at most what its layer has
+// room for, the others get what it leaves.
 
 #include "policies.h"
 
@@ -101,9 +101,8 @@ std::unique_ptr<policy> make(const params & p) {
 } // namespace
 
 const policy_info adakv_info = {
-    "adakv", "Scores as snapkv, with a budget that the KV heads of a layer share, the best scores of all of them first. Frees all "
-    "rows beyond the layer's longest head; what shorter heads lack of those that stay is only masked. Loses facts that are asked for later. "
-    "Evicts the prompt only.",
+    "adakv", "Scores as snapkv, with a budget that the KV heads of a layer share, the best scores of all of them first. Each head takes "
+    "the rows it keeps. Loses facts that are asked for later. Evicts the prompt only.",
     "2407.11550", decode_mode::none, true, list_params, make,
 };
 

@@ -1,0 +1,129 @@
+// Where the rows of layers and heads lie.
+//
+//   one length a layer      as llama.cpp has them: a row is all heads of a cell, [n_embd_k, n_rows, n_seq]
+//   heads that differ       the rows of a head lie together: [head_dim, n_rows, n_head_kv, n_seq] in the same memory
+//   layers from one pool    the same, and pool.cpp says where a layer, or a head, begins
+//
+// Transposed values lie by channel, so by head, anyway. Row 0 of a head stands for cell cell_begin(layer, head).
+
+#include "engine.h"
+#include "select.h"
+
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+namespace kvc {
+
+void engine::count_lacks(stream & q) const {
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        for (int32_t h = 0; h < n_hkv; ++h) {
+            const int32_t n = q.n_kept[l];
+            q.lacks[(size_t) l*n_hkv + h] = by_head() ? first_slot(q.kept[l].data() + (size_t) h*n, n) : 0;
+        }
+    }
+}
+
+int32_t engine::n_slots(uint32_t s, int32_t ikv, int32_t h) const {
+    return n_slots(s, ikv) - streams[s].lacks[(size_t) ikv*n_hkv + h];
+}
+
+// Slots of all heads of a layer that hold a token.
+int64_t engine::n_held(uint32_t s, int32_t ikv) const {
+    int64_t n = 0;
+    for (int32_t h = 0; h < n_hkv; ++h) {
+        n += n_slots(s, ikv, h);
+    }
+    return n;
+}
+
+std::vector<int32_t> engine::rows_held(uint32_t s) const {
+    std::vector<int32_t> res;
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        for (int32_t h = 0; h < n_parts(); ++h) {
+            res.push_back(n_slots(s, l, h));
+        }
+    }
+    return res;
+}
+
+uint32_t engine::cell_begin(uint32_t s, int32_t ikv, int32_t h) const {
+    const auto & q = streams[s];
+    return q.n_base - q.n_kept[ikv] + q.lacks[(size_t) ikv*n_hkv + h];
+}
+
+// Where position 0 would be, were it there: behind an eviction all positions are neighbours.
+int64_t engine::row_of_origin(uint32_t s, int32_t ikv, int32_t h) const {
+    return n_cells(s) - (int64_t) streams[s].tokens.size() - cell_begin(s, ikv, h);
+}
+
+engine::place engine::place_of(uint32_t s, int32_t ikv, int32_t h, bool values) const {
+    const auto & hp    = model.hparams;
+    const auto & layer = kv.layers[ikv];
+    auto * t = values ? layer.v : layer.k;
+    const int64_t n_dim = values ? hp.n_embd_head_v(layer.il) : hp.n_embd_head_k(layer.il), n_rows = t->ne[1];
+    if (values && kv.v_trans) {
+        const size_t es = ggml_type_size(t->type), channel = n_rows*es;
+        return { t, s*t->nb[2] + h*n_dim*channel, es, channel, n_rows };
+    }
+    const size_t n_head = ggml_row_size(t->type, n_dim);
+    if (pool.k) {
+        const auto & r = pool.regions[s][ikv*n_parts() + (by_head() ? h : 0)];
+        const size_t row = by_head() ? n_head : n_head*n_hkv;
+        return { values ? pool.v : pool.k, r.at*row + (by_head() ? 0 : h*n_head), row, 0, r.n_rows };
+    }
+    if (by_head()) {
+        return { t, s*t->nb[2] + h*n_rows*n_head, n_head, 0, n_rows };
+    }
+    return { t, s*t->nb[2] + h*n_head, t->nb[1], 0, n_rows };
+}
+
+std::vector<engine::lane> engine::lanes(int32_t ikv, uint32_t s0, uint32_t s1) const {
+    std::vector<lane> res = { { 0, 1 } };
+    for (int32_t h = 1; h < n_hkv; ++h) {
+        bool alike = true;
+        for (uint32_t s = s0; s <= s1 && by_head(); ++s) {
+            alike &= n_slots(s, ikv, h) == n_slots(s, ikv, h - 1) &&
+                place_of(s, ikv, h, false).n_rows == place_of(s, ikv, h - 1, false).n_rows;
+        }
+        if (alike) {
+            res.back().n_head++;
+        } else {
+            res.push_back({ h, 1 });
+        }
+    }
+    return res;
+}
+
+ggml_tensor * engine::view_of(ggml_context * ctx, uint32_t s0, int64_t n_seq, int32_t ikv, const lane & x, int64_t n, bool values) const {
+    const auto & hp = model.hparams;
+    const uint32_t il = kv.layers[ikv].il;
+    const int64_t n_dim = values ? hp.n_embd_head_v(il) : hp.n_embd_head_k(il);
+    const place p = place_of(s0, ikv, x.head, values);
+    const size_t head = x.n_head > 1 ? place_of(s0, ikv, x.head + 1, values).offset - p.offset : p.channel ? n_dim*p.channel : p.row;
+    const size_t seq  = n_seq > 1 ? place_of(s0 + 1, ikv, x.head, values).offset - p.offset : head*x.n_head;
+    return p.channel ? ggml_view_4d(ctx, p.t, n, x.n_head, n_dim, n_seq, head, p.channel, seq, p.offset) :
+                       ggml_view_4d(ctx, p.t, n_dim, x.n_head, n, n_seq, head, p.row, seq, p.offset);
+}
+
+// Of a layer's keys or values, or of one head's where they differ: a run, or of transposed values one for each channel.
+std::vector<engine::run_of_rows> engine::runs_of(uint32_t s, int32_t ikv, int32_t h, int64_t n, bool values) const {
+    const place p = place_of(s, ikv, h, values);
+    const int64_t n_channels = p.channel ? (int64_t) model.hparams.n_embd_head_v(kv.layers[ikv].il)*n_hkv/n_parts() : 1;
+    std::vector<run_of_rows> res;
+    for (int64_t i = 0; i < n_channels; ++i) {
+        res.push_back({ p.t, p.offset + i*p.channel, n*p.row });
+    }
+    return res;
+}
+
+size_t engine::row_bytes(int32_t ikv) const {
+    const auto & layer = kv.layers[ikv];
+    return ggml_row_size(layer.k->type, model.hparams.n_embd_k_gqa(layer.il)) +
+           ggml_row_size(layer.v->type, model.hparams.n_embd_v_gqa(layer.il));
+}
+
+size_t engine::held_bytes(uint32_t s, int32_t ikv) const {
+    return n_held(s, ikv)*row_bytes(ikv)/n_hkv;
+}
+
+} // namespace kvc
