@@ -7,7 +7,7 @@ One GGUF, as compare_kvpress.py has it: an F32 GGUF for pykvc, a float32 transfo
 tokens and repeat them in the same chunks, behind the same request and the same turn markers. Compared:
 
 - share=head with the best of their scores in each head (kvpress has no such share),
-- share=layer with layerwise=True, share=all with their default; both with count=cells, which is how they count,
+- share=layer with layerwise=True, share=all with their default,
 - kvzip with kvzip_plus_normalization=False, kvzip:plus=1 with True.
 
 What differs by rule: pykvc keeps one token at least in every head, and its last `recent` tokens, 0 here.
@@ -85,7 +85,7 @@ def compare(f32_path: Path, tokens: np.ndarray, saved: dict[str, np.ndarray], re
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for plus in (0, 1):
         spec = f"kvzip:chunk={chunk},plus={plus},recent=0,sinks=4"
-        with pykvc.LLM(f32_path, kv_policy=f"{spec},share=all,count=cells", kv_budget=0.5, n_ctx=len(tokens) + chunk + 128, type_k="f32", type_v="f32",
+        with pykvc.LLM(f32_path, kv_policy=f"{spec},share=all", kv_budget=0.5, n_ctx=len(tokens) + chunk + 128, type_k="f32", type_v="f32",
                        flash_attn=False) as llm:
             llm.prefill(tokens=tokens.tolist())
             llm._session.ask()
@@ -98,7 +98,7 @@ def compare(f32_path: Path, tokens: np.ndarray, saved: dict[str, np.ndarray], re
         for share, layerwise in SHARES.items():
             for ratio in removed:
                 n_keep = round(len(tokens)*(1 - ratio))
-                planned = _core.plan(f"{spec},share={share},count=cells", pos, scores, n_keep)
+                planned = _core.plan(f"{spec},share={share}", pos, scores, n_keep)
                 kept = [[head[head >= 0] for head in layer] for layer in planned]
                 if layerwise is None:
                     others = best(theirs, n_keep)

@@ -159,7 +159,7 @@ def unshared(policy: str) -> str:
     """A canonical spec without what it says of its budget's share: the same for policies that share an evaluated
     context."""
     name, own = policy.partition(":")[0], parameters(policy)
-    kept = ",".join(f"{key}={value}" for key, value in own.items() if key not in ("share", "count"))
+    kept = ",".join(f"{key}={value}" for key, value in own.items() if key != "share")
     return f"{name}:{kept}" if kept else name
 
 

@@ -119,10 +119,10 @@ class Policy:
         return self.plan([x["pos"] for x in layers], scores, n_keep, **how)
 
 
-def shared(policy, pos, scores, budget, over, count="rows"):
+def shared(policy, pos, scores, budget, over):
     """What a policy keeps where one ranking decides for several heads (cpp/share.h): a layer [n_head_kv, n_keep], -1 first in a shorter head.
 
-    pos, scores: a layer [n_head_kv, n_kv]. over: "layers" | "layer" | "all"; count: "rows" (of a layer's longest head) | "cells"."""
+    pos, scores: a layer [n_head_kv, n_kv]. over: "layers" | "layer" | "all"."""
     n_layer, n_hkv = len(pos), len(pos[0])
     always = [[{int(j) for j in np.flatnonzero(row >= 0) if _is_always(policy, row, j, budget)} for row in layer] for layer in pos]
     rivals = sorted((-scores[il][h][j], j, il * n_hkv + h) for il in range(n_layer) for h in range(n_hkv)
@@ -139,9 +139,6 @@ def shared(policy, pos, scores, budget, over, count="rows"):
         for head in mine[:max(0, n_left)]:
             il, h = divmod(head, n_hkv)
             n_heads[il, h] += 1
-            if over != "layers" and count == "rows" and n_heads[list(layers)].max(axis=1).sum() > budget * len(layers):
-                n_heads[il, h] -= 1
-                break
     if over == "layers":
         n_keep = np.maximum(n_heads.sum(axis=1) // n_hkv, 1)
         while n_keep.sum() > n_layer * budget:  # those that would have had nothing

@@ -29,13 +29,11 @@ SPECS = [  # spec, budget, decode budget
     ("keydiff:share=layers,interval=8", "24", "8"),
     ("snapkv:window=8,kernel=3,share=layers", "50%", ""),
     ("keydiff:share=all", "30%", ""),
-    ("snapkv:window=8,kernel=3,share=layer,count=cells", "20", ""),
+    ("snapkv:window=8,kernel=3,share=layer", "20", ""),
 ]
 CACHES = [("f16", "on"), ("f16", "off"), ("q8_0", "on"), ("f32", "off"), ("bf16", "on"), ("q5_0", "on"), ("q4_1", "on")]  # type, flash attention
 
 
-ONE_SEQUENCE = ("adakv", "keydiff:share=all", "snapkv:window=8,kernel=3,share=layer,")  # heads differ in what they hold
-DIFFER = ("share=layer,", "share=all")  # not with kv_cells
 SEQ = st.runner().flatmap(lambda machine: st.integers(0, machine.n_seq - 1))
 
 
@@ -72,12 +70,11 @@ class CacheMachine(RuleBasedStateMachine):
         name, budget, decode_budget = spec
         fa = "off" if name.startswith("h2o") else cache[1]
         kv = "f16" if name.startswith("h2o") and cache[0][0] == "q" else cache[0]
-        cells = "" if any(share in name + "," for share in DIFFER) or (fa == "off" and "share=layers" in name) else cells
+        cells = "" if fa == "off" and any(share in name for share in ("share=layer", "share=all")) else cells  # no pool there
         self.make = lambda n_seq: _core.Context(self.model, n_ctx=512, n_batch=32, n_ubatch=16, n_seq_max=n_seq, n_threads=1, type_k=kv,
                                                 type_v=kv, flash_attn=fa, policy=name, budget=budget, decode_budget=decode_budget, cells=cells)
-        self.n_seq = 1 if name.startswith(ONE_SEQUENCE) or (cells and "share=layers" in name) else 2
+        self.n_seq = 2
         self.ctx = self.make(self.n_seq)
-        name = self.ctx.policy  # of a single sequence, too, what share=auto is of two
         self.steps = [[] for _ in range(self.n_seq)]  # what counts, by sequence
         self.length = [0]*self.n_seq
         self.saved = None

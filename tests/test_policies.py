@@ -31,7 +31,7 @@ def params_of(spec):
 
 def oracle_of(spec):
     params = params_of(spec)
-    for name in ("interval", "share", "count"):  # how often the engine asks, and what tests/test_share.py is about: no matters of the method
+    for name in ("interval", "share"):  # how often the engine asks, and what tests/test_share.py is about: no matters of the method
         params.pop(name, None)
     weighed = params.pop("values", "plain") == "wo" and not spec.startswith("criticalkv")
     policy = oracle.POLICIES[spec.partition(":")[0]](**params)
@@ -267,7 +267,7 @@ def test_canonical_spec(spec):
     name, _, rest = canonical.partition(":")
     given_here = dict(item.split("=") for item in spec.partition(":")[2].split(",") if item)
     assert [item for item in rest.split(",") if item] == [f"{p['name']}={given_here.get(p['name'], p['value'])}" for p in TABLE[name]["params"]
-                                                             if p["name"] not in ("share", "count", "values") or given_here.get(p["name"], p["value"]) != p["value"]]
+                                                             if p["name"] not in ("share", "values") or given_here.get(p["name"], p["value"]) != p["value"]]
 
 
 def test_parameters_explain_themselves():

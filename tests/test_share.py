@@ -12,7 +12,7 @@ from test_policies import oracle_of
 
 N_LAYER, N_HEAD_KV = 5, 3
 SHARING = [p["name"] for p in _core.policies() if p["share"]]
-SHARES = ["layers", "layer,count=rows", "layer,count=cells", "all,count=rows", "all,count=cells"]
+SHARES = ["layers", "layer", "all"]
 
 
 def made_up(seed, n, sharp=3.0):
@@ -24,8 +24,7 @@ def made_up(seed, n, sharp=3.0):
 
 
 def expected(spec, pos, scores, budget, share):
-    over, _, rest = share.partition(",")
-    return oracle.shared(oracle_of(spec), pos, scores, budget, over, rest.partition("=")[2] or "rows")
+    return oracle.shared(oracle_of(spec), pos, scores, budget, share)
 
 
 @pytest.mark.parametrize("share", SHARES)
@@ -45,14 +44,12 @@ def test_every_share_takes_the_budget_and_no_more(seed, n, part, name, share, sh
     pos, scores = made_up(seed, n, sharp)
     budget = 40 + int(part * (n - 40))
     kept = _core.plan(f"{name}:share={share}", pos, scores, budget)
-    n_rows, n_held = sum(x.shape[1] for x in kept), sum(int((x >= 0).sum()) for x in kept)
+    n_held = [int((x >= 0).sum()) for x in kept]
+    assert sum(n_held) == N_LAYER * N_HEAD_KV * budget
     if share == "layers":
-        assert n_rows == N_LAYER * budget and n_held == n_rows * N_HEAD_KV
-    elif share.endswith("rows"):
-        assert n_rows <= N_LAYER * budget and all(x.shape[1] <= budget for x in kept if share.startswith("layer"))
-        assert n_rows == N_LAYER * budget or share.startswith("layer") or n_held < n_rows * N_HEAD_KV
-    else:
-        assert n_held == N_LAYER * N_HEAD_KV * budget
+        assert all((x >= 0).all() for x in kept)
+    if share == "layer":
+        assert set(n_held) == {N_HEAD_KV * budget}
     for layer in kept:
         for head in layer:
             assert (np.diff(head[head >= 0]) > 0).all() and head.max() < n
@@ -83,7 +80,7 @@ def test_a_layer_gets_what_its_scores_deserve():
     """Two layers of 100 tokens, a budget of 50: the second one's scores are above all of the first one's."""
     pos, rng = [np.tile(np.arange(100, dtype=np.int32), (2, 1))] * 2, np.random.default_rng(0)
     scores = [rng.random((2, 100)).astype(np.float32), 2 + rng.random((2, 100)).astype(np.float32)]
-    n_keep = lambda share: [x.shape[1] for x in _core.plan(f"kvzip:share={share},sinks=0,recent=0", pos, scores, 50)]
+    n_keep = lambda share: [(x >= 0).sum()/2 for x in _core.plan(f"kvzip:share={share},sinks=0,recent=0", pos, scores, 50)]
     assert n_keep("head") == [50, 50] and n_keep("layers") == [1, 99]  # min_budget: no layer is left without a token
     assert n_keep("all") == [1, 99] and n_keep("layer") == [50, 50]
 
@@ -97,12 +94,12 @@ def test_what_is_empty_is_passed_over():
     for share in SHARES[1:]:
         kept = _core.plan(f"kvzip:share={share},sinks=2,recent=4", pos, scores, 40)
         assert all((x[1][x[1] >= 0] >= 60).all() and set(x[1]) >= {60, 61} for x in kept)
-        for a, b in zip(kept, oracle.shared(oracle.kvzip(sinks=2, recent=4), pos, scores, 40, *share.replace("count=", "").split(","))):
+        for a, b in zip(kept, oracle.shared(oracle.kvzip(sinks=2, recent=4), pos, scores, 40, share)):
             np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("spec,named", [
-    ("kvzip:share=heads", ["share", "head", "layers", "layer", "all"]), ("kvzip:count=bytes", ["count", "rows", "cells"]),
+    ("kvzip:share=heads", ["share", "head", "layers", "layer", "all"]), ("kvzip:count=cells", ["kvzip", "no parameter 'count'"]),
     ("streaming_llm:share=layers", ["streaming_llm", "cannot share", "kvzip", "snapkv"]), ("random:share=all", ["random", "cannot share"]),
     ("shotkv:share=layer", ["cannot share"]), ("pyramidkv:share=layers", ["cannot share"]), ("snapkv:share=1/0/1", ["weights", "above 0"]),
     ("snapkv:share=1/", ["weights"]), ("snapkv:share=1/x", ["weights"]), ("snapkv:share=3", ["head", "layers"]), ("streaming_llm:share=1/2", ["cannot share"]),
@@ -140,8 +137,9 @@ def test_evict_keeps_what_the_oracle_keeps(model, name, share):
             by_slot = np.take_along_axis(pos[il], np.maximum(slots, 0), axis=1)
             np.testing.assert_array_equal(kept, np.where(slots < 0, -1, by_slot), err_msg=f"step {step}, layer {il}")
     assert not ctx.evict()  # it holds its budget
-    n_rows = sum(x.shape[1] for x in ctx.kept())
-    assert n_rows == 100*len(pos) if share == "layers" else n_rows <= 100*len(pos) or share.endswith("cells")
+    n_held = sum(int((x >= 0).sum()) for x in ctx.kept())
+    assert n_held == 100*len(pos)*model.n_head_kv
+    assert ctx.stats()["bytes_used"] == n_held*ctx.stats()["bytes_full"]//(350*len(pos)*model.n_head_kv)  # a head takes what it holds
     ctx.decode(tokens[:5])
     assert np.isfinite(ctx.logits()).all()
 
@@ -224,24 +222,16 @@ def test_generated_tokens_stay_where_heads_differ(model):
     assert 64 + 16 <= sum(n)/len(n) <= 64 + 16 + 8 and len(set(n)) > 3
 
 
-def test_heads_do_not_differ_in_a_pool(model):
-    """With kv_cells layers draw their rows from a pool; heads of a layer keep equally many there."""
-    how = dict(n_ctx=2048, n_ubatch=128, n_threads=1)
-    assert "share=layers" in _core.Context(model, policy="keydiff", budget="64", **how).policy
-    assert "share=layers" in _core.Context(model, policy="keydiff", budget="64", cells="512", **how).policy
-    for share in ("layer", "all"):
-        with pytest.raises(ValueError, match="kv_cells.*share=head"):
-            _core.Context(model, policy=f"keydiff:share={share}", budget="64", cells="512", **how)
-
-
-@pytest.mark.parametrize("policy", ["keydiff", "snapkv:share=layers", "pyramidkv"])
-def test_sequences_whose_layers_differ_are_as_if_alone(model_path, policy):
+@pytest.mark.parametrize("cells", ["", "256"])
+@pytest.mark.parametrize("policy", ["keydiff", "snapkv:share=layers", "pyramidkv", "keydiff:share=all", "snapkv:share=layer", "adakv"])
+def test_sequences_whose_layers_differ_are_as_if_alone(model_path, policy, cells):
     """Several at once, of different lengths and budgets: the cells of each are those of one alone, and so are the
-    logits of one token."""
+    logits of one token. With kv_cells each has a pool of its own, and evicts in mid-prompt, too."""
     model = _core.Model(str(model_path))
     rng = np.random.default_rng(6)
     prompts = [rng.integers(0, 40000, n, dtype=np.int32) for n in (310, 150, 260)]
-    together = _core.Context(model, n_ctx=512, n_threads=1, n_seq_max=3, policy=policy, budget="80")
+    how = dict(n_ctx=512, n_ubatch=64, n_threads=1, policy=policy, cells=cells)
+    together = _core.Context(model, n_seq_max=3, budget="80", **how)
     for seq, (prompt, budget) in enumerate(zip(prompts, ("80", "60", "120"))):
         together.set_budget(budget, "", seq)
         together.decode(prompt, seq)
@@ -249,7 +239,7 @@ def test_sequences_whose_layers_differ_are_as_if_alone(model_path, policy):
         together.end_prompt(seq)
     token = np.array([77], np.int32)
     for seq, (prompt, budget) in enumerate(zip(prompts, ("80", "60", "120"))):
-        alone = _core.Context(model, n_ctx=512, n_threads=1, policy=policy, budget=budget)
+        alone = _core.Context(model, budget=budget, **how)
         alone.decode(prompt)
         alone.evict()
         assert all(map(np.array_equal, together.kept(seq), alone.kept()))
@@ -259,7 +249,7 @@ def test_sequences_whose_layers_differ_are_as_if_alone(model_path, policy):
         assert np.array_equal(together.logits(), alone.logits())
     together.decode_batch(np.array([5, 6, 7], np.int32), np.arange(3, dtype=np.int32))  # in one view, each with its own mask
     for seq, prompt in enumerate(prompts):
-        alone = _core.Context(model, n_ctx=512, n_threads=1, policy=policy, budget=("80", "60", "120")[seq])
+        alone = _core.Context(model, budget=("80", "60", "120")[seq], **how)
         alone.decode(prompt)
         alone.evict()
         alone.decode(token)
