@@ -23,11 +23,10 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
         }
     }
     check_weights(cfg->pol->share, kv.layers.size());
-    for (const auto & layer : kv.layers) {
-        if (by_head() && !ggml_backend_buffer_is_host(layer.k->buffer)) {
-            throw std::invalid_argument(cfg->spec + " gives KV heads different budgets: only the CPU's attention has been tested with "
+    heads_apart = std::all_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) { return ggml_backend_buffer_is_host(layer.k->buffer); });
+    if (cfg->pol->heads_differ() && !heads_apart) {
+        throw std::invalid_argument(cfg->spec + " gives KV heads different budgets: only the CPU's attention has been tested with "
                     "heads of different lengths, so use n_gpu_layers 0, or offload_kqv off");
-        }
     }
     streams.resize(kv.n_stream);
     for (auto & q : streams) {

@@ -9,8 +9,8 @@
 // lacks. The rows themselves begin at 0 of the layer's tensors: row = cell - cell_begin(layer). Each KV head of a layer
 // keeps rows of its own. Keys keep the RoPE position they were written with.
 //
-// Where heads keep different numbers, the rows of a head lie together (layout.cpp), and head h has its own beginning:
-// row = cell - cell_begin(layer, h). Neighbouring heads of one length are a *lane*, which attention takes in one call.
+// On the host the rows of a head lie together (layout.cpp), so heads may keep different numbers: head h has its own
+// beginning, row = cell - cell_begin(layer, h). Neighbouring heads of one length are a *lane*, which attention takes in one call.
 // What is counted in slots is rectangular all the same, [n_head_kv, n_slots] of the longest head: the first slots of a
 // shorter one are empty (position -1), and no row stands for them.
 //
@@ -294,7 +294,7 @@ private:
     int32_t n_to_free(uint32_t s, int32_t n_new) const;
 
     // layout.cpp
-    bool     by_head() const { return cfg->pol->heads_differ(); } // the rows of a head lie together
+    bool     by_head() const { return heads_apart; }              // the rows of a head lie together
     int32_t  n_parts() const { return by_head() ? n_hkv : 1; }    // of a layer, with rows of their own
     int32_t  n_slots(uint32_t s, int32_t ikv, int32_t h) const;   // of a head; those that are not empty
     uint32_t cell_begin(uint32_t s, int32_t ikv, int32_t h = 0) const; // first cell that a head holds of a sequence, its row 0
@@ -310,7 +310,7 @@ private:
     // pool.cpp
     void     find_pool(); // throws where layers cannot draw from one
     int32_t  n_to_share(const std::vector<int32_t> & n_held) const;
-    void     lay_out(uint32_t s, const std::vector<int32_t> & n_held); // [n_layer, n_parts]
+    void     lay_out(uint32_t s, const std::vector<int32_t> & n_held); // [n_layer, n_head_kv]
     void     even_out(uint32_t s);
     void     copy_rows(uint32_t s0, uint32_t s1);
     void     clear_pool(uint32_t s);
@@ -432,6 +432,7 @@ private:
     llama_kv_cache    & kv;
     parts mem; // what the cache is part of
     int32_t n_hkv = 0;
+    bool    heads_apart = false;
 
     std::vector<stream> streams;
     llama_context * computes = nullptr; // the cache's own, known from its first ubatch on
@@ -442,9 +443,9 @@ private:
         ggml_context_ptr ctx;
         ggml_tensor * k = nullptr, * v = nullptr; // [n_elem of a row, n_stream*n_rows], all of the buffer
         int64_t n_rows = 0;                       // of a sequence
-        std::vector<std::vector<region>> regions; // a sequence [n_layer, n_parts]
+        std::vector<std::vector<region>> regions; // a sequence [n_layer, n_head_kv]
     };
-    pool_rows pool; // where layers draw their rows from one
+    pool_rows pool; // where heads draw their rows from one
     bool stale = false;           // where layers or heads differ, cells a layer reads changed outside an update: graphs must go
 
     std::vector<std::vector<int32_t>> readers; // [n_layer] layers of the model that read the cache of one, ascending: it, and who shares it

@@ -182,12 +182,13 @@ void engine::compact(llama_context * lctx, uint32_t s, const std::vector<std::ve
     std::vector<piece> pieces;
     int32_t n_exact = n_base; // trailing slots in which all heads of all layers hold the same, newest positions
     std::vector<std::vector<int32_t>> own = slots; // where heads differ, each head's one after the other, counted from its own first
+    const bool heads_differ = cfg->pol->heads_differ();
     for (int32_t l = 0; l < n_layer(); ++l) {
         const auto    pos  = slot_pos(s, l);
         const int32_t n_kv = n_slots(s, l), n = n_keep[l];
         for (int32_t h = 0; h < n_parts(); ++h) {
             int32_t * from = own[l].data() + (size_t) h*n, n_own = n;
-            if (by_head()) {
+            if (heads_differ) {
                 const int32_t first = first_slot(from, n), lack = n_kv - n_slots(s, l, h);
                 from  += first;
                 n_own -= first;

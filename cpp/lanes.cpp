@@ -98,14 +98,14 @@ void engine::build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, g
     const int32_t ikv = kv.map_layer_ids.at(il);
     const int64_t n_tokens = k_idxs->ne[0], n_rows = kv.layers[ikv].k->ne[1];
 
-    bool own = by_head() || pool.k || (kv.n_stream > 1 && n_rows != (int64_t) kv.get_size());
+    bool own = by_head() || (kv.n_stream > 1 && n_rows != (int64_t) kv.get_size());
     std::vector<int64_t> begins;
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         for (int32_t h = 0; h < n_parts(); ++h) {
             begins.push_back(cell_begin(s, ikv, h));
             own |= begins.back() > 0;
             if (pool.k) {
-                begins.push_back(pool.regions[s][ikv*n_parts() + h].at);
+                begins.push_back(pool.regions[s][ikv*n_hkv + h].at);
             }
         }
     }
@@ -134,11 +134,11 @@ void engine::build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, g
 }
 
 ggml_tensor * engine::store(ggml_context * ctx, int32_t ikv, ggml_tensor * cur, ggml_tensor * rows, bool values) const {
-    if ((!by_head() && !pool.k) || (values && kv.v_trans)) {
+    if (!by_head() || (values && kv.v_trans)) {
         return nullptr;
     }
     const place p = place_of(0, ikv, 0, values);
-    const int64_t n_dim = cur->ne[0]*n_hkv/n_parts();
+    const int64_t n_dim = cur->ne[0];
     auto * all = pool.k ? p.t : ggml_reshape_2d(ctx, p.t, n_dim, ggml_nelements(p.t)/n_dim);
     cur = ggml_is_contiguous(cur) ? cur : ggml_cont(ctx, cur);
     return ggml_set_rows(ctx, all, ggml_reshape_2d(ctx, cur, n_dim, ggml_nelements(cur)/n_dim), rows);
@@ -269,14 +269,8 @@ ggml_tensor * engine::build_attn(const llm_graph_context & graph, uint32_t s0, g
         }
         return cur;
     };
-    if (!by_head() && !(pool.k && n_seqs > 1)) {
-        const lane all = { 0, n_hkv };
-        const int64_t n = rows_of_lane(s0, n_seqs, ikv, 0, kq_mask->ne[0]);
-        if (pool.k) {
-            k = view_of(ctx, s0, 1, ikv, all, n, false);
-            v = view_of(ctx, s0, 1, ikv, all, n, true);
-        }
-        return attend(s0, q, k, v, mask_of_lane(graph.res, kq_mask, s0, 0, n_seqs, ikv, 0, n), sinks, all);
+    if (!by_head()) {
+        return attend(s0, q, k, v, mask_of_lane(graph.res, kq_mask, s0, 0, n_seqs, ikv, 0, k->ne[2]), sinks, { 0, n_hkv });
     }
     ggml_tensor * res = nullptr;
     const int64_t step = pool.k ? 1 : n_seqs; // from a pool each sequence's rows begin anywhere
@@ -308,7 +302,7 @@ uint32_t engine::n_more_nodes(llama_memory_i * mem) {
         return 0;
     }
     const engine & e = *cache->kvc;
-    const uint32_t n_calls = e.n_parts()*(e.is_pooled() ? e.kv.n_stream : 1), n_nodes = 32; // of a call
+    const uint32_t n_calls = (e.cfg->pol->heads_differ() ? e.n_hkv : 1)*(e.is_pooled() ? e.kv.n_stream : 1), n_nodes = 32; // of a call
     return n_calls > 1 ? e.n_layer()*n_calls*n_nodes : 0;
 }
 

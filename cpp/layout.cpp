@@ -1,8 +1,9 @@
 // Where the rows of layers and heads lie.
 //
-//   one length a layer      as llama.cpp has them: a row is all heads of a cell, [n_embd_k, n_rows, n_seq]
-//   heads that differ       the rows of a head lie together: [head_dim, n_rows, n_head_kv, n_seq] in the same memory
-//   layers from one pool    the same, and pool.cpp says where a layer, or a head, begins
+//   on a device             as llama.cpp has them: a row is all heads of a cell, [n_embd_k, n_rows, n_seq]
+//   on the host             the rows of a head lie together: [head_dim, n_rows, n_head_kv, n_seq] in the same memory. What
+//                           a query reads of a head is one piece then, and heads may have different lengths
+//   from one pool           the same, and pool.cpp says where a head begins
 //
 // Transposed values lie by channel, so by head, anyway. Row 0 of a head stands for cell cell_begin(layer, head).
 
@@ -18,7 +19,7 @@ void engine::count_lacks(stream & q) const {
     for (int32_t l = 0; l < n_layer(); ++l) {
         for (int32_t h = 0; h < n_hkv; ++h) {
             const int32_t n = q.n_kept[l];
-            q.lacks[(size_t) l*n_hkv + h] = by_head() ? first_slot(q.kept[l].data() + (size_t) h*n, n) : 0;
+            q.lacks[(size_t) l*n_hkv + h] = cfg->pol->heads_differ() ? first_slot(q.kept[l].data() + (size_t) h*n, n) : 0;
         }
     }
 }
@@ -67,9 +68,8 @@ engine::place engine::place_of(uint32_t s, int32_t ikv, int32_t h, bool values) 
     }
     const size_t n_head = ggml_row_size(t->type, n_dim);
     if (pool.k) {
-        const auto & r = pool.regions[s][ikv*n_parts() + (by_head() ? h : 0)];
-        const size_t row = by_head() ? n_head : n_head*n_hkv;
-        return { values ? pool.v : pool.k, r.at*row + (by_head() ? 0 : h*n_head), row, 0, r.n_rows };
+        const auto & r = pool.regions[s][ikv*n_hkv + h];
+        return { values ? pool.v : pool.k, r.at*n_head, n_head, 0, r.n_rows };
     }
     if (by_head()) {
         return { t, s*t->nb[2] + h*n_rows*n_head, n_head, 0, n_rows };

@@ -3,8 +3,8 @@
 // rows, since the next token takes one of each.
 //
 // The pool is the buffer that llama.cpp allocated: its first bytes are rows of keys, behind them lie rows of values, one
-// sequence after the other. A row is all heads of a cell, or where heads differ one head's. What moves is where a layer or
-// a head begins (place_of); graphs of before are dropped, as at every eviction. On the host, V not transposed.
+// sequence after the other. A row is one head's. What moves is where a head begins (place_of); graphs of before are
+// dropped, as at every eviction. On the host, V not transposed.
 
 #include "engine.h"
 
@@ -33,31 +33,31 @@ void engine::find_pool() {
     if (ggml_backend_buffer_get_size(first.k->buffer) == 0) {
         return; // only measured, by llama.cpp's --fit
     }
-    pool.n_rows = (int64_t) n_layer()*cfg->n_cells*n_parts();
+    pool.n_rows = (int64_t) n_layer()*cfg->n_cells*n_hkv;
     pool.ctx.reset(ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }));
     char * at = (char *) ggml_backend_buffer_get_base(first.k->buffer);
     const auto place_rows = [&](const ggml_tensor * of) {
-        auto * t = ggml_new_tensor_2d(pool.ctx.get(), of->type, of->ne[0]/n_parts(), pool.n_rows*kv.n_stream);
+        auto * t = ggml_new_tensor_2d(pool.ctx.get(), of->type, of->ne[0]/n_hkv, pool.n_rows*kv.n_stream);
         ggml_backend_tensor_alloc(first.k->buffer, t, at);
         at += GGML_PAD(ggml_nbytes(t), ggml_backend_buffer_get_alignment(first.k->buffer));
         return t;
     };
     pool.k = place_rows(first.k);
     pool.v = place_rows(first.v);
-    pool.regions.assign(kv.n_stream, std::vector<region>((size_t) n_layer()*n_parts(), { 0, 0 }));
+    pool.regions.assign(kv.n_stream, std::vector<region>((size_t) n_layer()*n_hkv, { 0, 0 }));
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         even_out(s);
     }
 }
 
-// Rows that every part can have beyond those it holds, I32 [n_layer, n_parts]; negative: even those are more than there are.
+// Rows that every head can have beyond those it holds, I32 [n_layer, n_head_kv]; negative: even those are more than there are.
 int32_t engine::n_to_share(const std::vector<int32_t> & n_held) const {
     const int64_t n_rest = pool.n_rows - std::accumulate(n_held.begin(), n_held.end(), (int64_t) 0);
     const int64_t n_most = (int64_t) kv.get_size() - *std::max_element(n_held.begin(), n_held.end());
     return (int32_t) (n_rest < 0 ? -1 : std::min(n_rest/(int64_t) n_held.size(), n_most));
 }
 
-// Gives every part the rows it holds, which are moved, and what is free to all alike.
+// Gives every head the rows it holds, which are moved, and what is free to all alike.
 void engine::lay_out(uint32_t s, const std::vector<int32_t> & n_held) {
     if (!pool.k) {
         return;
@@ -96,9 +96,9 @@ void engine::lay_out(uint32_t s, const std::vector<int32_t> & n_held) {
     stale = true;
 }
 
-// Of an empty sequence: as many rows for each part.
+// Of an empty sequence: as many rows for each head.
 void engine::even_out(uint32_t s) {
-    lay_out(s, std::vector<int32_t>((size_t) n_layer()*n_parts(), 0));
+    lay_out(s, std::vector<int32_t>((size_t) n_layer()*n_hkv, 0));
 }
 
 // A sequence's rows become another's, at the same places.

@@ -203,7 +203,7 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
                 ok = pos >= -1 && pos < (llama_pos) q.tokens.size() && (pos > prev || (pos == -1 && prev == -1));
             }
             for (int32_t h = 0; ok && h < n_parts(); ++h) {
-                const int32_t lack = by_head() ? first_slot(q.kept[l].data() + (size_t) h*q.n_kept[l], q.n_kept[l]) : 0;
+                const int32_t lack = cfg->pol->heads_differ() ? first_slot(q.kept[l].data() + (size_t) h*q.n_kept[l], q.n_kept[l]) : 0;
                 ok = n_used - q.n_base + q.n_kept[l] - lack <= place_of(s, (int32_t) l, h, false).n_rows;
             }
         }

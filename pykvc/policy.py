@@ -90,8 +90,8 @@ class Policy:
     # how far one ranking of score() reaches: every head keeps as many | all layers' scores say how long each layer is | heads of a
     # layer differ | all heads differ. Only where budgets() and keep() are not overridden; with "layer" and "all" as heads_differ.
     heads_differ: bool = False
-    # KV heads of a layer may keep different numbers, request.budget on average. The layer takes the rows of its longest head, which is
-    # what budgets() says; a shorter head's list in keep() begins with -1s, and what it lacks is masked. Needs decode "none", and the CPU.
+    # KV heads of a layer may keep different numbers, request.budget on average; a head takes the rows it keeps. budgets() says how
+    # many the longest head of each layer keeps; a shorter head's list in keep() begins with -1s. Needs decode "none", and the CPU.
 
     _overrides: ClassVar[frozenset[str]] = frozenset()  # which optional methods the engine is to call
 
