@@ -44,10 +44,10 @@ llama_kv_cache & need_cache(llama_context * ctx, llama_seq_id seq_id) {
     return *kv;
 }
 
-size_t row_bytes(const llama_kv_cache & kv, const llama_hparams & hp) {
+size_t row_bytes(const llama_kv_cache & kv) {
     size_t res = 0;
-    for (const uint32_t il : kv.get_layer_ids()) {
-        res += ggml_row_size(kv.type_k(), hp.n_embd_k_gqa(il)) + ggml_row_size(kv.type_v(), hp.n_embd_v_gqa(il));
+    for (size_t l = 0; l < kv.get_layer_ids().size(); ++l) {
+        res += engine::row_bytes(kv, (int32_t) l);
     }
     return res;
 }
@@ -206,20 +206,20 @@ int32_t kvc_get_usage(llama_context * ctx, kvc_usage * out) {
             out->bytes_allocated += it.second;
         }
         if (const auto * windows = parts_of(ctx->get_memory()).windows) { // the same with or without us
-            out->bytes_used = out->bytes_full = n_used(*windows)*row_bytes(*windows, hp);
+            out->bytes_used = out->bytes_full = n_used(*windows)*row_bytes(*windows);
         }
         auto * e = engine::of(ctx);
         if (!e) {
-            const size_t n = n_used(kv)*row_bytes(kv, hp);
+            const size_t n = n_used(kv)*row_bytes(kv);
             out->bytes_used += n;
             out->bytes_full += n;
             return 0;
         }
         for (uint32_t s = 0; s < kv.get_n_stream(); ++s) {
             for (int32_t l = 0; l < out->n_layer; ++l) {
-                out->bytes_used += e->n_slots(s, l)*e->row_bytes(l);
+                out->bytes_used += e->n_slots(s, l)*engine::row_bytes(kv, l);
             }
-            out->bytes_full += (kv.get_cells((llama_seq_id) s).seq_pos_max((llama_seq_id) s) + 1)*row_bytes(kv, hp);
+            out->bytes_full += (kv.get_cells((llama_seq_id) s).seq_pos_max((llama_seq_id) s) + 1)*row_bytes(kv);
         }
         out->bytes_signals    = e->signal_bytes();
         out->bytes_allocated += out->bytes_signals;
@@ -245,7 +245,7 @@ int32_t kvc_get_seq_usage(llama_context * ctx, llama_seq_id seq_id, kvc_seq_usag
         const auto & hp = ctx->get_model().hparams;
         *out = {};
         out->n_tokens   = kv.get_cells(seq_id).seq_pos_max(seq_id) + 1;
-        out->bytes_full = out->n_tokens*row_bytes(kv, hp);
+        out->bytes_full = out->n_tokens*row_bytes(kv);
         auto * e = engine::of(ctx);
         if (!e) {
             out->n_cells    = out->n_tokens;
@@ -255,7 +255,7 @@ int32_t kvc_get_seq_usage(llama_context * ctx, llama_seq_id seq_id, kvc_seq_usag
         const uint32_t s = kv.get_n_stream() > 1 ? (uint32_t) seq_id : 0;
         for (int32_t l = 0; l < e->n_layer(); ++l) {
             out->n_cells     = std::max(out->n_cells, e->n_slots(s, l));
-            out->bytes_used += e->n_slots(s, l)*e->row_bytes(l);
+            out->bytes_used += e->n_slots(s, l)*engine::row_bytes(kv, l);
         }
         e->count_evictions(s, out->n_evictions, out->n_evicted);
         out->evict_ms = e->evict_ms(s);

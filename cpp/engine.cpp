@@ -22,6 +22,7 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
             throw std::invalid_argument("this model cannot evict: its layers have different numbers of KV heads");
         }
     }
+    refuse_latent(*cfg);
     check_weights(cfg->pol->share, kv.layers.size());
     if (kv.n_stream > 1 && cfg->pol->heads_differ()) {
         throw std::invalid_argument(cfg->spec + " gives heads different budgets, which several sequences in one context "
@@ -48,6 +49,23 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
     alloc_signals(cparams);
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         give_back_rows(s, true); // llama.cpp has written zeros into all
+    }
+}
+
+// A latent row (MLA) is key and value in one, of all heads: a head's value is what its matrix makes of the row behind
+// attention, and its query has been through one, too, but for the part that is rotated.
+void engine::refuse_latent(const config & c) const {
+    if (kv.layers[0].v) {
+        return;
+    }
+    const std::string has = ", and this model's (" + model.arch_name() + ") ";
+    if (c.need.future > 0) {
+        throw std::invalid_argument(c.spec + " rotates queries to the positions to come" + has +
+                "are latent, rotated in a part of them: name a policy without such a fit, for example keydiff");
+    }
+    if (c.need.values || c.need.value_rows || c.need.outputs || c.need.plus) {
+        throw std::invalid_argument(c.spec + " weighs values" + has +
+                "are latent, a part of the rows that keys are: name a policy or parameters that do not, for example snapkv");
     }
 }
 
@@ -149,10 +167,10 @@ uint32_t engine::stream_of(llama_seq_id seq_id) const {
     return kv.seq_to_stream[seq_id];
 }
 
-size_t engine::row_bytes(int32_t ikv) const {
+size_t engine::row_bytes(const llama_kv_cache & kv, int32_t ikv) {
     const auto & layer = kv.layers[ikv];
-    return ggml_row_size(layer.k->type, model.hparams.n_embd_k_gqa(layer.il)) +
-           ggml_row_size(layer.v->type, model.hparams.n_embd_v_gqa(layer.il));
+    return ggml_row_size(layer.k->type, kv.hparams.n_embd_k_gqa(layer.il)) +
+           (layer.v ? ggml_row_size(layer.v->type, kv.hparams.n_embd_v_gqa(layer.il)) : 0);
 }
 
 void engine::count_evictions(uint32_t s, int64_t & n_evictions, int64_t & n_evicted) const {

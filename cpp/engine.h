@@ -216,7 +216,7 @@ public:
     int32_t   n_layer() const;
     int32_t   n_head_kv() const { return n_hkv; }
     int32_t   n_slots(uint32_t s, int32_t ikv) const; // cells of layer ikv in use
-    size_t    row_bytes(int32_t ikv) const;           // K and V of one cell
+    static size_t row_bytes(const llama_kv_cache & kv, int32_t ikv); // K and V of one cell; of a latent row, which is both
     size_t    signal_bytes() const;
     void      count_evictions(uint32_t s, int64_t & n_evictions, int64_t & n_evicted) const;
     double    evict_ms(uint32_t s) const { return streams[s].evict_ms; }
@@ -277,6 +277,7 @@ private:
     void     synchronize() const;
 
     // engine.cpp
+    void     refuse_latent(const config & c) const; // throws
     void     reset(stream & q) const;
     uint32_t stream_of(llama_seq_id seq_id) const; // throws
     llama_pos held_from(uint32_t s) const;

@@ -187,7 +187,9 @@ void engine::compact(llama_context * lctx, uint32_t s, const std::vector<std::ve
         const int32_t n_kv = n_slots(s, l), n = n_keep[l];
 
         add_pieces(rows_of_cache(layer.k_stream[s], false,      model.hparams.n_embd_head_k(layer.il), n_hkv), n, slots[l].data(), pieces);
-        add_pieces(rows_of_cache(layer.v_stream[s], kv.v_trans, model.hparams.n_embd_head_v(layer.il), n_hkv), n, slots[l].data(), pieces);
+        if (layer.v) {
+            add_pieces(rows_of_cache(layer.v_stream[s], kv.v_trans, model.hparams.n_embd_head_v(layer.il), n_hkv), n, slots[l].data(), pieces);
+        }
         if (tensors[l].sums) {
             add_pieces(rows_of_sums(tensors[l].sums, s), n, slots[l].data(), pieces);
         }

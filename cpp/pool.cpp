@@ -22,8 +22,8 @@ namespace kvc {
 void engine::find_pool() const {
     const auto & first = kv.layers[0];
     for (const auto & layer : kv.layers) {
-        const bool alike = layer.k->buffer == first.k->buffer && layer.v->buffer == first.k->buffer && layer.k->nb[1] == first.k->nb[1] &&
-            layer.v->nb[1] == first.v->nb[1];
+        const bool alike = layer.k->buffer == first.k->buffer && layer.k->nb[1] == first.k->nb[1] &&
+            (!layer.v || (layer.v->buffer == first.k->buffer && layer.v->nb[1] == first.v->nb[1]));
         if (!alike || !ggml_backend_buffer_is_host(first.k->buffer) || kv.v_trans || kv.n_stream > 1) {
             throw std::invalid_argument(cfg->spec + ": with kv_cells layers share their rows only in one buffer of the CPU, with rows of one "
                     "size and flash attention: give share=head");
@@ -46,7 +46,7 @@ int32_t engine::n_to_share(const std::vector<int32_t> & n_held) const {
     const auto fits = [&](int64_t n_free) {
         size_t n = 0;
         for (const int32_t n_rows : n_held) {
-            n += n_bytes(first.k, n_rows + n_free) + n_bytes(first.v, n_rows + n_free);
+            n += n_bytes(first.k, n_rows + n_free) + (first.v ? n_bytes(first.v, n_rows + n_free) : 0);
         }
         return n <= size;
     };
@@ -69,6 +69,9 @@ void engine::lay_out(const std::vector<int32_t> & n_held) {
     for (int32_t l = 0; l < n_layer(); ++l) {
         const auto & layer = kv.layers[l];
         for (const auto & [t, view] : { std::pair(layer.k, layer.k_stream[0]), std::pair(layer.v, layer.v_stream[0]) }) {
+            if (!t) {
+                continue; // values are a part of the keys
+            }
             blocks.push_back({ t, view, at, std::min<int64_t>(n_held[l], t->ne[1]), n_held[l] + n_free }); // fewer before a state is read
             at += n_bytes(t, n_held[l] + n_free);
         }

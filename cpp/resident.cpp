@@ -68,6 +68,9 @@ void engine::give_back_rows(uint32_t s, bool all) const {
         const auto & layer = kv.layers[l];
         const int64_t n = all ? 0 : n_slots(s, l);
         for (const auto * t : { layer.k_stream[s], layer.v_stream[s] }) {
+            if (!t) {
+                continue; // values are a part of the keys
+            }
             const bool trans = t == layer.v_stream[s] && kv.v_trans && n > 0; // a channel's rows lie together
             const size_t n_row = trans ? ggml_type_size(t->type) : t->nb[1];
             const int64_t n_part = !has_pages(layer.k) ? 0 : trans ? t->ne[0] : 1;

@@ -72,6 +72,9 @@ void engine::state_write_rows(llama_io_write_i & io, uint32_t s) const {
     for (int32_t l = 0; l < n_layer(); ++l) {
         const int32_t n = n_rows[l];
         for (ggml_tensor * t : { kv.layers[l].k_stream[s], kv.layers[l].v_stream[s] }) {
+            if (!t) {
+                continue; // values are a part of the keys
+            }
             const bool trans = kv.v_trans && t == kv.layers[l].v_stream[s];
             const int32_t head[] = { t->type, (int32_t) t->ne[0], trans };
             io.write(head, sizeof(head));
@@ -100,6 +103,9 @@ bool engine::state_read_rows(llama_io_read_i & io, uint32_t s) {
     for (int32_t l = 0; l < n_layer(); ++l) {
         const int32_t n = n_rows[l];
         for (ggml_tensor * t : { kv.layers[l].k_stream[s], kv.layers[l].v_stream[s] }) {
+            if (!t) {
+                continue; // values are a part of the keys
+            }
             const bool trans = kv.v_trans && t == kv.layers[l].v_stream[s];
             int32_t head[3];
             io.read(head, sizeof(head));
@@ -123,7 +129,9 @@ bool engine::state_read_rows(llama_io_read_i & io, uint32_t s) {
 void engine::clear_rows(uint32_t s) {
     for (const auto & layer : kv.layers) {
         for (ggml_tensor * t : { layer.k_stream[s], layer.v_stream[s] }) {
-            ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
+            if (t) {
+                ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
+            }
         }
     }
 }

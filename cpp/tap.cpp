@@ -94,7 +94,7 @@ static std::string name_of(const char * what, const std::vector<uint32_t> & numb
 }
 
 // Where the new tokens' rows go: llama.cpp's cells where a layer's rows are the cells, else inputs of our own, one for
-// all layers that agree.
+// all layers that agree. v_idxs: null where values are a part of the keys.
 void engine::build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, ggml_tensor *& v_idxs) const {
     auto * ctx = res->get_ctx();
     const int32_t ikv = kv.map_layer_ids.at(il);
@@ -120,12 +120,14 @@ void engine::build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, g
     };
     // llama.cpp fills its own whether a layer uses them or not
     ggml_build_forward_expand(res->get_gf(), k_idxs);
-    ggml_build_forward_expand(res->get_gf(), v_idxs);
+    if (v_idxs) {
+        ggml_build_forward_expand(res->get_gf(), v_idxs);
+    }
     if (own) {
         k_idxs = rows(false);
-        v_idxs = kv.v_trans ? v_idxs : k_idxs;
+        v_idxs = kv.v_trans || !v_idxs ? v_idxs : k_idxs;
     }
-    if (kv.v_trans && (own || n_rows_max(ikv) != (int32_t) kv.get_size())) {
+    if (v_idxs && kv.v_trans && (own || n_rows_max(ikv) != (int32_t) kv.get_size())) {
         v_idxs = rows(true);
     }
 }
@@ -241,6 +243,7 @@ void engine::build_tap(llm_graph_result * res, int il, ggml_tensor * q, ggml_ten
     if (t.sums) {
         // cur = cont(permute(v * softmax)): without flash attention the probabilities are there to be summed
         auto * kq = cur->src[0]->src[0]->src[1]; // F32 [n_kv, n_tps, n_head, n_seqs]
+        kq = kv.layers[ikv].v ? kq : kq->src[1]; // latent values go through a matrix behind it
         GGML_ASSERT(kq->op == GGML_OP_SOFT_MAX);
         ggml_build_forward_expand(gf, graph_sums(ctx, ikv, kq, k->view_offs/k->nb[3]));
     }

@@ -10,9 +10,9 @@ import pykvc
 import tiny
 from pykvc import _core
 from test_conversation import CHATML, assistant, told, user
-from test_exactness import run_stock
+from test_exactness import Blocks, compact_and_masked, run_stock
 
-HYBRID = list(families.HYBRID)
+HYBRID, LATENT = list(families.HYBRID), list(families.LATENT)
 ARCHS = [*families.WRITE, "qwen2vl", "gpt-oss"]
 N, BUDGET = 150, 40
 POLICIES = ["snapkv:window=16", "keydiff:share=head", "knorm:share=head", "streaming_llm", "tova", "pyramidkv:window=16"]
@@ -55,13 +55,16 @@ def same(a, b):
     return len(a) == len(b) and all(map(np.array_equal, a, b))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_budget_of_everything_is_stock(models, stock, tmp_path, arch):
+@pytest.mark.parametrize("arch, kind", [*((arch, "f16") for arch in ARCHS), *((arch, "q8_0") for arch in LATENT)])
+def test_a_budget_of_everything_is_stock(models, stock, tmp_path, monkeypatch, arch, kind):
+    if kind != "f16":  # ours rounds less (test_attention.py)
+        monkeypatch.setenv("PYKVC_STOCK_ATTENTION", "1")
     tokens, split = ids(N + 8), N
-    how = dict(type_k="f16", type_v="f16", fa=1)
+    how = dict(type_k=kind, type_v=kind, fa=1)
     want, state = run_stock(stock, models.path(arch), tokens, tmp_path, split=split, ctx=512, n_vocab=tiny.N_VOCAB, **how)
     for policy in ("full", *POLICIES):
-        c = _core.Context(models(arch), n_ctx=512, n_threads=1, flash_attn="on", policy=policy, budget="" if policy == "full" else "100%")
+        c = _core.Context(models(arch), n_ctx=512, n_threads=1, type_k=kind, type_v=kind, flash_attn="on", policy=policy,
+                          budget="" if policy == "full" else "100%")
         c.decode(tokens[:split])
         got = [c.logits()[-1]]
         if policy != "full":
@@ -72,11 +75,11 @@ def test_a_budget_of_everything_is_stock(models, stock, tmp_path, arch):
         assert all((k == np.arange(len(tokens))).all() for k in c.kept())
 
 
-EXPECTED = "expected_attention:window=32,future=20"  # refused where layers share a cache: test_what_a_family_does_not_allow
+EXPECTED = "expected_attention:window=32,future=20"
 
 
-@pytest.mark.parametrize("arch, policy", [(arch, policy) for policy in (*POLICIES, EXPECTED) for arch in ARCHS
-                                          if policy != EXPECTED or arch not in families.SHARED])
+@pytest.mark.parametrize("arch, policy", [(arch, policy) for policy in (*POLICIES, EXPECTED) for arch in ARCHS  # test_what_a_family_does_not_allow
+                                          if policy != EXPECTED or arch not in {*families.SHARED, *LATENT}])
 def test_what_stays_is_what_the_oracle_keeps(models, arch, policy):
     name, _, rest = policy.partition(":")
     params = {key: int(value) for key, value in (item.split("=") for item in rest.split(",") if item and "share" not in item)}
@@ -98,7 +101,8 @@ def test_sums_of_attention(models, arch):
     decode(c, ids(N))
     layers = c.signals()
     for layer in layers:
-        np.testing.assert_allclose(layer["sums"].sum(), tiny.N_HEAD_KV*N, rtol=0.3 if arch == "gpt-oss" else 1e-2)  # a sink takes its part
+        assert len(layer["sums"]) == (1 if arch in LATENT else tiny.N_HEAD_KV)
+        np.testing.assert_allclose(layer["sums"].sum(axis=1), N, rtol=0.3 if arch == "gpt-oss" else 1e-2)  # a sink takes its part
     assert c.evict()
     assert same(c.kept(), oracle.POLICIES["h2o"]().kept(layers, [BUDGET]*len(layers)))
     step(c, ids(9, 1))
@@ -130,6 +134,53 @@ def test_every_reader_of_a_cache_is_heard(models, arch, flash_attn, monkeypatch)
             np.testing.assert_allclose(now["sums"] - np.pad(was, ((0, 0), (0, 1))), mean, atol=5e-3)
         np.testing.assert_allclose(each["attn_rows"][:, -1], ours["attn"], atol=2e-3)
     assert c.stats()["bytes_signals"] == {"gemma4:shared": 2, "gemma3n": 6}[arch]*tiny.N_HEAD*32*4  # a ring for each global layer
+
+
+@pytest.mark.parametrize("arch", LATENT)
+def test_a_latent_row_is_a_key_of_every_head(models, arch, monkeypatch):
+    """One KV head, whose queries are what attention gets them as: what a window of one gives is what llama.cpp's own softmax of
+    that token adds to the sums. Keys are whole rows, the part that is rotated with them. What is allocated is a row a token and
+    layer, and a ring of queries as wide as all heads' rows."""
+    f32 = dict(type_k="f32", type_v="f32", flash_attn="off")
+    c, sums = context(models(arch), "snapkv:window=1", **f32), context(models(arch), "h2o", **f32)
+    for ctx in (c, sums):
+        decode(ctx, ids(60))
+    before = [layer["sums"] for layer in sums.signals()]
+    for ctx in (c, sums):
+        decode(ctx, ids(1, 1))
+    ours = c.signals()
+    monkeypatch.setenv("PYKVC_STOCK_ATTENTION", "1")
+    for layer, graph, was, now in zip(ours, c.signals(), before, sums.signals()):
+        assert layer["attn"].shape == (tiny.N_HEAD, 61) and layer["pos"].shape == (1, 61)
+        np.testing.assert_allclose(layer["attn"], graph["attn"], atol=2e-3)
+        np.testing.assert_allclose(now["sums"] - np.pad(was, ((0, 0), (0, 1))), layer["attn"].mean(axis=0, keepdims=True), atol=2e-3)
+    n_row, n_layer = families.N_LATENT + families.N_ROPE, len(c.kept())
+    assert c.stats()["bytes_used"] == 61*n_layer*n_row*4 and c.stats()["bytes_signals"] == n_layer*tiny.N_HEAD*n_row*4
+    keys = context(models(arch), "keydiff", **f32)
+    decode(keys, ids(60))
+    assert all(layer["keys"].shape == (1, 60, n_row) and layer["keys"].std(axis=1).min() > 0 for layer in keys.signals())
+
+
+@pytest.mark.parametrize("arch", LATENT)
+@pytest.mark.parametrize("kind, flash_attn", [("f16", "on"), ("f16", "off"), ("q8_0", "on"), ("q4_0", "on"), ("f32", "off"), ("bf16", "on")])
+def test_latent_rows_move_as_bytes(models, arch, kind, flash_attn):
+    """After an eviction every row is the one that was there, of any type."""
+    c = context(models(arch), "keydiff", "60", type_k=kind, type_v=kind, flash_attn=flash_attn)
+    decode(c, ids(N))
+    before = c.signals()
+    assert c.evict()
+    for was, now, kept in zip(before, c.signals(), c.kept()):
+        assert len(kept) == 1 and np.array_equal(now["pos"], kept) and np.array_equal(now["keys"][0], was["keys"][0][kept[0]])
+    assert np.isfinite(decode(c, ids(3))).all()
+
+
+@pytest.mark.parametrize("arch, kind, budget", [("deepseek2", "f16", "240"), ("deepseek2", "bf16", "240"), ("kimi-linear", "f16", "224")])
+def test_latent_blocks_are_a_mask(models, arch, kind, budget):
+    """Aligned blocks compacted, in layers of different lengths, are the whole cache under a mask, bit for bit, without flash
+    attention."""
+    logits, kept = compact_and_masked(models(arch), ids(1024 + 32), type_k=kind, type_v=kind, flash_attn="off", policy=Blocks(), budget=budget)
+    assert [k.shape for k in kept] == [(1, n) for n in (192, 256, 320, 192)[:len(kept)]]
+    assert np.array_equal(*logits) and np.ptp(logits[0]) > 1
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -211,7 +262,8 @@ def test_fewer_cells_than_tokens(models, arch):
 @pytest.mark.parametrize("arch", HYBRID)
 def test_several_sequences_at_once(models, arch):
     """Recurrent layers take them side by side: each says what it would alone, but for rounding."""
-    c, alone = context(models(arch), n_seq_max=3), [context(models(arch)) for _ in range(3)]
+    how = dict(n_ubatch=33)  # llama.cpp reserves kimi-linear's graph for a multiple of the sequences only
+    c, alone = context(models(arch), n_seq_max=3, **how), [context(models(arch), **how) for _ in range(3)]
     for s, n in enumerate((90, 61, 120)):
         for ctx, seq in ((c, s), (alone[s], 0)):
             decode(ctx, ids(n, n), seq)
@@ -264,6 +316,7 @@ def test_a_quarter_of_the_part_that_grows(tmp_path):
 
 @pytest.mark.parametrize("arch, policy, why", [
     ("gemma4", "kvzip", "sliding window"),
+    *((arch, policy, "are latent") for arch in LATENT for policy in ("expected_attention", "snapkv:values=wo", "dropkv", "kvzip:plus=1")),
     *((arch, policy, "several layers read one cache") for arch in families.SHARED for policy in ("expected_attention", "snapkv:values=wo")),
 ])
 def test_what_a_family_does_not_allow(models, arch, policy, why):
