@@ -149,6 +149,14 @@ llama_pos kvc_floor(llama_context * ctx, llama_seq_id seq_id) {
     });
 }
 
+llama_pos kvc_whole_from(llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&]() {
+        need_cache(ctx, seq_id);
+        auto * e = engine::of(ctx);
+        return e ? e->whole_from(seq_id) : 0;
+    });
+}
+
 llama_pos kvc_back(llama_context * ctx, llama_seq_id seq_id, llama_pos pos) {
     return guarded([&]() { return need_engine(ctx).back(seq_id, pos); });
 }
@@ -222,7 +230,8 @@ int32_t kvc_get_usage(llama_context * ctx, kvc_usage * out) {
             out->bytes_full += (kv.get_cells((llama_seq_id) s).seq_pos_max((llama_seq_id) s) + 1)*row_bytes(kv);
         }
         out->bytes_signals    = e->signal_bytes();
-        out->bytes_allocated += out->bytes_signals;
+        out->bytes_past       = e->past_bytes();
+        out->bytes_allocated += out->bytes_signals + out->bytes_past;
         out->n_evictions = e->st.n_evictions;
         out->n_evicted   = e->st.n_evicted;
         out->score_ms    = e->st.score_ms;

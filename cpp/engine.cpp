@@ -146,9 +146,8 @@ llama_pos engine::held_from(uint32_t s) const {
     return cfg->need.sums ? (llama_pos) q.tokens.size() : cfg->guess ? q.seen : q.floor;
 }
 
-// The sliding windows of the first token there have to be whole, too; at the end they are. A recurrent state is of the
-// end, or of where it was remembered.
-llama_pos engine::floor(llama_seq_id seq_id) const {
+// The sliding windows of the first token there have to be whole, too; at the end they are.
+llama_pos engine::whole_from(llama_seq_id seq_id) const {
     const uint32_t  s   = stream_of(seq_id);
     const llama_pos end = (llama_pos) streams[s].tokens.size();
     const auto * windows = mem.windows;
@@ -157,7 +156,17 @@ llama_pos engine::floor(llama_seq_id seq_id) const {
     while (gone >= 0 && res < end && !llama_hparams::is_masked_swa(windows->n_swa, windows->swa_type, gone, res)) {
         ++res;
     }
-    return !mem.recurrent ? res : streams[s].past_end >= res ? streams[s].past_end : end;
+    return res;
+}
+
+llama_pos engine::floor(llama_seq_id seq_id) const {
+    const uint32_t  s = stream_of(seq_id);
+    const llama_pos first = whole_from(seq_id);
+    llama_pos res = (llama_pos) streams[s].tokens.size();
+    for (const llama_pos at : ways_back(s)) {
+        res = at >= first ? std::min(res, at) : res;
+    }
+    return mem.recurrent ? res : first;
 }
 
 uint32_t engine::stream_of(llama_seq_id seq_id) const {
@@ -176,6 +185,14 @@ size_t engine::row_bytes(const llama_kv_cache & kv, int32_t ikv) {
 void engine::count_evictions(uint32_t s, int64_t & n_evictions, int64_t & n_evicted) const {
     n_evictions = streams[s].n_evictions;
     n_evicted   = streams[s].n_evicted;
+}
+
+size_t engine::past_bytes() const {
+    size_t res = 0;
+    for (const auto & q : streams) {
+        res += q.past.size();
+    }
+    return res;
 }
 
 size_t engine::signal_bytes() const {

@@ -14,7 +14,7 @@
 namespace kvc {
 
 static const uint32_t STATE_TAG     = 0x4b560000; // "KV"
-static const uint32_t STATE_VERSION = 5;
+static const uint32_t STATE_VERSION = 6;
 static const uint64_t N_MAX         = 1u << 28;   // no array of a real state is longer
 
 uint32_t engine::state_tag(uint32_t n_stream) const {
@@ -31,10 +31,10 @@ static void put(llama_io_write_i & io, const std::vector<T> & v) {
 }
 
 template <typename T>
-static void get(llama_io_read_i & io, std::vector<T> & v) {
+static void get(llama_io_read_i & io, std::vector<T> & v, uint64_t n_max = N_MAX) {
     uint64_t n = 0;
     io.read(&n, sizeof(n));
-    if (n > N_MAX) {
+    if (n > n_max) {
         throw std::runtime_error("the state is damaged: an array of " + std::to_string(n) + " elements");
     }
     v.resize(n);
@@ -144,8 +144,9 @@ void engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
             continue;
         }
         const auto & q = streams[s];
-        const int32_t head[] = { q.n_base, q.floor, q.gen, q.n_prompt };
+        const int32_t head[] = { q.n_base, q.floor, q.gen, q.n_prompt, q.past_end };
         io.write(head, sizeof(head));
+        put(io, q.past);
         put(io, q.tokens);
         put(io, q.spans);
         put(io, q.n_kept);
@@ -180,9 +181,10 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         }
         stream q;
         reset(q);
-        int32_t head[4];
+        int32_t head[5];
         io.read(head, sizeof(head));
-        q.n_base = head[0]; q.floor = head[1]; q.gen = head[2]; q.n_prompt = head[3];
+        q.n_base = head[0]; q.floor = head[1]; q.gen = head[2]; q.n_prompt = head[3]; q.past_end = head[4];
+        get(io, q.past, past_max());
         get(io, q.tokens);
         q.seen = q.n_base > 0 ? (llama_pos) q.tokens.size() : 0; // at the latest
         get(io, q.spans);
@@ -205,6 +207,8 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
             q.n_base >= 0 && q.n_base <= n_used && q.tokens.size() <= N_MAX && q.floor >= 0 && q.floor <= (llama_pos) q.tokens.size() &&
             (llama_pos) q.tokens.size() == kv.v_cells[s].seq_pos_max((llama_seq_id) s) + 1;
         ok = ok && q.gen >= -1 && q.gen <= (llama_pos) q.tokens.size() && q.n_prompt >= 0;
+        ok = ok && (q.past.empty() ? q.past_end == -1 || q.past_end == (llama_pos) q.tokens.size() :
+            q.past_end > 0 && q.past_end < (llama_pos) q.tokens.size());
         for (size_t i = 0; ok && i < q.spans.size(); ++i) {
             ok = q.spans[i].begin >= (i ? q.spans[i - 1].end : 0) && q.spans[i].end > q.spans[i].begin;
         }
@@ -225,6 +229,9 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
             get_part(io, t.sums, s*(t.sums ? ggml_nbytes(t.sums)/kv.n_stream : 0), t.sums ? ggml_nbytes(t.sums)/kv.n_stream : 0);
         }
         streams[s] = std::move(q);
+        if (!streams[s].past.empty()) {
+            check_past(s);
+        }
     }
     stale = true;
 }

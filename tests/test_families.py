@@ -199,8 +199,16 @@ def test_states_and_branches(models, arch, tmp_path):
     for ctx, seq in ((c, 1), (d, 0), (d, 1)):
         np.testing.assert_allclose(step(ctx, ids(6, 2), seq), want, rtol=0, atol=0.05 if arch in WINDOWS else 0)
         assert same(ctx.kept(seq), c.kept())
+    if arch in HYBRID:  # the way back to the prompt's end went along
+        want = None
+        for ctx, seq in ((c, 0), (c, 1), (d, 0), (d, 1)):
+            assert ctx.pos_floor(seq) == N and ctx.remove_tail(N, seq)
+            got = step(ctx, ids(3, 4), seq)
+            assert want is None or np.array_equal(got, want)
+            want = got
     with pytest.raises(ValueError):
         d.load(c.save()[:-7])
+    assert c.stats()["bytes_past"] < c.stats()["bytes_allocated"] and (c.stats()["bytes_past"] > 0) == (arch in HYBRID)
     assert [d.pos_max(seq) for seq in (0, 1)] == [-1, -1]
     assert np.array_equal(decode(d, ids(N)), decode(context(models(arch), n_seq_max=2, **types), ids(N)))  # nothing of it is left
 
