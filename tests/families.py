@@ -182,6 +182,45 @@ def write_eye(path: Path) -> Path:
     return path
 
 
+def write_draft(path: Path, n_vocab: int) -> Path:
+    """What drafts for gemma4 (dense): two layers that read the cells of its last window and its last global layer."""
+    n, rng = 32, np.random.default_rng(1)
+    w = gguf.GGUFWriter(path, "gemma4-assistant")
+    w.add_context_length(4096)
+    w.add_embedding_length(n)
+    w.add_embedding_length_out(N_EMBD)
+    w.add_block_count(2)
+    w.add_nextn_predict_layers(2)
+    w.add_head_count(N_HEAD)
+    w.add_head_count_kv([4, N_HEAD_KV])
+    w.add_key_length(32)
+    w.add_value_length(32)
+    w.add_key_length_swa(16)
+    w.add_value_length_swa(16)
+    w.add_rope_dimension_count(32)
+    w.add_rope_dimension_count_swa(16)
+    w.add_sliding_window(32)
+    w.add_sliding_window_pattern([True, False])
+    w.add_feed_forward_length(N_FF)
+    w.add_layer_norm_rms_eps(1e-6)
+    w.add_vocab_size(n_vocab)
+    w.add_tokenizer_model("no_vocab")
+    shapes = {"token_embd": (n_vocab, n), "output_norm": (n,), "rope_freqs": (16,), "nextn.pre_projection": (n, 2*N_EMBD), "nextn.post_projection": (N_EMBD, n)}
+    for i, d in enumerate((16, 32)):
+        b = f"blk.{i}."
+        shapes |= {b + "attn_q": (N_HEAD*d, n), b + "attn_output": (n, N_HEAD*d), b + "attn_q_norm": (d,), b + "layer_output_scale": (1,),
+                   b + "ffn_gate": (N_FF, n), b + "ffn_up": (N_FF, n), b + "ffn_down": (n, N_FF)}
+        shapes |= {b + name: (n,) for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")}
+    for name, shape in shapes.items():
+        data = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape)/4
+        w.add_tensor(name + ".weight", data.astype(np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
 def every_fourth(i):
     return i % 4 == 3
 
@@ -405,10 +444,12 @@ def phi3(t: Tensors) -> None:
         t.put(b + "ffn_down.weight", N_EMBD, N_FF)
 
 
-def deepseek2(t: Tensors) -> None:
+def deepseek2(t: Tensors, n_draft: int = 0) -> None:
     """A latent row for a token and layer, which keys and values of all heads are made from; the first layer is dense, the
-    others have experts, one for every token."""
+    others have experts, one for every token. n_draft: of the last layers, which draft (MTP)."""
     t.add_latent()
+    if n_draft:
+        t.w.add_nextn_predict_layers(n_draft)
     t.w.add_q_lora_rank(48)
     t.w.add_leading_dense_block_count(1)
     t.w.add_feed_forward_length(N_FF)
@@ -424,6 +465,9 @@ def deepseek2(t: Tensors) -> None:
         t.norms(b, "attn_norm", "ffn_norm")
         t.latent(b, 48)
         t.experts(b, shared=True) if i else t.swiglu(b)
+        if i >= t.n_layer - n_draft:
+            t.put(b + "nextn.eh_proj.weight", N_EMBD, 2*N_EMBD)
+            t.norms(b, "nextn.enorm", "nextn.hnorm")
 
 
 def kimi_linear(t: Tensors) -> None:
@@ -455,4 +499,5 @@ LATENT = {"deepseek2": deepseek2, "kimi-linear": kimi_linear}  # rows that are k
 SHARED = {"gemma4:shared": lambda t: gemma4(t, 6), "gemma3n": gemma3n}  # caches that several layers read
 OTHERS = {"gemma4": gemma4, **SHARED, "deepseek2": deepseek2, "qwen3vl": lambda t: qwen3(t, True), "qwen3moe": qwen3, "llama4": llama4, "phi3": phi3}
 WRITE = HYBRID | OTHERS
+DRAFTS = {"deepseek2:draft": lambda t: deepseek2(t, 1)}  # whose last layer drafts
 N_LAYER = {**dict.fromkeys(WRITE, 8), "gemma4": 12, "gemma4:shared": 12, "gemma3n": 30, "falcon-h1": 3, "qwen3vl": 3, "qwen3moe": 3, "phi3": 3, "deepseek2": 4}
