@@ -393,6 +393,36 @@ def test_an_image_is_refused_before_it_touches_the_cache(models, arch):
     llm.close()
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen35", "deepseek2"])
+def test_kvzip_evaluates_no_token_twice(arch, tmp_path):
+    """A chat of six turns, and a document that is saved once and asked three questions: what was evaluated stays so, but for the
+    repetition that the policy asks for. (pykvc serve has no probes; its other policies: test_server_reuse.py.)"""
+    path = tiny.write_chat(tmp_path/"model.gguf", {}, arch=arch, n_layer=4, mute_eos=True)
+
+    def opened():
+        return pykvc.LLM(path, n_ctx=1024, n_ubatch=64, n_threads=1, kv_policy="kvzip:window=32,recent=8", kv_budget="40%")
+    with opened() as llm:
+        for i, n in enumerate((120, 3, 40, 1, 90, 17)):
+            before = llm.n_tokens
+            got = llm.generate(tokens=ids(n, n).tolist(), reset=False, compress=True, max_tokens=6)
+            assert got.n_prompt == n and llm.n_tokens == before + n + 5 + (i > 0) and got.kv["evictions"] == 1 and got.timings["probe_ms"] > 0
+    with opened() as llm:
+        llm.generate(tokens=ids(200).tolist(), max_tokens=0)
+        llm.save(tmp_path/"state")
+        kept = llm.kept()
+    want = []
+    for _ in range(2):
+        with opened() as llm:
+            answers = []
+            for n in 9, 1, 30:
+                llm.load(tmp_path/"state")
+                assert same(llm.kept(), kept)
+                answers.append(llm.generate(tokens=ids(n, n).tolist(), reset=False, compress=False, max_tokens=6))
+                assert answers[-1].n_prompt == n and llm.n_tokens == 200 + n + 5
+            want.append([answer.tokens for answer in answers])
+    assert want[0] == want[1]
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen35", "falcon-h1"])
 def test_a_chat_whose_template_drops_thoughts_goes_on_from_the_prompt(tmp_path, arch):
     """The answer's tokens come back as others: a recurrent state goes back to before them, and only the rest is
