@@ -83,8 +83,9 @@ def verdict(a: Architecture) -> str:
 # -- what a cache costs -----------------------------------------------------------------------------------------------------
 
 COSTS = [  # model, layers that grow, of how many, values of K and V a layer and token
-    ("Qwen3-Next-80B-A3B", 12, 48, 2*2*256), ("Granite-4.0-H-Small", 4, 40, 2*8*128), ("LFM2-1.2B", 6, 16, 2*8*64),
-    ("Qwen3-VL-8B", 36, 36, 2*8*128), ("gpt-oss-20b", 12, 24, 2*8*64), ("Gemma 3n E4B", 4, 35, 2*2*256),
+    ("Qwen3-Next-80B-A3B", 12, 48, 2*2*256), ("Qwen3.5-35B-A3B", 10, 40, 2*2*256), ("Granite-4.0-H-Small", 4, 40, 2*8*128),
+    ("LFM2-1.2B", 6, 16, 2*8*64), ("Falcon-H1-7B", 44, 44, 2*2*128), ("Qwen3-VL-8B", 36, 36, 2*8*128), ("gpt-oss-20b", 12, 24, 2*8*64),
+    ("Gemma 3n E4B", 4, 35, 2*2*256), ("Gemma 4 31B", 10, 60, 2*4*512),
     ("DeepSeek-V2-Lite", 27, 27, 512 + 64), ("DeepSeek-V3", 61, 61, 512 + 64),
 ]
 
