@@ -106,6 +106,7 @@ void engine::check_past(uint32_t s) {
     reader io(q.past);
     mem.recurrent->state_read(io, (llama_seq_id) s, 0);
     if (io.n_bytes() != q.past.size() || n_recurrent(s) != q.past_end) {
+        mem.recurrent->seq_rm((llama_seq_id) s, -1, -1);
         throw std::runtime_error("the state is damaged: its recurrent state of the past is another one's");
     }
 }

@@ -1,6 +1,8 @@
 """Each family of tests/families.py: without a policy it is stock, with one the oracle's tokens stay, and nothing else
 is lost."""
 
+import struct
+
 import numpy as np
 import pytest
 
@@ -206,6 +208,11 @@ def test_states_and_branches(models, arch, tmp_path):
             got = step(ctx, ids(3, 4), seq)
             assert want is None or np.array_equal(got, want)
             want = got
+        data = d.save_seq(0)
+        at = data.index(struct.pack("<ii", BUDGET, N))  # cells of the prompt, and of what the recurrent state beside it is
+        with pytest.raises(ValueError, match="recurrent state"):
+            d.load_seq(data[:at + 4] + struct.pack("<i", N - 1) + data[at + 8:], 0)
+        assert np.array_equal(decode(d, ids(N), 0), decode(context(models(arch), n_seq_max=2, **types), ids(N)))
     with pytest.raises(ValueError):
         d.load(c.save()[:-7])
     assert c.stats()["bytes_past"] < c.stats()["bytes_allocated"] and (c.stats()["bytes_past"] > 0) == (arch in HYBRID)
