@@ -44,10 +44,10 @@ llama_kv_cache & need_cache(llama_context * ctx, llama_seq_id seq_id) {
     return *kv;
 }
 
-size_t row_bytes(const llama_kv_cache & kv, const llama_hparams & hp) {
+size_t row_bytes(const llama_kv_cache & kv) {
     size_t res = 0;
-    for (const uint32_t il : kv.get_layer_ids()) {
-        res += ggml_row_size(kv.type_k(), hp.n_embd_k_gqa(il)) + ggml_row_size(kv.type_v(), hp.n_embd_v_gqa(il));
+    for (size_t l = 0; l < kv.get_layer_ids().size(); ++l) {
+        res += engine::row_bytes(kv, (int32_t) l);
     }
     return res;
 }
@@ -149,6 +149,14 @@ llama_pos kvc_floor(llama_context * ctx, llama_seq_id seq_id) {
     });
 }
 
+llama_pos kvc_whole_from(llama_context * ctx, llama_seq_id seq_id) {
+    return guarded([&]() {
+        need_cache(ctx, seq_id);
+        auto * e = engine::of(ctx);
+        return e ? e->whole_from(seq_id) : 0;
+    });
+}
+
 llama_pos kvc_back(llama_context * ctx, llama_seq_id seq_id, llama_pos pos) {
     return guarded([&]() { return need_engine(ctx).back(seq_id, pos); });
 }
@@ -206,11 +214,11 @@ int32_t kvc_get_usage(llama_context * ctx, kvc_usage * out) {
             out->bytes_allocated += it.second;
         }
         if (const auto * windows = parts_of(ctx->get_memory()).windows) { // the same with or without us
-            out->bytes_used = out->bytes_full = n_used(*windows)*row_bytes(*windows, hp);
+            out->bytes_used = out->bytes_full = n_used(*windows)*row_bytes(*windows);
         }
         auto * e = engine::of(ctx);
         if (!e) {
-            const size_t n = n_used(kv)*row_bytes(kv, hp);
+            const size_t n = n_used(kv)*row_bytes(kv);
             out->bytes_used += n;
             out->bytes_full += n;
             return 0;
@@ -219,10 +227,11 @@ int32_t kvc_get_usage(llama_context * ctx, kvc_usage * out) {
             for (int32_t l = 0; l < out->n_layer; ++l) {
                 out->bytes_used += e->held_bytes(s, l);
             }
-            out->bytes_full += (kv.get_cells((llama_seq_id) s).seq_pos_max((llama_seq_id) s) + 1)*row_bytes(kv, hp);
+            out->bytes_full += (kv.get_cells((llama_seq_id) s).seq_pos_max((llama_seq_id) s) + 1)*row_bytes(kv);
         }
         out->bytes_signals    = e->signal_bytes();
-        out->bytes_allocated += out->bytes_signals;
+        out->bytes_past       = e->past_bytes();
+        out->bytes_allocated += out->bytes_signals + out->bytes_past;
         out->n_evictions = e->st.n_evictions;
         out->n_evicted   = e->st.n_evicted;
         out->score_ms    = e->st.score_ms;
@@ -245,7 +254,7 @@ int32_t kvc_get_seq_usage(llama_context * ctx, llama_seq_id seq_id, kvc_seq_usag
         const auto & hp = ctx->get_model().hparams;
         *out = {};
         out->n_tokens   = kv.get_cells(seq_id).seq_pos_max(seq_id) + 1;
-        out->bytes_full = out->n_tokens*row_bytes(kv, hp);
+        out->bytes_full = out->n_tokens*row_bytes(kv);
         auto * e = engine::of(ctx);
         if (!e) {
             out->n_cells    = out->n_tokens;

@@ -171,7 +171,7 @@ py::dict Context::stats() const {
     }
     py::dict d;
     d["cells_used"] = cells; d["cells_allocated"] = u.n_cells; d["kept"] = kept;
-    d["bytes_allocated"] = u.bytes_allocated; d["bytes_signals"] = u.bytes_signals; d["bytes_used"] = u.bytes_used; d["bytes_full"] = u.bytes_full;
+    d["bytes_allocated"] = u.bytes_allocated; d["bytes_signals"] = u.bytes_signals; d["bytes_past"] = u.bytes_past; d["bytes_used"] = u.bytes_used; d["bytes_full"] = u.bytes_full;
     d["n_evictions"] = u.n_evictions; d["n_evicted"] = u.n_evicted;
     d["score_ms"] = u.score_ms; d["plan_ms"] = u.plan_ms; d["compact_ms"] = u.compact_ms;
     d["prefill_ms"] = prefill_ms; d["decode_ms"] = decode_ms;

@@ -198,7 +198,7 @@ void bind_llama(py::module_ & m) {
         .def("scores", &Context::scores, "seq"_a = 0)
         .def("signals", &Context::signals, "seq"_a = 0)
         .def("stats", &Context::stats)
-        .def("bytes_resident", [](const Context & c) { return (int64_t) c.usage().bytes_signals + kvc_resident_bytes(c.ctx.get()); })
+        .def("bytes_resident", [](const Context & c) { return (int64_t) (c.usage().bytes_signals + c.usage().bytes_past) + kvc_resident_bytes(c.ctx.get()); })
         .def("n_evictions", &Context::n_evictions, "seq"_a = 0)
         .def("seq_stats", &Context::seq_stats, "seq"_a = 0)
         .def("save", [](Context & c) { return c.save(-1); })

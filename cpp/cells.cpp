@@ -72,6 +72,12 @@ static std::vector<uint32_t> layers_of(const llama_model & model, const llama_co
     return res;
 }
 
+// K and V of one cell; a latent row is both.
+static size_t row_bytes_of(const llama_model & model, const llama_context_params & params, uint32_t il) {
+    const auto & hp = model.hparams;
+    return ggml_row_size(params.type_k, hp.n_embd_k_gqa(il)) + (hp.is_mla() ? 0 : ggml_row_size(params.type_v, hp.n_embd_v_gqa(il)));
+}
+
 std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, const llama_model & model,
         const llama_context_params & params, const llama_cparams & cparams) {
     next_rows.clear();
@@ -82,7 +88,7 @@ std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, c
     const auto layers = layers_of(model, params, cparams); // those that evict
     size_t bytes = 0;
     for (const uint32_t il : layers) {
-        bytes += ggml_row_size(params.type_k, hp.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hp.n_embd_v_gqa(il));
+        bytes += row_bytes_of(model, params, il);
     }
     if (layers.empty()) {
         return cfg; // refused with a reason when the engine is attached
@@ -159,14 +165,12 @@ llama_cparams engine::memory_cparams(const std::shared_ptr<const config> & cfg, 
 // An allocation larger than the memory may be granted all the same, and the process is killed once it is cleared.
 void engine::check_memory(const std::shared_ptr<const config> & cfg, const llama_model & model,
         const llama_context_params & params, const llama_cparams & cparams) {
-    const auto & hp = model.hparams;
     const uint64_t n_seq = cparams.n_seq_max;
     const uint32_t n_cells = memory_cparams(cfg, cparams).n_ctx_seq;
     uint64_t n_bytes = n_seq*n_cells*N_TABLE;
-    for (const uint32_t il : hp.is_mla() ? std::vector<uint32_t>() : layers_of(model, params, cparams)) {
+    for (const uint32_t il : layers_of(model, params, cparams)) {
         if (!on_gpu(model, cparams, il)) {
-            n_bytes += n_seq*rows_of_layer(il, n_cells)*
-                    (ggml_row_size(params.type_k, hp.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hp.n_embd_v_gqa(il)));
+            n_bytes += n_seq*rows_of_layer(il, n_cells)*row_bytes_of(model, params, il);
         }
     }
     size_t n_free = 0, n_total = 0;

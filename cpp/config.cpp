@@ -147,6 +147,7 @@ std::shared_ptr<const config> engine::variant(const char * policy, const char * 
     }
     if (policy) {
         const auto own = make_config(text, "", "", is_bounded() ? cfg->cells_text : "", cfg->guess, is_pooled());
+        refuse_latent(*own);
         check_weights(own->pol->share, kv.layers.size());
         const auto & has = cfg->need, & wants = own->need;
         const std::string why =
@@ -231,7 +232,6 @@ static void refuse_unsupported(const config & cfg, const llama_model & model, co
     const auto own = parts_of(mem);
     std::string why;
     if (!mem)                                             { why = "it has no KV cache"; }
-    else if (hp.is_mla())                                 { why = "its latent (MLA) cache has no rows per head"; }
     else if (llm_arch_is_recurrent(model.arch))           { why = "its memory is a recurrent state, which does not grow"; }
     else if (!own.cache)                                  { why = "an index beside its cache picks what attention reads"; }
     else if (hp.ple_n_heads > 0)                          { why = "it looks up earlier tokens in the cache"; }

@@ -22,6 +22,7 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
             throw std::invalid_argument("this model cannot evict: its layers have different numbers of KV heads");
         }
     }
+    refuse_latent(*cfg);
     check_weights(cfg->pol->share, kv.layers.size());
     heads_apart = std::all_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) { return ggml_backend_buffer_is_host(layer.k->buffer); });
     if (cfg->pol->heads_differ() && !heads_apart) {
@@ -43,6 +44,23 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
     alloc_signals(cparams);
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         give_back_rows(s, true); // llama.cpp has written zeros into all
+    }
+}
+
+// A latent row (MLA) is key and value in one, of all heads: a head's value is what its matrix makes of the row behind
+// attention, and its query has been through one, too, but for the part that is rotated.
+void engine::refuse_latent(const config & c) const {
+    if (kv.layers[0].v) {
+        return;
+    }
+    const std::string has = ", and this model's (" + model.arch_name() + ") ";
+    if (c.need.future > 0) {
+        throw std::invalid_argument(c.spec + " rotates queries to the positions to come" + has +
+                "are latent, rotated in a part of them: name a policy without such a fit, for example keydiff");
+    }
+    if (c.need.values || c.need.value_rows || c.need.outputs || c.need.plus) {
+        throw std::invalid_argument(c.spec + " weighs values" + has +
+                "are latent, a part of the rows that keys are: name a policy or parameters that do not, for example snapkv");
     }
 }
 
@@ -99,9 +117,8 @@ llama_pos engine::held_from(uint32_t s) const {
     return cfg->need.sums ? (llama_pos) q.tokens.size() : cfg->guess ? q.seen : q.floor;
 }
 
-// The sliding windows of the first token there have to be whole, too; at the end they are. A recurrent state is of the
-// end, or of where it was remembered.
-llama_pos engine::floor(llama_seq_id seq_id) const {
+// The sliding windows of the first token there have to be whole, too; at the end they are.
+llama_pos engine::whole_from(llama_seq_id seq_id) const {
     const uint32_t  s   = stream_of(seq_id);
     const llama_pos end = (llama_pos) streams[s].tokens.size();
     const auto * windows = mem.windows;
@@ -110,7 +127,17 @@ llama_pos engine::floor(llama_seq_id seq_id) const {
     while (gone >= 0 && res < end && !llama_hparams::is_masked_swa(windows->n_swa, windows->swa_type, gone, res)) {
         ++res;
     }
-    return !mem.recurrent ? res : streams[s].past_end >= res ? streams[s].past_end : end;
+    return res;
+}
+
+llama_pos engine::floor(llama_seq_id seq_id) const {
+    const uint32_t  s = stream_of(seq_id);
+    const llama_pos first = whole_from(seq_id);
+    llama_pos res = (llama_pos) streams[s].tokens.size();
+    for (const llama_pos at : ways_back(s)) {
+        res = at >= first ? std::min(res, at) : res;
+    }
+    return mem.recurrent ? res : first;
 }
 
 uint32_t engine::stream_of(llama_seq_id seq_id) const {
@@ -123,6 +150,14 @@ uint32_t engine::stream_of(llama_seq_id seq_id) const {
 void engine::count_evictions(uint32_t s, int64_t & n_evictions, int64_t & n_evicted) const {
     n_evictions = streams[s].n_evictions;
     n_evicted   = streams[s].n_evicted;
+}
+
+size_t engine::past_bytes() const {
+    size_t res = 0;
+    for (const auto & q : streams) {
+        res += q.past.size();
+    }
+    return res;
 }
 
 size_t engine::signal_bytes() const {

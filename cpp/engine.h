@@ -229,13 +229,15 @@ public:
     std::vector<int32_t>            kept(llama_seq_id seq_id, int32_t ikv) const; // I32 [n_head_kv, n] positions, -1: empty
     llama_pos floor(llama_seq_id seq_id) const; // first position to go on from, once what follows it was removed
     llama_pos back(llama_seq_id seq_id, llama_pos pos) const; // up to pos, the last one to go on from; 0: the start alone
+    llama_pos whole_from(llama_seq_id seq_id) const; // the same, whatever a recurrent state is of
     void      remember(llama_seq_id seq_id); // the recurrent state, to go back to it
     int32_t   n_layer() const;
     int32_t   n_head_kv() const { return n_hkv; }
     int32_t   n_slots(uint32_t s, int32_t ikv) const; // cells of layer ikv in use
-    size_t    row_bytes(int32_t ikv) const;           // K and V of one cell
+    static size_t row_bytes(const llama_kv_cache & kv, int32_t ikv); // K and V of one cell; of a latent row, which is both
     size_t    held_bytes(uint32_t s, int32_t ikv) const; // of all rows of a layer
     size_t    signal_bytes() const;
+    size_t    past_bytes() const;                     // of recurrent states that are kept
     void      count_evictions(uint32_t s, int64_t & n_evictions, int64_t & n_evicted) const;
     double    evict_ms(uint32_t s) const { return streams[s].evict_ms; }
     static size_t resident_bytes(const llama_kv_cache & kv); // of its tensors, in memory
@@ -255,8 +257,8 @@ private:
         llama_pos floor = 0;                    // every head of every layer holds [floor, end)
         llama_pos seen  = 0;                    // tokens that the last eviction saw
         llama_pos gen   = -1;                   // first generated position; -1: still the prompt
-        llama_pos past_end = -1;                // the recurrent state of all before it is kept in `past`; -1: none is
-        std::vector<uint8_t> past;
+        llama_pos past_end = -1;                // the recurrent state of all before it is kept; -1: none is
+        std::vector<uint8_t> past;              // in here, once another token has come
         int32_t   n_prompt = 0;                 // slots of the mean layer when generation began
         std::vector<std::vector<float>> probed; // a layer F32 [n_probed, n_head_kv]: of its first slots
         std::vector<llama_token> tokens;        // [end] by position
@@ -302,6 +304,7 @@ private:
     place    place_of(uint32_t s, int32_t ikv, int32_t h, bool values) const;
     std::vector<lane> lanes(int32_t ikv, uint32_t s0, uint32_t s1) const; // of all these sequences
     std::vector<int32_t> rows_held(uint32_t s) const; // [n_layer, n_parts]
+    std::vector<bool> sides() const; // of a cache, as `values`: keys, and values unless they are a part of the keys (MLA)
     struct run_of_rows { ggml_tensor * t; size_t offset, size; };
     std::vector<run_of_rows> runs_of(uint32_t s, int32_t ikv, int32_t h, int64_t n, bool values) const; // of n rows, that lie together
     // n rows of a lane of some sequences: [head_dim, n_head, n, n_seq], or of transposed values [n, n_head, head_dim, n_seq]
@@ -325,7 +328,16 @@ private:
     // hooks.cpp
     void     synchronize() const;
 
+    // past.cpp
+    llama_pos n_recurrent(uint32_t s) const;
+    void     take_past(uint32_t s); // before another token comes
+    void     check_past(uint32_t s); // throws
+    size_t   past_max() const;
+    bool     is_back(uint32_t s) const;
+    std::vector<llama_pos> ways_back(uint32_t s) const;
+
     // engine.cpp
+    void     refuse_latent(const config & c) const; // throws
     void     reset(stream & q) const;
     uint32_t stream_of(llama_seq_id seq_id) const; // throws
     llama_pos held_from(uint32_t s) const;

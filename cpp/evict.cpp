@@ -248,7 +248,7 @@ std::vector<cache_rows> engine::rows_of_part(uint32_t s, int32_t ikv, int32_t h)
     const uint32_t il = kv.layers[ikv].il;
     const int32_t n_heads = by_head() ? 1 : n_hkv;
     std::vector<cache_rows> res;
-    for (const bool values : { false, true }) {
+    for (const bool values : sides()) {
         const place p = place_of(s, ikv, h, values);
         const int64_t n_dim = values ? model.hparams.n_embd_head_v(il) : model.hparams.n_embd_head_k(il);
         res.push_back(rows_of_cache(p.t, p.offset, p.row, p.channel, p.n_rows, n_dim, n_heads));

@@ -53,7 +53,7 @@ bool engine::can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
         if (p1 >= 0 && p1 <= last) {
             return false; // a hole: cells would no longer be in the order of their positions
         }
-        if (p0 > 0 && p0 < floor((llama_seq_id) s)) {
+        if (p0 > 0 && (p0 < floor((llama_seq_id) s) || (is_back(s) && back((llama_seq_id) s, p0) != p0))) {
             return false; // gone for good
         }
     }
@@ -111,6 +111,10 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         q.n_base -= n_rm;
         count_lacks(q);
         q.tokens.resize(r.end);
+        if (q.past_end > r.end) {
+            q.past_end = -1;
+            q.past     = {};
+        }
         q.gen = r.end <= q.gen ? -1 : q.gen;
         for (auto & p : q.win_pos) {
             p = p >= r.end ? -1 : p;

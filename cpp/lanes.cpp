@@ -92,7 +92,7 @@ int64_t engine::rows_of_lane(uint32_t s0, int64_t n_seq, int32_t ikv, int32_t h,
 }
 
 // Where the new tokens' rows go: llama.cpp's cells where a layer's rows are the cells, else inputs of our own, one for
-// all layers that agree.
+// all layers that agree. v_idxs: null where values are a part of the keys.
 void engine::build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, ggml_tensor *& v_idxs) const {
     auto * ctx = res->get_ctx();
     const int32_t ikv = kv.map_layer_ids.at(il);
@@ -123,12 +123,14 @@ void engine::build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, g
     };
     // llama.cpp fills its own whether a layer uses them or not
     ggml_build_forward_expand(res->get_gf(), k_idxs);
-    ggml_build_forward_expand(res->get_gf(), v_idxs);
+    if (v_idxs) {
+        ggml_build_forward_expand(res->get_gf(), v_idxs);
+    }
     if (own) {
         k_idxs = rows(false);
-        v_idxs = kv.v_trans ? v_idxs : k_idxs;
+        v_idxs = kv.v_trans || !v_idxs ? v_idxs : k_idxs;
     }
-    if (kv.v_trans && (own || n_rows != (int64_t) kv.get_size())) {
+    if (v_idxs && kv.v_trans && (own || n_rows != (int64_t) kv.get_size())) {
         v_idxs = rows(true);
     }
 }
@@ -259,11 +261,12 @@ ggml_tensor * engine::build_attn(const llm_graph_context & graph, uint32_t s0, g
     const auto attend = [&](uint32_t s, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, ggml_tensor * sinks, const lane & x) {
         auto * bias = kq_b && x.n_head < n_hkv ? ggml_view_3d(ctx, kq_b, kq_b->ne[0], kq_b->ne[1], x.n_head*n_group,
                 kq_b->nb[1], kq_b->nb[2], x.head*n_group*kq_b->nb[2]) : kq_b;
-        auto * cur = by_head() && !kv.v_trans && !bias ? flash_attn(graph, q, k, v, mask, sinks, kq_scale, il) :
+        auto * cur = by_head() && !kv.v_trans && !bias && !v_mla ? flash_attn(graph, q, k, v, mask, sinks, kq_scale, il) :
             graph.build_attn_mha(q, k, v, bias, mask, sinks, v_mla, 0, kq_scale, il);
         if (tensors[ikv].sums) {
             // cur = cont(permute(v * softmax)): without flash attention the probabilities are there to be summed
             auto * kq = cur->src[0]->src[0]->src[1]; // F32 [n_kv, n_tps, n_head, n_seqs]
+            kq = kv.layers[ikv].v ? kq : kq->src[1]; // latent values go through a matrix behind it
             GGML_ASSERT(kq->op == GGML_OP_SOFT_MAX);
             ggml_build_forward_expand(graph.res->get_gf(), graph_sums(ctx, ikv, kq, s, x.head));
         }
@@ -283,8 +286,10 @@ ggml_tensor * engine::build_attn(const llm_graph_context & graph, uint32_t s0, g
                 x.n_head = kq_b && !kv.v_trans ? 1 : end - x.head; // see flash_attn()
                 const int64_t n = rows_of_lane(s, step, ikv, x.head, kq_mask->ne[0]);
                 const int64_t h = x.head*n_group, n_h = x.n_head*n_group; // query heads
-                auto * cur = attend(s, ggml_view_3d(ctx, q_seq, q->ne[0], n_h, q_seq->ne[2], q->nb[1], q->nb[2], h*q->nb[1]),
-                        view_of(ctx, s, step, ikv, x, n, false), view_of(ctx, s, step, ikv, x, n, true),
+                auto * k_rows = view_of(ctx, s, step, ikv, x, n, false);
+                auto * v_rows = kv.layers[ikv].v ? view_of(ctx, s, step, ikv, x, n, true) : // a part of the keys
+                    ggml_view_4d(ctx, k_rows, v->ne[0], k_rows->ne[1], n, step, k_rows->nb[1], k_rows->nb[2], k_rows->nb[3], 0);
+                auto * cur = attend(s, ggml_view_3d(ctx, q_seq, q->ne[0], n_h, q_seq->ne[2], q->nb[1], q->nb[2], h*q->nb[1]), k_rows, v_rows,
                         mask_of_lane(graph.res, kq_mask, s0, i, step, ikv, x.head, n),
                         sinks ? ggml_view_1d(ctx, sinks, n_h, h*sinks->nb[0]) : nullptr, x);
                 of_seq = of_seq ? ggml_concat(ctx, of_seq, cur, 0) : cur;

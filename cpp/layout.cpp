@@ -116,14 +116,18 @@ std::vector<engine::run_of_rows> engine::runs_of(uint32_t s, int32_t ikv, int32_
     return res;
 }
 
-size_t engine::row_bytes(int32_t ikv) const {
+std::vector<bool> engine::sides() const {
+    return kv.layers[0].v ? std::vector<bool>{ false, true } : std::vector<bool>{ false };
+}
+
+size_t engine::row_bytes(const llama_kv_cache & kv, int32_t ikv) {
     const auto & layer = kv.layers[ikv];
-    return ggml_row_size(layer.k->type, model.hparams.n_embd_k_gqa(layer.il)) +
-           ggml_row_size(layer.v->type, model.hparams.n_embd_v_gqa(layer.il));
+    return ggml_row_size(layer.k->type, kv.hparams.n_embd_k_gqa(layer.il)) +
+           (layer.v ? ggml_row_size(layer.v->type, kv.hparams.n_embd_v_gqa(layer.il)) : 0);
 }
 
 size_t engine::held_bytes(uint32_t s, int32_t ikv) const {
-    return n_held(s, ikv)*row_bytes(ikv)/n_hkv;
+    return n_held(s, ikv)*row_bytes(kv, ikv)/n_hkv;
 }
 
 } // namespace kvc

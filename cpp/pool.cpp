@@ -23,8 +23,8 @@ namespace kvc {
 void engine::find_pool() {
     const auto & first = kv.layers[0];
     for (const auto & layer : kv.layers) {
-        const bool alike = layer.k->buffer == first.k->buffer && layer.v->buffer == first.k->buffer && layer.k->nb[1] == first.k->nb[1] &&
-            layer.v->nb[1] == first.v->nb[1];
+        const bool alike = layer.k->buffer == first.k->buffer && layer.k->nb[1] == first.k->nb[1] &&
+            (!layer.v || (layer.v->buffer == first.k->buffer && layer.v->nb[1] == first.v->nb[1]));
         if (!alike || !ggml_backend_buffer_is_host(first.k->buffer) || kv.v_trans) {
             throw std::invalid_argument(cfg->spec + ": with kv_cells layers share their rows only in one buffer of the CPU, with rows of one "
                     "size and flash attention: give share=head");
@@ -43,7 +43,7 @@ void engine::find_pool() {
         return t;
     };
     pool.k = place_rows(first.k);
-    pool.v = place_rows(first.v);
+    pool.v = first.v ? place_rows(first.v) : nullptr;
     pool.regions.assign(kv.n_stream, std::vector<region>((size_t) n_layer()*n_hkv, { 0, 0 }));
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         even_out(s);
@@ -74,7 +74,8 @@ void engine::lay_out(uint32_t s, const std::vector<int32_t> & n_held) {
         at += now[i].n_rows;
     }
     // They lie in one order before and after: those that move down do so from the first on, then those that move up from the last.
-    for (auto * t : { pool.k, pool.v }) {
+    for (const bool values : sides()) {
+        auto * t = values ? pool.v : pool.k;
         const auto move = [&](size_t i) {
             const int64_t n = std::min(n_held[i], before[i].n_rows); // fewer before a state is read
             memmove((char *) t->data + now[i].at*t->nb[1], (char *) t->data + before[i].at*t->nb[1], n*t->nb[1]);
@@ -108,14 +109,16 @@ void engine::copy_rows(uint32_t s0, uint32_t s1) {
         const region & r = pool.regions[s0][i];
         pool.regions[s1][i] = { r.at + n_apart, r.n_rows };
     }
-    for (auto * t : { pool.k, pool.v }) {
+    for (const bool values : sides()) {
+        auto * t = values ? pool.v : pool.k;
         const size_t n_bytes = pool.n_rows*t->nb[1];
         memcpy((char *) t->data + s1*n_bytes, (char *) t->data + s0*n_bytes, n_bytes);
     }
 }
 
 void engine::clear_pool(uint32_t s) {
-    for (auto * t : { pool.k, pool.v }) {
+    for (const bool values : sides()) {
+        auto * t = values ? pool.v : pool.k;
         memset((char *) t->data + s*pool.n_rows*t->nb[1], 0, pool.n_rows*t->nb[1]);
     }
 }

@@ -69,12 +69,12 @@ void engine::give_back_rows(uint32_t s, bool all) const {
             continue;
         }
         for (const auto * t : { kv.layers[l].k_stream[s], kv.layers[l].v_stream[s] }) {
-            if (all) {
+            if (all && t) {
                 give_back((char *) t->data, (char *) t->data + ggml_nbytes(t));
             }
         }
         for (int32_t h = 0; !all && h < n_parts(); ++h) {
-            for (const bool values : { false, true }) {
+            for (const bool values : sides()) {
                 const place p = place_of(s, l, h, values);
                 for (const auto & run : runs_of(s, l, h, p.n_rows, values)) {
                     char * begin = (char *) run.t->data + run.offset;

@@ -32,10 +32,10 @@ static void put(llama_io_write_i & io, const std::vector<T> & v) {
 }
 
 template <typename T>
-static void get(llama_io_read_i & io, std::vector<T> & v) {
+static void get(llama_io_read_i & io, std::vector<T> & v, uint64_t n_max = N_MAX) {
     uint64_t n = 0;
     io.read(&n, sizeof(n));
-    if (n > N_MAX) {
+    if (n > n_max) {
         throw std::runtime_error("the state is damaged: an array of " + std::to_string(n) + " elements");
     }
     v.resize(n);
@@ -69,7 +69,7 @@ void engine::state_write_rows(llama_io_write_i & io, uint32_t s) const {
     put(io, n_rows);
     for (size_t i = 0; i < n_rows.size(); ++i) {
         const int32_t l = (int32_t) i/n_parts(), h = (int32_t) i % n_parts();
-        for (const bool values : { false, true }) {
+        for (const bool values : sides()) {
             const auto * t = values ? kv.layers[l].v : kv.layers[l].k;
             const int32_t head[] = { t->type, (int32_t) t->ne[0], values && kv.v_trans };
             io.write(head, sizeof(head));
@@ -93,7 +93,7 @@ bool engine::state_read_rows(llama_io_read_i & io, uint32_t s) {
     }
     for (size_t i = 0; i < n_rows.size(); ++i) {
         const int32_t l = (int32_t) i/n_parts(), h = (int32_t) i % n_parts();
-        for (const bool values : { false, true }) {
+        for (const bool values : sides()) {
             const auto * t = values ? kv.layers[l].v : kv.layers[l].k;
             int32_t head[3];
             io.read(head, sizeof(head));
@@ -117,7 +117,9 @@ void engine::clear_rows(uint32_t s) {
     }
     for (const auto & layer : kv.layers) {
         for (ggml_tensor * t : { layer.k_stream[s], layer.v_stream[s] }) {
-            ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
+            if (t) {
+                ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
+            }
         }
     }
 }
@@ -130,8 +132,9 @@ void engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
             continue;
         }
         const auto & q = streams[s];
-        const int32_t head[] = { q.n_base, q.floor, q.gen, q.n_prompt };
+        const int32_t head[] = { q.n_base, q.floor, q.gen, q.n_prompt, q.past_end };
         io.write(head, sizeof(head));
+        put(io, q.past);
         put(io, q.tokens);
         put(io, q.spans);
         put(io, q.n_kept);
@@ -166,9 +169,10 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         }
         stream q;
         reset(q);
-        int32_t head[4];
+        int32_t head[5];
         io.read(head, sizeof(head));
-        q.n_base = head[0]; q.floor = head[1]; q.gen = head[2]; q.n_prompt = head[3];
+        q.n_base = head[0]; q.floor = head[1]; q.gen = head[2]; q.n_prompt = head[3]; q.past_end = head[4];
+        get(io, q.past, past_max());
         get(io, q.tokens);
         q.seen = q.n_base > 0 ? (llama_pos) q.tokens.size() : 0; // at the latest
         get(io, q.spans);
@@ -191,6 +195,8 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
             q.n_base >= 0 && q.n_base <= n_used && q.tokens.size() <= N_MAX && q.floor >= 0 && q.floor <= (llama_pos) q.tokens.size() &&
             (llama_pos) q.tokens.size() == kv.v_cells[s].seq_pos_max((llama_seq_id) s) + 1;
         ok = ok && q.gen >= -1 && q.gen <= (llama_pos) q.tokens.size() && q.n_prompt >= 0;
+        ok = ok && (q.past.empty() ? q.past_end == -1 || q.past_end == (llama_pos) q.tokens.size() :
+            q.past_end > 0 && q.past_end < (llama_pos) q.tokens.size());
         for (size_t i = 0; ok && i < q.spans.size(); ++i) {
             ok = q.spans[i].begin >= (i ? q.spans[i - 1].end : 0) && q.spans[i].end > q.spans[i].begin;
         }
@@ -216,6 +222,9 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         }
         count_lacks(q);
         streams[s] = std::move(q);
+        if (!streams[s].past.empty()) {
+            check_past(s);
+        }
     }
     stale = true;
 }

@@ -76,6 +76,9 @@ int engine::before_batch(llama_context * lctx, llama_batch_allocr & balloc) {
 void engine::before_ubatch(llama_context * lctx, const llama_ubatch & ubatch) {
     if (auto * e = of(lctx)) {
         e->computes = lctx;
+        for (uint32_t i = 0; i < ubatch.n_seqs_unq; ++i) {
+            e->take_past(e->kv.seq_to_stream[ubatch.seq_id_unq[i]]);
+        }
         if (e->lacks_room(ubatch)) {
             lctx->memory_update(true);
         }

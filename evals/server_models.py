@@ -1,10 +1,13 @@
 """Stand-ins for the models that llama-server's own tests download: random weights of the same kinds, with the real tokenizers' tokens."""
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-from tests import tiny
+sys.path.append(str(Path(__file__).resolve().parent.parent/"tests"))  # whose modules find each other by their names
+
+import tiny  # noqa: E402
 
 
 def text(path: Path, vocab: Path, arch: str = "llama") -> None:

@@ -423,8 +423,10 @@ class LLM:
     @queued
     def stats(self) -> dict[str, Any]:
         """n_tokens; cells (in use), cells_allocated, kept [n_layer] (a layer's cells, those of its longest head); bytes_allocated, of
-        them bytes_signals (the window of queries, the sums), bytes_resident (of the allocated ones, in memory now: rows that were never
-        written, or evicted, take none on a Linux host), bytes_used, bytes_full (without eviction); n_evictions, n_evicted (cells of the mean layer); score_ms, plan_ms, compact_ms, prefill_ms, decode_ms.
+        them bytes_signals (the window of queries, the sums) and bytes_past (of a hybrid: its recurrent state where the prompt ended, once
+        more tokens have come), bytes_resident (of the allocated ones, in memory now: rows that were never written, or evicted, take none
+        on a Linux host), bytes_used, bytes_full (without eviction); n_evictions, n_evicted (cells of the mean layer); score_ms, plan_ms,
+        compact_ms, prefill_ms, decode_ms.
         Of a policy that asks: probe_ms since the last reset. Of kvzip: probe_chunk, the tokens of its largest chunk, and repeat_likelihood, the
         geometric mean of the probabilities that the model gave to tokens it was to repeat (None: it has repeated nothing)."""
         stats, probe = self._session.ctx.stats(), self._session.probe

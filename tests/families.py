@@ -9,6 +9,7 @@ import numpy as np
 
 N_EMBD, N_HEAD, N_HEAD_KV, N_FF, N_EXPERT = 64, 4, 2, 96, 2
 N_CONV, N_STATE, N_GROUP = 4, 16, 2  # of a recurrent layer
+N_LATENT, N_NOPE, N_ROPE = 64, 16, 32  # of a latent row, and of a head's key
 
 
 @dataclass
@@ -45,6 +46,45 @@ class Tensors:
     def swiglu(self, b, suffix="", n=()):
         for name, n_out, n_in in (("gate", N_FF, N_EMBD), ("up", N_FF, N_EMBD), ("down", N_EMBD, N_FF)):
             self.put(f"{b}ffn_{name}{suffix}.weight", *n, n_out, n_in)
+
+    def latent(self, b, n_q=None):
+        """MLA: a row of N_LATENT values, which keys and values are made from, and of N_ROPE that are rotated; queries through
+        n_q values, or straight."""
+        n_key = N_NOPE + N_ROPE
+        self.norms(b, "attn_kv_a_norm", n=N_LATENT)
+        if n_q:
+            self.norms(b, "attn_q_a_norm", n=n_q)
+            self.put(b + "attn_q_a.weight", n_q, N_EMBD)
+            self.put(b + "attn_q_b.weight", N_HEAD*n_key, n_q)
+        else:
+            self.put(b + "attn_q.weight", N_HEAD*n_key, N_EMBD)
+        self.put(b + "attn_kv_a_mqa.weight", N_LATENT + N_ROPE, N_EMBD)
+        self.put(b + "attn_k_b.weight", N_HEAD, N_LATENT, N_NOPE)
+        self.put(b + "attn_v_b.weight", N_HEAD, N_NOPE, N_LATENT)
+        self.put(b + "attn_output.weight", N_EMBD, N_HEAD*N_NOPE)
+
+    def add_latent(self, n_head_kv=1):
+        self.w.add_head_count_kv(n_head_kv)
+        self.w.add_kv_lora_rank(N_LATENT)
+        self.w.add_key_length(N_LATENT + N_ROPE)
+        self.w.add_value_length(N_LATENT)
+        self.w.add_key_length_mla(N_NOPE + N_ROPE)
+        self.w.add_value_length_mla(N_NOPE)
+        self.w.add_rope_dimension_count(N_ROPE)
+
+    def kimi_delta(self, b):
+        n = N_HEAD*N_STATE
+        for name in "qkv":
+            self.put(f"{b}attn_{name}.weight", n, N_EMBD)
+            self.put(f"{b}ssm_conv1d_{name}.weight", n, 1, N_CONV)
+        for name in "fg":
+            self.put(f"{b}ssm_{name}_a.weight", N_STATE, N_EMBD)
+            self.put(f"{b}ssm_{name}_b.weight", n, N_STATE)
+        self.put(b + "ssm_beta.weight", N_HEAD, N_EMBD)
+        self.w.add_tensor(b + "ssm_a", -np.ones((N_HEAD, 1), np.float32))
+        self.put(b + "ssm_dt.bias", n)
+        self.norms(b, "ssm_norm", n=N_STATE)
+        self.put(b + "attn_output.weight", N_EMBD, n)
 
     def experts(self, b, shared=False):
         self.put(b + "ffn_gate_inp.weight", N_EXPERT, N_EMBD)
@@ -135,6 +175,45 @@ def write_eye(path: Path) -> Path:
     shapes |= {"mm.0.weight": (4*n, 4*n), "mm.0.bias": (4*n,), "mm.2.weight": (N_EMBD, 4*n), "mm.2.bias": (N_EMBD,)}
     for name, shape in shapes.items():
         w.add_tensor(name, (rng.standard_normal(shape)/10).astype(np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+def write_draft(path: Path, n_vocab: int) -> Path:
+    """What drafts for gemma4 (dense): two layers that read the cells of its last window and its last global layer."""
+    n, rng = 32, np.random.default_rng(1)
+    w = gguf.GGUFWriter(path, "gemma4-assistant")
+    w.add_context_length(4096)
+    w.add_embedding_length(n)
+    w.add_embedding_length_out(N_EMBD)
+    w.add_block_count(2)
+    w.add_nextn_predict_layers(2)
+    w.add_head_count(N_HEAD)
+    w.add_head_count_kv([4, N_HEAD_KV])
+    w.add_key_length(32)
+    w.add_value_length(32)
+    w.add_key_length_swa(16)
+    w.add_value_length_swa(16)
+    w.add_rope_dimension_count(32)
+    w.add_rope_dimension_count_swa(16)
+    w.add_sliding_window(32)
+    w.add_sliding_window_pattern([True, False])
+    w.add_feed_forward_length(N_FF)
+    w.add_layer_norm_rms_eps(1e-6)
+    w.add_vocab_size(n_vocab)
+    w.add_tokenizer_model("no_vocab")
+    shapes = {"token_embd": (n_vocab, n), "output_norm": (n,), "rope_freqs": (16,), "nextn.pre_projection": (n, 2*N_EMBD), "nextn.post_projection": (N_EMBD, n)}
+    for i, d in enumerate((16, 32)):
+        b = f"blk.{i}."
+        shapes |= {b + "attn_q": (N_HEAD*d, n), b + "attn_output": (n, N_HEAD*d), b + "attn_q_norm": (d,), b + "layer_output_scale": (1,),
+                   b + "ffn_gate": (N_FF, n), b + "ffn_up": (N_FF, n), b + "ffn_down": (n, N_FF)}
+        shapes |= {b + name: (n,) for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")}
+    for name, shape in shapes.items():
+        data = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape)/4
+        w.add_tensor(name + ".weight", data.astype(np.float32))
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -365,9 +444,60 @@ def phi3(t: Tensors) -> None:
         t.put(b + "ffn_down.weight", N_EMBD, N_FF)
 
 
+def deepseek2(t: Tensors, n_draft: int = 0) -> None:
+    """A latent row for a token and layer, which keys and values of all heads are made from; the first layer is dense, the
+    others have experts, one for every token. n_draft: of the last layers, which draft (MTP)."""
+    t.add_latent()
+    if n_draft:
+        t.w.add_nextn_predict_layers(n_draft)
+    t.w.add_q_lora_rank(48)
+    t.w.add_leading_dense_block_count(1)
+    t.w.add_feed_forward_length(N_FF)
+    t.add_experts()
+    t.w.add_expert_shared_count(1)
+    t.w.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    t.w.add_rope_scaling_factor(4)
+    t.w.add_rope_scaling_orig_ctx_len(1024)
+    t.w.add_rope_scaling_yarn_log_mul(0.1*0.707)
+    t.norms("", "output_norm")
+    for i in range(t.n_layer):
+        b = f"blk.{i}."
+        t.norms(b, "attn_norm", "ffn_norm")
+        t.latent(b, 48)
+        t.experts(b, shared=True) if i else t.swiglu(b)
+        if i >= t.n_layer - n_draft:
+            t.put(b + "nextn.eh_proj.weight", N_EMBD, 2*N_EMBD)
+            t.norms(b, "nextn.enorm", "nextn.hnorm")
+
+
+def kimi_linear(t: Tensors) -> None:
+    """Three layers of a delta net to one with latent rows, which are not rotated."""
+    t.add_latent([int(every_fourth(i)) for i in range(t.n_layer)])
+    t.w.add_kda_head_dim(N_STATE)
+    t.w.add_ssm_conv_kernel(N_CONV)
+    t.w.add_leading_dense_block_count(1)
+    t.w.add_feed_forward_length(N_FF)
+    t.add_experts()
+    t.w.add_expert_shared_count(1)
+    t.w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    t.norms("", "output_norm")
+    t.put("output.weight", t.n_vocab, N_EMBD)
+    for i in range(t.n_layer):
+        b = f"blk.{i}."
+        t.norms(b, "attn_norm", "ffn_norm")
+        t.latent(b) if every_fourth(i) else t.kimi_delta(b)
+        if i == 0:
+            t.swiglu(b)
+        else:
+            t.experts(b, shared=True)
+            t.put(b + "exp_probs_b.bias", N_EXPERT)
+
+
 HYBRID = {"qwen35": qwen35, "qwen3next": lambda t: qwen35(t, True), "granitehybrid": granite_hybrid, "falcon-h1": falcon_h1, "jamba": jamba,
-          "nemotron_h": nemotron_h, "lfm2": lfm2}
+          "nemotron_h": nemotron_h, "lfm2": lfm2, "kimi-linear": kimi_linear}
+LATENT = {"deepseek2": deepseek2, "kimi-linear": kimi_linear}  # rows that are keys and values at once
 SHARED = {"gemma4:shared": lambda t: gemma4(t, 6), "gemma3n": gemma3n}  # caches that several layers read
-OTHERS = {"gemma4": gemma4, **SHARED, "qwen3vl": lambda t: qwen3(t, True), "qwen3moe": qwen3, "llama4": llama4, "phi3": phi3}
+OTHERS = {"gemma4": gemma4, **SHARED, "deepseek2": deepseek2, "qwen3vl": lambda t: qwen3(t, True), "qwen3moe": qwen3, "llama4": llama4, "phi3": phi3}
 WRITE = HYBRID | OTHERS
-N_LAYER = {**dict.fromkeys(WRITE, 8), "gemma4": 12, "gemma4:shared": 12, "gemma3n": 30, "falcon-h1": 3, "qwen3vl": 3, "qwen3moe": 3, "phi3": 3}
+DRAFTS = {"deepseek2:draft": lambda t: deepseek2(t, 1)}  # whose last layer drafts
+N_LAYER = {**dict.fromkeys(WRITE, 8), "gemma4": 12, "gemma4:shared": 12, "gemma3n": 30, "falcon-h1": 3, "qwen3vl": 3, "qwen3moe": 3, "phi3": 3, "deepseek2": 4}

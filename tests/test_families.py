@@ -1,6 +1,8 @@
 """Each family of tests/families.py: without a policy it is stock, with one the oracle's tokens stay, and nothing else
 is lost."""
 
+import struct
+
 import numpy as np
 import pytest
 
@@ -10,9 +12,9 @@ import pykvc
 import tiny
 from pykvc import _core
 from test_conversation import CHATML, assistant, told, user
-from test_exactness import run_stock
+from test_exactness import Blocks, compact_and_masked, run_stock
 
-HYBRID = list(families.HYBRID)
+HYBRID, LATENT = list(families.HYBRID), list(families.LATENT)
 ARCHS = [*families.WRITE, "qwen2vl", "gpt-oss"]
 N, BUDGET = 150, 40
 POLICIES = ["snapkv:window=16", "keydiff:share=head", "knorm:share=head", "streaming_llm", "tova", "pyramidkv:window=16"]
@@ -55,13 +57,16 @@ def same(a, b):
     return len(a) == len(b) and all(map(np.array_equal, a, b))
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_a_budget_of_everything_is_stock(models, stock, tmp_path, arch):
+@pytest.mark.parametrize("arch, kind", [*((arch, "f16") for arch in ARCHS), *((arch, "q8_0") for arch in LATENT)])
+def test_a_budget_of_everything_is_stock(models, stock, tmp_path, monkeypatch, arch, kind):
+    if kind != "f16":  # ours rounds less (test_attention.py)
+        monkeypatch.setenv("PYKVC_STOCK_ATTENTION", "1")
     tokens, split = ids(N + 8), N
-    how = dict(type_k="f16", type_v="f16", fa=1)
+    how = dict(type_k=kind, type_v=kind, fa=1)
     want, state = run_stock(stock, models.path(arch), tokens, tmp_path, split=split, ctx=512, n_vocab=tiny.N_VOCAB, **how)
     for policy in ("full", *POLICIES):
-        c = _core.Context(models(arch), n_ctx=512, n_threads=1, flash_attn="on", policy=policy, budget="" if policy == "full" else "100%")
+        c = _core.Context(models(arch), n_ctx=512, n_threads=1, type_k=kind, type_v=kind, flash_attn="on", policy=policy,
+                          budget="" if policy == "full" else "100%")
         c.decode(tokens[:split])
         got = [c.logits()[-1]]
         if policy != "full":
@@ -72,11 +77,11 @@ def test_a_budget_of_everything_is_stock(models, stock, tmp_path, arch):
         assert all((k == np.arange(len(tokens))).all() for k in c.kept())
 
 
-EXPECTED = "expected_attention:window=32,future=20"  # refused where layers share a cache: test_what_a_family_does_not_allow
+EXPECTED = "expected_attention:window=32,future=20"
 
 
-@pytest.mark.parametrize("arch, policy", [(arch, policy) for policy in (*POLICIES, EXPECTED) for arch in ARCHS
-                                          if policy != EXPECTED or arch not in families.SHARED])
+@pytest.mark.parametrize("arch, policy", [(arch, policy) for policy in (*POLICIES, EXPECTED) for arch in ARCHS  # test_what_a_family_does_not_allow
+                                          if policy != EXPECTED or arch not in {*families.SHARED, *LATENT}])
 def test_what_stays_is_what_the_oracle_keeps(models, arch, policy):
     name, _, rest = policy.partition(":")
     params = {key: int(value) for key, value in (item.split("=") for item in rest.split(",") if item and "share" not in item)}
@@ -98,7 +103,8 @@ def test_sums_of_attention(models, arch):
     decode(c, ids(N))
     layers = c.signals()
     for layer in layers:
-        np.testing.assert_allclose(layer["sums"].sum(), tiny.N_HEAD_KV*N, rtol=0.3 if arch == "gpt-oss" else 1e-2)  # a sink takes its part
+        assert len(layer["sums"]) == (1 if arch in LATENT else tiny.N_HEAD_KV)
+        np.testing.assert_allclose(layer["sums"].sum(axis=1), N, rtol=0.3 if arch == "gpt-oss" else 1e-2)  # a sink takes its part
     assert c.evict()
     assert same(c.kept(), oracle.POLICIES["h2o"]().kept(layers, [BUDGET]*len(layers)))
     step(c, ids(9, 1))
@@ -132,6 +138,53 @@ def test_every_reader_of_a_cache_is_heard(models, arch, flash_attn, monkeypatch)
     assert c.stats()["bytes_signals"] == {"gemma4:shared": 2, "gemma3n": 6}[arch]*tiny.N_HEAD*32*4  # a ring for each global layer
 
 
+@pytest.mark.parametrize("arch", LATENT)
+def test_a_latent_row_is_a_key_of_every_head(models, arch, monkeypatch):
+    """One KV head, whose queries are what attention gets them as: what a window of one gives is what llama.cpp's own softmax of
+    that token adds to the sums. Keys are whole rows, the part that is rotated with them. What is allocated is a row a token and
+    layer, and a ring of queries as wide as all heads' rows."""
+    f32 = dict(type_k="f32", type_v="f32", flash_attn="off")
+    c, sums = context(models(arch), "snapkv:window=1", **f32), context(models(arch), "h2o", **f32)
+    for ctx in (c, sums):
+        decode(ctx, ids(60))
+    before = [layer["sums"] for layer in sums.signals()]
+    for ctx in (c, sums):
+        decode(ctx, ids(1, 1))
+    ours = c.signals()
+    monkeypatch.setenv("PYKVC_STOCK_ATTENTION", "1")
+    for layer, graph, was, now in zip(ours, c.signals(), before, sums.signals()):
+        assert layer["attn"].shape == (tiny.N_HEAD, 61) and layer["pos"].shape == (1, 61)
+        np.testing.assert_allclose(layer["attn"], graph["attn"], atol=2e-3)
+        np.testing.assert_allclose(now["sums"] - np.pad(was, ((0, 0), (0, 1))), layer["attn"].mean(axis=0, keepdims=True), atol=2e-3)
+    n_row, n_layer = families.N_LATENT + families.N_ROPE, len(c.kept())
+    assert c.stats()["bytes_used"] == 61*n_layer*n_row*4 and c.stats()["bytes_signals"] == n_layer*tiny.N_HEAD*n_row*4
+    keys = context(models(arch), "keydiff", **f32)
+    decode(keys, ids(60))
+    assert all(layer["keys"].shape == (1, 60, n_row) and layer["keys"].std(axis=1).min() > 0 for layer in keys.signals())
+
+
+@pytest.mark.parametrize("arch", LATENT)
+@pytest.mark.parametrize("kind, flash_attn", [("f16", "on"), ("f16", "off"), ("q8_0", "on"), ("q4_0", "on"), ("f32", "off"), ("bf16", "on")])
+def test_latent_rows_move_as_bytes(models, arch, kind, flash_attn):
+    """After an eviction every row is the one that was there, of any type."""
+    c = context(models(arch), "keydiff", "60", type_k=kind, type_v=kind, flash_attn=flash_attn)
+    decode(c, ids(N))
+    before = c.signals()
+    assert c.evict()
+    for was, now, kept in zip(before, c.signals(), c.kept()):
+        assert len(kept) == 1 and np.array_equal(now["pos"], kept) and np.array_equal(now["keys"][0], was["keys"][0][kept[0]])
+    assert np.isfinite(decode(c, ids(3))).all()
+
+
+@pytest.mark.parametrize("arch, kind, budget", [("deepseek2", "f16", "240"), ("deepseek2", "bf16", "240"), ("kimi-linear", "f16", "224")])
+def test_latent_blocks_are_a_mask(models, arch, kind, budget):
+    """Aligned blocks compacted, in layers of different lengths, are the whole cache under a mask, bit for bit, without flash
+    attention."""
+    logits, kept = compact_and_masked(models(arch), ids(1024 + 32), type_k=kind, type_v=kind, flash_attn="off", policy=Blocks(), budget=budget)
+    assert [k.shape for k in kept] == [(1, n) for n in (192, 256, 320, 192)[:len(kept)]]
+    assert np.array_equal(*logits) and np.ptp(logits[0]) > 1
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_states_and_branches(models, arch, tmp_path):
     """Whole, by sequence and in a file: what goes on from each is what would have gone on without."""
@@ -148,8 +201,21 @@ def test_states_and_branches(models, arch, tmp_path):
     for ctx, seq in ((c, 1), (d, 0), (d, 1)):
         np.testing.assert_allclose(step(ctx, ids(6, 2), seq), want, rtol=0, atol=0.05 if arch in WINDOWS else 0)
         assert same(ctx.kept(seq), c.kept())
+    if arch in HYBRID:  # the way back to the prompt's end went along
+        want = None
+        for ctx, seq in ((c, 0), (c, 1), (d, 0), (d, 1)):
+            assert ctx.pos_floor(seq) == N and ctx.remove_tail(N, seq)
+            got = step(ctx, ids(3, 4), seq)
+            assert want is None or np.array_equal(got, want)
+            want = got
+        data = d.save_seq(0)
+        at = data.index(struct.pack("<ii", BUDGET, N))  # cells of the prompt, and of what the recurrent state beside it is
+        with pytest.raises(ValueError, match="recurrent state"):
+            d.load_seq(data[:at + 4] + struct.pack("<i", N - 1) + data[at + 8:], 0)
+        assert np.array_equal(decode(d, ids(N), 0), decode(context(models(arch), n_seq_max=2, **types), ids(N)))
     with pytest.raises(ValueError):
         d.load(c.save()[:-7])
+    assert c.stats()["bytes_past"] < c.stats()["bytes_allocated"] and (c.stats()["bytes_past"] > 0) == (arch in HYBRID)
     assert [d.pos_max(seq) for seq in (0, 1)] == [-1, -1]
     assert np.array_equal(decode(d, ids(N)), decode(context(models(arch), n_seq_max=2, **types), ids(N)))  # nothing of it is left
 
@@ -211,7 +277,8 @@ def test_fewer_cells_than_tokens(models, arch):
 @pytest.mark.parametrize("arch", HYBRID)
 def test_several_sequences_at_once(models, arch):
     """Recurrent layers take them side by side: each says what it would alone, but for rounding."""
-    c, alone = context(models(arch), n_seq_max=3), [context(models(arch)) for _ in range(3)]
+    how = dict(n_ubatch=33)  # llama.cpp reserves kimi-linear's graph for a multiple of the sequences only
+    c, alone = context(models(arch), n_seq_max=3, **how), [context(models(arch), **how) for _ in range(3)]
     for s, n in enumerate((90, 61, 120)):
         for ctx, seq in ((c, s), (alone[s], 0)):
             decode(ctx, ids(n, n), seq)
@@ -264,6 +331,7 @@ def test_a_quarter_of_the_part_that_grows(tmp_path):
 
 @pytest.mark.parametrize("arch, policy, why", [
     ("gemma4", "kvzip", "sliding window"),
+    *((arch, policy, "are latent") for arch in LATENT for policy in ("expected_attention", "snapkv:values=wo", "dropkv", "kvzip:plus=1")),
     *((arch, policy, "several layers read one cache") for arch in families.SHARED for policy in ("expected_attention", "snapkv:values=wo")),
 ])
 def test_what_a_family_does_not_allow(models, arch, policy, why):
@@ -330,6 +398,36 @@ def test_an_image_is_refused_before_it_touches_the_cache(models, arch):
         assert ctx.pos_max() == 99 and same(ctx.kept(), kept)
     assert batch(16, False, 100) == 0 and ctx.pos_max() == 115
     llm.close()
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen35", "deepseek2"])
+def test_kvzip_evaluates_no_token_twice(arch, tmp_path):
+    """A chat of six turns, and a document that is saved once and asked three questions: what was evaluated stays so, but for the
+    repetition that the policy asks for. (pykvc serve has no probes; its other policies: test_server_reuse.py.)"""
+    path = tiny.write_chat(tmp_path/"model.gguf", {}, arch=arch, n_layer=4, mute_eos=True)
+
+    def opened():
+        return pykvc.LLM(path, n_ctx=1024, n_ubatch=64, n_threads=1, kv_policy="kvzip:window=32,recent=8", kv_budget="40%")
+    with opened() as llm:
+        for i, n in enumerate((120, 3, 40, 1, 90, 17)):
+            before = llm.n_tokens
+            got = llm.generate(tokens=ids(n, n).tolist(), reset=False, compress=True, max_tokens=6)
+            assert got.n_prompt == n and llm.n_tokens == before + n + 5 + (i > 0) and got.kv["evictions"] == 1 and got.timings["probe_ms"] > 0
+    with opened() as llm:
+        llm.generate(tokens=ids(200).tolist(), max_tokens=0)
+        llm.save(tmp_path/"state")
+        kept = llm.kept()
+    want = []
+    for _ in range(2):
+        with opened() as llm:
+            answers = []
+            for n in 9, 1, 30:
+                llm.load(tmp_path/"state")
+                assert same(llm.kept(), kept)
+                answers.append(llm.generate(tokens=ids(n, n).tolist(), reset=False, compress=False, max_tokens=6))
+                assert answers[-1].n_prompt == n and llm.n_tokens == 200 + n + 5
+            want.append([answer.tokens for answer in answers])
+    assert want[0] == want[1]
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen35", "falcon-h1"])

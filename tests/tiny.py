@@ -47,8 +47,8 @@ def write(path: Path, arch: str = "llama", n_layer: int | None = None, n_ctx: in
         w.add_tensor(name, np.ones(n, np.float32))
 
     put("token_embd.weight", n_vocab, N_EMBD, scale=1.0, mute=mute)
-    if arch in families.WRITE:
-        families.WRITE[arch](families.Tensors(w, put, ones, n_layer, n_vocab, head_dim))
+    if write := (families.WRITE | families.DRAFTS).get(arch):
+        write(families.Tensors(w, put, ones, n_layer, n_vocab, head_dim))
         return _finish(w, path)
     second = {"openelm": N_HEAD_KV//2, "deci": 0}.get(arch, N_HEAD_KV)  # KV heads of the second layer
     if second != N_HEAD_KV:

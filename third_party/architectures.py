@@ -53,20 +53,18 @@ def read(source: Path) -> list[Architecture]:
 # -- and what it means for an eviction ---------------------------------------------------------------------------------
 
 DRAFTS = {"gemma4-assistant", "eagle3", "dflash"}  # they read another context's cells, or its layers' outputs
+MAY_INDEX = {"hy_v4"}  # a file of it has an index or none
 
 
 def verdict(a: Architecture) -> str:
     """"evicts ...", or "refused: ..." with the reason in short."""
-    latent = any(name.startswith("attn_inp_k") and not name.startswith("attn_inp_kv") or name == "inp_mem_hybrid_k" for name in a.inputs)
     index = "indexer" in a.facts.lower() or any(name.endswith(("_dsa", "_dsa_iswa", "_msa")) for name in a.inputs)
-    plain = a.inputs & {"attn_inp_kv", "attn_inp_kv_iswa", "inp_mem_hybrid", "inp_mem_hybrid_iswa"}
     why = ("a draft's cache stays whole" if a.name in DRAFTS else
            "relative positions need the distance to every cell" if "n_rel_attn_bkts" in a.facts else
            "llama.cpp has its name only" if not a.inputs and a.name in ("clip", "gptj") else
            "no KV cache: it encodes, or evaluates all its tokens at once" if a.embeds or not a.inputs - {"attn_inp_no_cache"} else
            "a recurrent state, which does not grow" if a.inputs == {"rs_inp"} else
-           "an index beside the cache picks what attention reads" if index else
-           "a latent (MLA) cache" if latent and (not plain or "hybrid" in "".join(a.inputs)) else
+           "an index beside the cache picks what attention reads" if index and a.name not in MAY_INDEX else
            "ALiBi needs the distance to every cell" if re.search(r"^ {4}hparams.f_max_alibi_bias = ", a.facts, re.M) else
            "a layer that routes has a KV head of its own" if "hparams.router_layer" in a.facts else
            "its attention scores are transformed in a way not tested" if a.name == "grok" else "")
@@ -78,24 +76,25 @@ def verdict(a: Architecture) -> str:
     elif "attn_inp_kv_iswa" in a.inputs:
         res += " its global layers" + (", where it has sliding windows" if "attn_inp_kv" in a.inputs else "")
     but = ["MROPE" in a.rope and "images are refused" + (" where it has M-RoPE" if "?" in a.rope else ""),
-           latent and "refused with a latent (MLA) cache", "max_alibi_bias" in a.facts.lower() and "refused with ALiBi"]
+           index and "refused with an index beside its cache", "max_alibi_bias" in a.facts.lower() and "refused with ALiBi"]
     return "; ".join(filter(None, [res, *but]))
 
 
 # -- what a cache costs -----------------------------------------------------------------------------------------------------
 
-COSTS = [  # model, layers that grow, of how many, values of K and V a layer and token, what evicts
-    ("Qwen3-Next-80B-A3B", 12, 48, 2*2*256, True), ("Granite-4.0-H-Small", 4, 40, 2*8*128, True), ("LFM2-1.2B", 6, 16, 2*8*64, True),
-    ("Qwen3-VL-8B", 36, 36, 2*8*128, True), ("gpt-oss-20b", 12, 24, 2*8*64, True), ("Gemma 3n E4B", 4, 35, 2*2*256, True),
-    ("DeepSeek-V2-Lite", 27, 27, 512 + 64, False),
+COSTS = [  # model, layers that grow, of how many, values of K and V a layer and token
+    ("Qwen3-Next-80B-A3B", 12, 48, 2*2*256), ("Qwen3.5-35B-A3B", 10, 40, 2*2*256), ("Granite-4.0-H-Small", 4, 40, 2*8*128),
+    ("LFM2-1.2B", 6, 16, 2*8*64), ("Falcon-H1-7B", 44, 44, 2*2*128), ("Qwen3-VL-8B", 36, 36, 2*8*128), ("gpt-oss-20b", 12, 24, 2*8*64),
+    ("Gemma 3n E4B", 4, 35, 2*2*256), ("Gemma 4 31B", 10, 60, 2*4*512),
+    ("DeepSeek-V2-Lite", 27, 27, 512 + 64), ("DeepSeek-V3", 61, 61, 512 + 64),
 ]
 
 
 def costs() -> list[str]:
     rows = ["| model | layers that grow | MB per 1,000 tokens | freed at a budget of 25 % |", "| --- | ---: | ---: | ---: |"]
-    for model, n, n_layer, n_value, evicts in COSTS:
+    for model, n, n_layer, n_value in COSTS:
         mb = n*n_value*2*1000/1e6
-        rows.append(f"| {model} | {n} of {n_layer} | {mb:.1f} | {f'{0.75*mb:.1f} MB' if evicts else 'refused'} |")
+        rows.append(f"| {model} | {n} of {n_layer} | {mb:.1f} | {0.75*mb:.1f} MB |")
     return rows
 
 

@@ -13,7 +13,7 @@
 
 #include "llama.h"
 
-#define KVC_API_VERSION 5
+#define KVC_API_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -25,8 +25,9 @@ struct kvc_usage {
     int32_t n_cells;          // cells of one sequence that are allocated, in the mean layer
     int32_t n_layer;          // layers that may evict
     int32_t n_head_kv;        // of those layers; 0 where they differ
-    size_t  bytes_allocated;  // all KV buffers, and the signals
+    size_t  bytes_allocated;  // all KV buffers, the signals, and copies of recurrent states
     size_t  bytes_signals;    // of them, what a policy looks at: the window of queries, the sums
+    size_t  bytes_past;       // of them, what recurrent states were where the prompts ended
     size_t  bytes_used;       // rows held by the sequences
     size_t  bytes_full;       // rows they would hold without eviction
     int64_t n_evictions;
@@ -95,6 +96,10 @@ LLAMA_API int32_t kvc_end_prompt(struct llama_context * ctx, llama_seq_id seq_id
 // whole, in the layers that evict or in a sliding window. Never behind the end. Recurrent layers go back to the floor, and to nothing
 // between it and the end: their state is kept of where the prompt ended.
 LLAMA_API llama_pos kvc_floor(struct llama_context * ctx, llama_seq_id seq_id);
+
+// The same, if recurrent layers could go back anywhere: a state of theirs of a position from here on (llama_state_seq_get_data_ext() with
+// LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) can be loaded, followed by llama_memory_seq_rm(seq, its position + 1, -1).
+LLAMA_API llama_pos kvc_whole_from(struct llama_context * ctx, llama_seq_id seq_id);
 
 // The last of the positions up to pos that a sequence can go on from, so that llama_memory_seq_rm(seq, it, -1) succeeds. 0: its start alone.
 LLAMA_API llama_pos kvc_back(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);

@@ -46,8 +46,7 @@ std::string kvc_prepare(common_params & params) {
     if (params.kv_unified && params.n_parallel > 1) {
         return "--kv-unified: slots that share cells cannot evict: leave it out";
     }
-    params.n_ctx_checkpoints = 0; // of sliding windows: the layers that evict are not in them, and have no way back
-    LOG_INF("kvc: no context shift, cache reuse or context checkpoints: positions stay, and what was evicted is gone\n");
+    LOG_INF("kvc: no context shift or cache reuse, and context checkpoints of recurrent states alone: positions stay, and what was evicted is gone\n");
     if (params.speculative.types != common_params_speculative().types || params.speculative.has_dft()) {
         LOG_INF("kvc: speculative decoding is off: drafts would change when evictions happen\n");
         params.speculative = common_params_speculative();

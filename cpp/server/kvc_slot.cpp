@@ -2,6 +2,7 @@
 
 #include "kvc_server.h"
 
+#include "common.h"
 #include "log.h"
 
 #include <algorithm>
@@ -34,7 +35,7 @@ void kvc_slot::reset() {
     now = before;
 }
 
-int kvc_slot::n_reusable(int n_past, llama_pos next, const kvc_mark & mark, const kvc_request & req) const {
+int kvc_slot::n_reusable(int n_past, llama_pos next, const kvc_mark & mark, const kvc_request & req, const kvc_checkpoints & checkpoints) const {
     if (!ctx || n_past == 0) {
         return n_past;
     }
@@ -46,7 +47,14 @@ int kvc_slot::n_reusable(int n_past, llama_pos next, const kvc_mark & mark, cons
         LOG_INF("kvc: slot %d was evicted for another prompt, which has %d tokens in common: this one is evaluated from the start\n", id, n_past);
         return 0;
     }
-    const llama_pos back = kvc_back(ctx, id, next);
+    const llama_pos back = kvc_back(ctx, id, next), first = std::max(back + 1, kvc_whole_from(ctx, id));
+    const auto it = back == next ? checkpoints.rend() : std::find_if(checkpoints.rbegin(), checkpoints.rend(),
+        [&](const auto & c) { return c.pos_max + 1 >= first && c.pos_max < next; });
+    if (it != checkpoints.rend()) {
+        it->load_tgt(ctx, id, LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY);
+        LOG_INF("kvc: slot %d goes on from a checkpoint, after token %d of %d\n", id, (int) it->n_tokens, n_past);
+        return (int) it->n_tokens;
+    }
     if (back < next) {
         LOG_INF("kvc: slot %d lacks what was evicted or left a sliding window, or a recurrent state of the past, and this prompt goes on from "
             "token %d: it is evaluated from token %d\n", id, next, back);
@@ -72,7 +80,12 @@ void kvc_slot::begin_prompt(const kvc_request & req) {
     take(req);
 }
 
-std::string kvc_slot::end_prompt(const kvc_request & req, kvc_mark & mark) {
+void kvc_slot::drop_useless(kvc_checkpoints & checkpoints) const {
+    const llama_pos first = kvc_whole_from(ctx, id);
+    checkpoints.remove_if([&](const auto & c) { return c.pos_max + 1 < first; });
+}
+
+std::string kvc_slot::end_prompt(const kvc_request & req, kvc_mark & mark, kvc_checkpoints & checkpoints) {
     if (!ctx || ended) {
         return "";
     }
@@ -82,10 +95,11 @@ std::string kvc_slot::end_prompt(const kvc_request & req, kvc_mark & mark) {
     }
     check(kvc_end_prompt(ctx, id));
     look(req, mark);
+    drop_useless(checkpoints);
     return "";
 }
 
-json kvc_slot::compress(const kvc_server & server, const kvc_request & req, kvc_mark & mark) {
+json kvc_slot::compress(const kvc_server & server, const kvc_request & req, kvc_mark & mark, kvc_checkpoints & checkpoints) {
     const auto asked = req.over(server.options);
     if (!ctx) {
         throw std::invalid_argument("compress: this server was started without --kv-policy, so its cache keeps every token");
@@ -106,6 +120,7 @@ json kvc_slot::compress(const kvc_server & server, const kvc_request & req, kvc_
         throw std::invalid_argument(kvc_last_error());
     }
     look(req, mark);
+    drop_useless(checkpoints);
     return report();
 }
 

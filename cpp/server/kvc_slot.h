@@ -7,7 +7,12 @@
 
 #include "server-common.h"
 
+#include <list>
+
+struct common_prompt_checkpoint;
 struct kvc_server;
+
+using kvc_checkpoints = std::list<common_prompt_checkpoint>; // of a slot: recurrent states, in the order of their tokens
 
 struct kvc_slot {
     void init(llama_context * ctx, int32_t id); // ctx null: nothing evicts, and nothing here does anything
@@ -17,18 +22,19 @@ struct kvc_slot {
 
     // Of n_past tokens that the slot's cache has in common with a prompt, those that a request may use: all, where it was evicted
     // under the same rule, the prompt goes on from what was evaluated by then, and nothing is missing that lies before next, the
-    // position of the first token to evaluate; else none.
-    int n_reusable(int n_past, llama_pos next, const kvc_mark & mark, const kvc_request & req) const;
+    // position of the first token to evaluate. Where recurrent layers cannot go back to that, those before the last one they can:
+    // the state is then that of a checkpoint, if one was nearer. Else none.
+    int n_reusable(int n_past, llama_pos next, const kvc_mark & mark, const kvc_request & req, const kvc_checkpoints & checkpoints) const;
 
     // Before the prompt's first tokens, after what is not reused was removed; once a request. Throws std::runtime_error.
     void begin_prompt(const kvc_request & req);
     // After its first token was sampled, so that this one's latency is untouched; once a request. "" or why the client's budget
     // does not do for this prompt.
-    std::string end_prompt(const kvc_request & req, kvc_mark & mark);
+    std::string end_prompt(const kvc_request & req, kvc_mark & mark, kvc_checkpoints & checkpoints);
     bool is_prompt() const { return ctx && begun && !ended; } // between the two
 
     // Of a slot that no request uses, now: everything it holds is evicted to the budget. "kv" of the reply. Throws std::invalid_argument.
-    json compress(const kvc_server & server, const kvc_request & req, kvc_mark & mark);
+    json compress(const kvc_server & server, const kvc_request & req, kvc_mark & mark, kvc_checkpoints & checkpoints);
 
     // After a decode: what the cache holds, for the reports; and whether it was evicted.
     void look(const kvc_request & req, kvc_mark & mark);
@@ -43,5 +49,6 @@ private:
     kvc_options used; // by the request
     kvc_seq_usage before = {}, now = {};
 
+    void drop_useless(kvc_checkpoints & checkpoints) const; // whose attention was evicted
     void take(const kvc_request & req); // its policy, budgets and spans, and what the cache holds before them
 };
