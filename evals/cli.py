@@ -1,5 +1,5 @@
-"""The command line: `python -m evals run | study | report | leaderboard | pool | archive | list`. A mistake ends with
-exit status 2 and one sentence on stderr."""
+"""The command line: `python -m evals list` names the tasks, `--help` the commands. A mistake ends with exit status 2 and one
+sentence on stderr."""
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +10,7 @@ import typer
 from pykvc import _core, bench, command, models, options
 from pykvc.command import sentences, values
 
-from . import archive, attention, estimate, latency, leaderboard, pictures, pool, report, scorers, study
+from . import archive, attention, estimate, harness, latency, leaderboard, pictures, pool, report, scorers, study
 from .cases import cases, protocols
 from .run import check_all, run, run_all
 from .tasks import TASKS, settings_of, task
@@ -235,6 +235,19 @@ def show_pool(
             and (not budgets or row["budget"] in ("", *budgets))]
     columns = values(by)
     print(pool.markdown(pool.pool(rows, columns, against, value, _positive("--comparisons", comparisons)), columns, against, across, value))
+
+
+@app.command("harness")
+@sentences
+def write_harness(
+    data_dir: Annotated[Path, _flag("--data-dir", help="Folder with TASK/*.jsonl[.gz].")],
+    out: Annotated[Path, _flag("--out", "-o", help="Folder of the tasks' files, for --include_path.")] = Path("lm-eval-tasks"),
+) -> None:
+    """Write tasks of lm-evaluation-harness (gsm8k_cot, commonsense_qa, mmlu) that read their rows from a folder."""
+    _folder(data_dir)
+    names = harness.write(data_dir, out)
+    others = [name for name in names if not name.startswith("mmlu_")]
+    print(f"python -m pykvc.lm_eval --include_path {out} --tasks {','.join(others + ['mmlu']*(len(names) > len(others)))}")
 
 
 @app.command("archive")
