@@ -10,7 +10,7 @@ import typer
 from pykvc import _core, bench, command, models, options
 from pykvc.command import sentences, values
 
-from . import archive, attention, estimate, harness, latency, leaderboard, pictures, pool, report, scorers, study
+from . import archive, attention, estimate, fetch, harness, latency, leaderboard, pictures, pool, report, scorers, study
 from .cases import cases, protocols
 from .run import check_all, run, run_all
 from .tasks import TASKS, settings_of, task
@@ -235,6 +235,19 @@ def show_pool(
             and (not budgets or row["budget"] in ("", *budgets))]
     columns = values(by)
     print(pool.markdown(pool.pool(rows, columns, against, value, _positive("--comparisons", comparisons)), columns, against, across, value))
+
+
+@app.command("fetch")
+@sentences
+def fetch_files(
+    data_dir: Annotated[Path, _flag("--data-dir", help="Where the files go, and the other commands read them.")] = Path("evals-data"),
+    folder: Annotated[Optional[Path], _flag("--from", help="A folder that has them already: they are checked and copied.")] = None,
+    tasks: Annotated[Optional[list[str]], _flag("--task", help="Only what these need.")] = None,
+) -> None:
+    """Get or make the rows and texts that tasks need, each checked against its sha256."""
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--from {folder} is no folder")
+    _end(fetch.fetch(data_dir, [name for name in values(tasks) if task(name)], folder, print))
 
 
 @app.command("harness")
