@@ -10,10 +10,11 @@ import typer
 from pykvc import _core, bench, command, models, options
 from pykvc.command import sentences, values
 
-from . import archive, attention, estimate, fetch, harness, latency, leaderboard, pictures, pool, report, scorers, study
+from . import archive, estimate, fetch, harness, leaderboard, pictures, pool, report, scorers, study
 from .cases import cases, protocols
 from .run import check_all, run, run_all
 from .tasks import TASKS, settings_of, task
+from .tools import attention, latency
 from .work import Plan, open_model
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,

@@ -3,21 +3,22 @@
     title = "..."                     model = [...], n = 100: defaults that the command line replaces
     [[run]]                           flags of `python -m evals run` by their long names, a value or a list of values
     [[bench]]                         flags of `pykvc bench`, likewise
-    [[attention]]                     task and its settings, policy, budget, layers: evals/attention.py
+    [[attention]]                     task and its settings, policy, budget, layers: evals/tools/attention.py
     [[picture]]                       x, y, panel, line: evals/panels.py
 
 A list given to a setting of a task (shots = [1, 2, 4]) is a run for each value; cache_type sets type_k and type_v together.
 """
-import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Sequence
 
-from . import attention_report, latency, leaderboard, panels, scorers
+from . import leaderboard, panels, scorers
 from . import report as tables
 from .cases import cases, protocols
+from .settings import SETTINGS, Block, sweep, texts
 from .tasks import TASKS, settings_of, task
+from .tools import attention_report, latency
 from .work import Plan
 
 if sys.version_info >= (3, 11):
@@ -30,7 +31,6 @@ FOLDER = Path(__file__).parent/"studies"
 LISTS = {"policy": ["full"], "budget": ["none"], "decode_budget": ["none"], "cells": ["none"], "protocol": ["question-out"],
          "type_k": ["f16"], "type_v": ["f16"]}
 SINGLE = {"n": int, "seed": int, "n_ctx": int, "n_ubatch": int, "plain": bool}
-SETTINGS = sorted({name for module in TASKS.values() for name in module.SETTINGS})
 BLOCKS = {
     "run": {"task", "cache_type", *LISTS, *SINGLE, *SETTINGS},
     "bench": {"n_prompt", "n_gen", "n_depth", "n_parallel", "kv_policy", "kv_budget", "kv_decode_budget", "kv_cells", "type_k", "type_v", "cache_type",
@@ -38,9 +38,6 @@ BLOCKS = {
     "attention": {"task", "n", "policy", "budget", "seed", "plain", *SETTINGS},
     "picture": {"name", "x", "y", "panel", "line", "file", "marker", "front", "only"}}
 TOP = {"title", "model", "n", "n_models", *BLOCKS}
-
-Block = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Study:
@@ -102,20 +99,6 @@ def _kind(where: str, name: str, value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{name} in {where} is {'a whole number' if kind is int else 'true or false'}, not {value!r}")
     return value
-
-
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def texts(value: Any) -> list[str]:
-    return [str(one) for one in listed(value)]
-
-
-def sweep(block: Block, swept: Sequence[str]) -> list[Block]:
-    """A block for each combination of the values that `swept` names have."""
-    found = [name for name in block if name in swept]
-    return [{**block, **dict(zip(found, values))} for values in itertools.product(*(listed(block[name]) for name in found))]
 
 
 @dataclass(frozen=True)

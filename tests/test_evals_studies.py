@@ -9,12 +9,13 @@ from typer.testing import CliRunner
 import pykvc
 from pykvc import batch
 from evals import ask as asking
-from evals import attention, latency, panels, report, run, study
+from evals import panels, report, run, study
 from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Options
 from evals.prompts import count, render
 from evals.tasks import TASKS, fidelity, gsm8k
+from evals.tools import attention, latency
 from evals.work import Plan, open_model
 from test_evals_tasks import folder  # noqa: F401  (a fixture)
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from evals import attention_report, panels, pool, report, stats
+from evals import panels, pool, report, stats
+from evals.tools import attention_report
 from evals.cli import app
 from test_evals import row
 

@@ -21,7 +21,9 @@ from pykvc.spans import sentence_spans
 from ..ask import Jobs, contexts, evict, ms
 from ..items import Item, Options
 from ..references import Reference, References, log_probabilities
+from . import plain
 from .niah import haystacks
+from .plain import PLAIN
 
 SETTINGS = {"length": 2000, "tokens": 64, "of": "prose", "reference": "same"}
 N_QUESTION = 32  # tokens at least
@@ -37,13 +39,12 @@ def load(options: Options) -> list[Item]:
 
 
 def _of_task(options: Options) -> list[Item]:
-    from . import TASKS
     name = options["of"]
-    if name not in TASKS or name == "fidelity":
-        raise ValueError(f"--of is prose, or a task: {', '.join(t for t in TASKS if t != 'fidelity')}, not {name!r}")
-    settings = {**TASKS[name].SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),  # no code is run
+    if name not in PLAIN:
+        raise ValueError(f"--of is prose, or a task: {', '.join(PLAIN)}, not {name!r}")
+    settings = {**PLAIN[name].SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),  # no code is run
                 **{key: value for key, value in options.settings.items() if key not in SETTINGS}}
-    items = TASKS[name].load(replace(options, n=options.n or N_DEFAULT, settings=settings))
+    items = PLAIN[name].load(replace(options, n=options.n or N_DEFAULT, settings=settings))
     return [replace(item, id=f"{name}:{item.id}/{options['tokens']}", gold="", stop=(), max_tokens=options["tokens"] + SPARE) for item in items]
 
 
@@ -72,21 +73,15 @@ def _chunks(text: str, name: str, options: Options) -> Iterator[Item]:
 def unit(item: str, tags: dict) -> str:
     """--of TASK: that task's, whatever --tokens and --reference. Prose: the passage. Another --length or --tokens cuts
     passages that overlap with these, so do not pool several of them in one line."""
-    from . import TASKS
-    from . import unit as unit_of
     item = item.removesuffix("/f16")
     name, _, asked = item.partition(":")
-    if name in TASKS:
-        return f"{name}:{unit_of(name, asked.rpartition('/')[0], tags)}"
-    return item
+    return f"{name}:{plain.unit(PLAIN[name], asked.rpartition('/')[0], tags)}" if name in PLAIN else item
 
 
 def draw(item: str, tags: dict) -> str:
     """That of the task it asks."""
-    from . import TASKS
-    from . import draw as draw_of
     name, _, asked = item.removesuffix("/f16").partition(":")
-    return draw_of(name, asked.rpartition("/")[0], tags) if name in TASKS else ""
+    return plain.draw(PLAIN[name], asked.rpartition("/")[0], tags) if name in PLAIN else ""
 
 
 # -- in place of answers ------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
     pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36          # unpacked, its vendor/llama.cpp is SOURCE
     pip install -r SOURCE/tools/server/tests/requirements.txt gguf pytest-timeout
-    python evals/server_suite.py prepare SOURCE WORK                           # a copy of the tests, and models in place of theirs
-    python evals/server_suite.py run WORK LLAMA_SERVER ours.xml [PYTEST_ARG ...]     # under LLAMA_ARG_KV_POLICY and the like, if set
-    python evals/server_suite.py compare stock.xml ours.xml                    # counts, and each test that ended differently
+    python evals/tools/server_suite.py prepare SOURCE WORK                           # a copy of the tests, and models in place of theirs
+    python evals/tools/server_suite.py run WORK LLAMA_SERVER ours.xml [PYTEST_ARG ...]     # under LLAMA_ARG_KV_POLICY and the like, if set
+    python evals/tools/server_suite.py compare stock.xml ours.xml                    # counts, and each test that ended differently
 
 The tests name models of Hugging Face. `prepare` writes a cache as llama-server keeps it, with stand-ins under those names: random weights,
 and SmolLM2 and Qwen2.5-Coder of pykvc's own cache. Tests that ask for the words or numbers of tokens of a certain model fail on them, so
@@ -21,9 +21,10 @@ from pathlib import Path
 
 import gguf
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # run as a file, so that ./pykvc, without its compiled half, is not first
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT), str(ROOT/"tests")]  # last: ./pykvc has no compiled half
 
-from evals import server_models as models  # noqa: E402
+from evals.tools import server_models as models  # noqa: E402
 
 CACHE = Path(os.environ.get("PYKVC_CACHE") or Path.home()/".cache/pykvc")/"models"
 COMMIT = "0"*40

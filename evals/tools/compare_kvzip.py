@@ -1,7 +1,7 @@
 """Do pykvc's kvzip and kvpress 0.5.5's KVzipPress score and keep the same tokens? A check by hand, not in CI: it needs torch.
 
     pip install '.[kvpress]'
-    python evals/compare_kvzip.py --model smollm2-135m.gguf --tokens 2000 --removed 0.5,0.75
+    python evals/tools/compare_kvzip.py --model smollm2-135m.gguf --tokens 2000 --removed 0.5,0.75
 
 One GGUF, as compare_kvpress.py has it: an F32 GGUF for pykvc, a float32 transformers model for kvpress. Both read the same
 tokens and repeat them in the same chunks, behind the same request and the same turn markers. Compared:

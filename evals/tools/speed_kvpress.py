@@ -1,6 +1,6 @@
 """How fast are llama.cpp, pykvc and kvpress 0.5.5 on the same weights? By hand, not in CI: it needs torch.
 
-    pip install '.[kvpress]' && python evals/speed_kvpress.py --model smollm2-135m.gguf --tokens 2000,4000,7000
+    pip install '.[kvpress]' && python evals/tools/speed_kvpress.py --model smollm2-135m.gguf --tokens 2000,4000,7000
 
 In one process, taking turns, --rounds times: a prompt of --tokens is evaluated, SnapKV (window 64, kernel 5) leaves --budget
 of it, --generate tokens follow. The rows:

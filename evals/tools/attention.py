@@ -14,12 +14,13 @@ import numpy as np
 import pykvc
 from pykvc.inspect import N_SINKS, WINDOW, Attention, attention, counts, survivors
 
-from .cases import Case, cases, exceeds
-from .items import Item, Options
-from .prompts import Prompt, count, render
-from .store import Row, Rows, key
-from .tasks import settings_of, task
-from .work import N_SPARE, Subject, commit, open_model
+from ..cases import Case, cases, exceeds
+from ..items import Item, Options
+from ..prompts import Prompt, count, render
+from ..settings import SETTINGS, sweep, texts
+from ..store import Row, Rows, key
+from ..tasks import settings_of, task
+from ..work import N_SPARE, Subject, commit, open_model
 
 N_ROWS = 64   # of a heat map
 N_GRID = 200  # points of a cumulative curve
@@ -47,7 +48,6 @@ class Probe:
 def probes(blocks: Sequence[Row], subject: Subject, data_dir: Path | None, n: int | None, usual: int | None, tasks: Sequence[str] = (),
            policies: Sequence[str] = (), budgets: Sequence[str] = (), chat: bool = True) -> list[Probe]:
     """Of all blocks. n: what the command line says, usual: the study. tasks, policies, budgets: only these. ValueError names what is valid."""
-    from .study import SETTINGS, sweep, texts
     found = []
     for block in blocks:
         for one in sweep(block, SETTINGS):

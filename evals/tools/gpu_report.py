@@ -1,7 +1,7 @@
 """Builds pykvc for the CUDA device of this machine, runs the tests and the bench on it, and prints a report in Markdown.
 
-    python evals/gpu_report.py [--model MODEL.gguf] [--out report.md]
-    python evals/gpu_report.py --cpu     # the same steps without CUDA and on less, to try the script; the report says so
+    python evals/tools/gpu_report.py [--model MODEL.gguf] [--out report.md]
+    python evals/tools/gpu_report.py --cpu     # the same steps without CUDA and on less, to try the script; the report says so
 
 Wants nvidia-smi, CUDA's nvcc, a C++ compiler and Python 3.10+; everything else goes into a folder of its own (.build/gpu).
 Each test file is a process, so a device that aborts in one of them does not hide the others. The exit status is 0 if all of
@@ -21,7 +21,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parent.parent.parent
 TOOLS = ["pip>=23.1", "scikit-build-core>=0.11", "pybind11>=2.12", "cmake>=3.24", "ninja"]  # 3.24: CUDA architecture "native"
 CPU_TESTS = ["test_package.py", "test_engine.py", "test_device.py"]
 BENCH = ["-r", "3", "-n", "64", "-p", "4096,16384", "--kv-policy", "snapkv,keydiff,streaming_llm", "--kv-budget", "512,2048"]

@@ -1,6 +1,6 @@
 """The tables of speed_kvpress.py as a picture.
 
-    python evals/speed_plot.py docs/benchmarks.md docs/benchmarks.png
+    python evals/tools/speed_plot.py docs/benchmarks.md docs/benchmarks.png
 """
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What evals/attention.py saved, as tables and pictures."""
+"""What evals/tools/attention.py saved, as tables and pictures."""
 import csv
 import io
 from collections import defaultdict
@@ -9,10 +9,10 @@ import numpy as np
 
 from pykvc.table import grid
 
-from . import palette, stats
-from .pictures import file_of, use_matplotlib
-from .report import changed, unit_of
-from .store import Row, read
+from .. import palette, stats
+from ..pictures import file_of, use_matplotlib
+from ..report import changed, unit_of
+from ..store import Row, read
 
 PARTS = ("system", "shots", "context", "rest", "question")
 

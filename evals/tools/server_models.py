@@ -4,7 +4,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from tests import tiny
+import tiny  # of tests/, which server_suite puts on the path
 
 
 def text(path: Path, vocab: Path, arch: str = "llama") -> None:

@@ -9,9 +9,10 @@ from typing import Any, Callable, Sequence
 from pykvc import bench, report
 from pykvc.race import Case
 
-from . import palette
-from .pictures import use_matplotlib
-from .store import Row
+from .. import palette
+from ..pictures import use_matplotlib
+from ..settings import listed, sweep
+from ..store import Row
 
 FILE = "latency.jsonl"
 
@@ -19,7 +20,6 @@ FILE = "latency.jsonl"
 def cases_of(blocks: Sequence[Row], model: Path | str | None, policies: Sequence[str] = (), budgets: Sequence[str] = (), n_threads: int | None = None,
              n_gpu_layers: int = 0, repetitions: int | None = None) -> list[tuple[Case, int]]:
     """(case, repetitions) of every block. policies, budgets: only these. ValueError names what is valid."""
-    from .study import listed, sweep
     found: dict[Case, int] = {}
     for block in blocks:
         for one in sweep(block, ["cache_type"]):

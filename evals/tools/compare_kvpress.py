@@ -1,7 +1,7 @@
 """Do pykvc and kvpress 0.5.5 keep the same tokens? A check by hand, not in CI: it needs torch.
 
     pip install '.[kvpress]'       # a virtual environment of its own; its torch may be CUDA's
-    python evals/compare_kvpress.py --model smollm2-135m.gguf --tokens 2000 --budgets 256,512
+    python evals/tools/compare_kvpress.py --model smollm2-135m.gguf --tokens 2000 --budgets 256,512
 
 One GGUF is dequantised twice: to an F32 GGUF for pykvc, and into a float32 transformers LlamaForCausalLM. Both read the
 same tokens; one forward pass with hooks asks every press what it keeps. `--capture` stops after the torch half and

@@ -1,7 +1,7 @@
 """Many clients at once against a llama-server: does each get its own answer, does memory stay flat, how long does the first token take?
 
-    python evals/serve_load.py --requests 500                                         # pykvc serve, 4 slots, 25 % of each prompt
-    python evals/serve_load.py --requests 500 --server PATH --flags "-c 32768 -np 4"   # another llama-server
+    python evals/tools/serve_load.py --requests 500                                         # pykvc serve, 4 slots, 25 % of each prompt
+    python evals/tools/serve_load.py --requests 500 --server PATH --flags "-c 32768 -np 4"   # another llama-server
 
 llama-server keeps past prompts in RAM (--cache-ram, 8 GiB unless told otherwise), so memory is flat once that is full: it is 256 MiB here.
 
@@ -20,9 +20,9 @@ from pathlib import Path
 
 from pykvc import models, prose
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # run as a file, so that ./pykvc, without its compiled half, is not first
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # run as a file: ./pykvc, without its compiled half, is not first
 
-from evals.served import Server  # noqa: E402
+from evals.tools.served import Server  # noqa: E402
 
 KINDS = ("new",)*6 + ("branch",)*2 + ("cancel", "invalid")
 
