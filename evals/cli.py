@@ -10,7 +10,7 @@ import typer
 from pykvc import _core, bench, command, models, options
 from pykvc.command import sentences, values
 
-from . import archive, estimate, fetch, harness, leaderboard, pictures, pool, report, scorers, study
+from . import archive, estimate, fetch, harness, leaderboard, pictures, pool, report, study
 from .cases import cases, protocols
 from .run import check_all, run, run_all
 from .tasks import TASKS, settings_of, task
@@ -195,12 +195,8 @@ def show_report(
 ) -> None:
     """Print the table, and write it to the folder as report.md and report.csv, with pictures."""
     rows = report.scored(out, [name for name in values(tasks) if task(name)], rescore)
-    lines, scored = report.table(rows), report.table(scorers.each(out, rows))
-    text = report.markdown(scored)
-    (out/"report.md").write_text(text, encoding="utf-8")
-    (out/"report.csv").write_text(report.comma_separated(scored), encoding="utf-8")
-    print(text)
-    for path in [] if no_pictures else pictures.draw(out, rows, lines):
+    print(report.write(out, rows))
+    for path in [] if no_pictures else pictures.draw(out, rows, report.table(rows)):
         print(path, file=sys.stderr)
 
 

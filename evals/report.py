@@ -1,19 +1,18 @@
 """Answers -> a table: what each policy scores, with intervals, and against the whole cache on the same items."""
-import csv
-import io
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any, Sequence
 
 from pykvc import _core
 from pykvc.table import grid, mebibytes
 
-from . import stats
+from . import scorers, stats
 from .items import Item
-from .store import Row, key, read
+from .store import Row, comma_separated, grouped, key, read, values
 from .tasks import task, unit
 
-GROUP = ("model", "task", "set", "settings", "protocol", "chat", "n_ubatch", "seed", "type_k", "type_v")  # full is looked for inside a group
+# What full is looked for inside of
+GROUP = ("model", "task", "set", "settings", "protocol", "chat", "n_ubatch", "seed", "type_k", "type_v")
 CASE = ("policy", "budget", "decode_budget", "cells")
 
 
@@ -43,20 +42,28 @@ def scored(out: Path, tasks: Sequence[str] = (), rescore: bool = False) -> list[
 
 
 def table(rows: Sequence[Row]) -> list[Row]:
-    """A line for each configuration, in the order in which they were run, but those that differ in the budget alone from the largest on:
-    they are run together. n_comparisons: how many differences to full stand in its table, for whose number
-    difference_corrected_low and _high are corrected."""
-    configurations: dict[tuple, list[Row]] = defaultdict(list)
-    budgets: dict[tuple, list[tuple]] = defaultdict(list)
-    for row in rows:
-        names = tuple(row[name] for name in GROUP + CASE)
-        if names not in configurations:
-            budgets[tuple(row[name] for name in (*GROUP, "policy", "cells"))].append(names)
-        configurations[names].append(row)
-    ordered = {names: _paired(configurations[names], _reference(configurations, names))
-               for together in budgets.values() for names in sorted(together, key=lambda names: largest_first(dict(zip(GROUP + CASE, names))))}
-    counts = Counter(_heading(names) for names, paired in ordered.items() if paired)
-    return [_line(dict(zip(GROUP + CASE, names)), configurations[names], paired, counts[_heading(names)]) for names, paired in ordered.items()]
+    """A line for each configuration, in the order in which they were run, but those that differ in the budget alone
+    from the largest on: they are run together. n_comparisons: how many differences to full stand in its table, for
+    whose number difference_corrected_low and _high are corrected."""
+    configurations = grouped(rows, GROUP + CASE)
+    sweeps = grouped((found[0] for found in configurations.values()), (*GROUP, "policy", "cells"))
+    ordered = [row for sweep in sweeps.values() for row in sorted(sweep, key=largest_first)]
+    full = {(*values(row, GROUP), row["item"]): row["score"] for row in rows
+            if row["policy"] == "full" and row["score"] is not None}
+    found = [(row, of := configurations[values(row, GROUP + CASE)], _paired(of, full)) for row in ordered]
+    counts = Counter(", ".join(title(row)) for row, _, paired in found if paired)
+    return [_line({name: row[name] for name in GROUP + CASE}, of, paired, counts[", ".join(title(row))])
+            for row, of, paired in found]
+
+
+def write(out: Path, rows: Sequence[Row], heading: str = "") -> str:
+    """report.md and report.csv of the rows, into the folder, each published scorer in a table of its own; the text of
+    the tables."""
+    lines = table(scorers.each(out, rows))
+    text = markdown(lines)
+    (out/"report.md").write_text((f"# {heading}\n\n" if heading else "") + text, encoding="utf-8")
+    (out/"report.csv").write_text(comma_separated(lines), encoding="utf-8")
+    return text
 
 
 def largest_first(row: Row) -> tuple:
@@ -76,20 +83,10 @@ def changed(name: str, settings: Row) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items() if value != usual.get(key) and key not in ("sets", "unsafe_code"))
 
 
-def _reference(configurations: dict[tuple, list[Row]], names: tuple) -> dict[str, float]:
-    """Item -> score of full."""
-    full = configurations.get((*names[:len(GROUP)], "full", "", "", ""), [])
-    return {row["item"]: row["score"] for row in full if row["score"] is not None}
-
-
-def _paired(rows: list[Row], reference: dict[str, float]) -> list[tuple[Row, float]]:
+def _paired(rows: Sequence[Row], full: dict[tuple, float]) -> list[tuple[Row, float]]:
     """Answers that are compared, each with the score of full on the same item."""
-    return [(row, reference[row["item"]]) for row in rows
-            if row["score"] is not None and row["item"] in reference and row["policy"] != "full"]
-
-
-def _heading(names: tuple) -> str:
-    return ", ".join(title(dict(zip(GROUP + CASE, names))))
+    return [(row, full[of]) for row in rows
+            if row["score"] is not None and row["policy"] != "full" and (of := (*values(row, GROUP), row["item"])) in full]
 
 
 def _line(names: Row, rows: list[Row], paired: list[tuple[Row, float]], n_comparisons: int) -> Row:
@@ -137,15 +134,6 @@ def _mean(values: Any) -> float:
 
 # -- as text ------------------------------------------------------------------------------------------------------------
 
-def comma_separated(lines: Sequence[Row]) -> str:
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
-
-
 COLUMNS = (
     ("policy", lambda x: f"`{x['policy']}`"), ("budget", lambda x: x["budget"]), ("decode", lambda x: x["decode_budget"]),
     ("cells", lambda x: x["cells"]),
@@ -173,9 +161,7 @@ def title(line: Row) -> list[str]:
 
 def markdown(lines: Sequence[Row]) -> str:
     """A table for each model, task and protocol."""
-    parts: dict[str, list[Row]] = defaultdict(list)
-    for line in lines:
-        parts[", ".join(title(line))].append(line)
+    parts = grouped(lines, lambda line: ", ".join(title(line)))
     return "\n".join(f"## {name}\n\n{_table(of_name)}\n" for name, of_name in parts.items())
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Sequence
 
-from . import leaderboard, panels, scorers
+from . import leaderboard, panels
 from . import report as tables
 from .cases import cases, protocols
+from .store import comma_separated
 from .settings import SETTINGS, Block, sweep, texts
 from .tasks import TASKS, settings_of, task
 from .tools import attention_report, latency
@@ -169,18 +170,15 @@ def report(study: Study, out: Path) -> list[str]:
     said = []
     if study.blocks["run"]:
         scored = tables.scored(out)
-        lines, by_scorer = tables.table(scored), tables.table(scorers.each(out, scored))
-        text = tables.markdown(by_scorer)
-        (out/"report.md").write_text(f"# {study.title}\n\n{text}", encoding="utf-8")
-        (out/"report.csv").write_text(tables.comma_separated(by_scorer), encoding="utf-8")
-        said += [text, *map(str, panels.draw(out, study.blocks["picture"], lines))]
+        said += [tables.write(out, scored, study.title),
+                 *map(str, panels.draw(out, study.blocks["picture"], tables.table(scored)))]
         if of_ruler := [row for row in scored if row["task"] == "ruler"]:
             said.append(leaderboard.write(out, of_ruler, study.title))
     if found := attention_report.rows(out):
         lines = attention_report.lines(found)
         text = attention_report.markdown(lines)
         (out/"attention.md").write_text(f"# {study.title}\n\n{text}", encoding="utf-8")
-        (out/"attention.csv").write_text(attention_report.comma_separated(lines), encoding="utf-8")
+        (out/"attention.csv").write_text(comma_separated(lines), encoding="utf-8")
         said += [text, *map(str, attention_report.draw(out, found))]
     if study.blocks["bench"] and latency.rows(out):
         text = latency.table(out)

@@ -392,7 +392,7 @@ def test_the_table_compares_the_same_items(tmp_path):
     assert (h2o["n"], h2o["n_failed"]) == (0, 1)
     text = report.markdown([full, snapkv, h2o])
     assert "## niah, m, question-out" in text and "| `snapkv` | 200 |" in text and "-75.0 %" in text and " 200 |" in text
-    assert len(report.comma_separated([full, snapkv, h2o]).splitlines()) == 4
+    assert len(store.comma_separated([full, snapkv, h2o]).splitlines()) == 4
 
 
 def test_the_table_has_the_interval_of_a_divergence():

@@ -1,7 +1,4 @@
 """What evals/tools/attention.py saved, as tables and pictures."""
-import csv
-import io
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -12,7 +9,7 @@ from pykvc.table import grid
 from .. import palette, stats
 from ..pictures import file_of, use_matplotlib
 from ..report import changed, unit_of
-from ..store import Row, read
+from ..store import Row, grouped, read
 
 PARTS = ("system", "shots", "context", "rest", "question")
 
@@ -22,10 +19,7 @@ def rows(out: Path) -> list[Row]:
 
 
 def _groups(found: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
-    for row in found:
-        groups[row["model"], ", ".join(filter(None, [row["task"], changed(row["task"], row["settings"])]))].append(row)
-    return groups
+    return grouped(found, lambda row: (row["model"], ", ".join(filter(None, [row["task"], changed(row["task"], row["settings"])]))))
 
 
 def lines(found: Sequence[Row]) -> list[Row]:
@@ -71,14 +65,6 @@ def markdown(table: Sequence[Row]) -> str:
 
 def _percent(line: Row, name: str) -> str:
     return f"{100*line[name]:.1f}" if name in line else ""
-
-
-def comma_separated(table: Sequence[Row]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in table for name in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue()
 
 
 # -- pictures -------------------------------------------------------------------------------------------------------------
