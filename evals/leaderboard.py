@@ -17,7 +17,7 @@ from pykvc.table import grid, mebibytes
 
 from . import stats
 from .cases import Case
-from .pictures import label
+from .panels import label
 from .report import CASE, largest_first, unit_of
 from .store import Row, comma_separated, grouped
 

@@ -9,16 +9,14 @@
     only      {column: value}: these rows
 """
 import textwrap
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, Sequence
 
 from pykvc import _core
 
 from . import palette
-from .pictures import file_of, label, use_matplotlib
 from .report import CASE, as_asked
-from .store import Row
+from .store import Row, grouped
 
 MARKERS = "os^Dv*PX"
 NOT_OF_FULL = {*CASE, "method"}
@@ -30,6 +28,31 @@ SETTINGS = {"tokens": "{} tokens", "of": "{}", "questions": "{} questions in one
             "reference": "compared with {}", "exemplars": "examples {}"}
 
 
+def use_matplotlib() -> None:
+    """Before anything is drawn, into files alone. ValueError: it is not installed."""
+    try:
+        import matplotlib
+        import seaborn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"pictures need {error.name}: `pip install '.[evals]'`, or --no-pictures") from None
+    matplotlib.use("Agg")
+
+
+def file_of(out: Path, *parts: str) -> Path:
+    """A PNG's name of what it shows."""
+    return out/("-".join(filter(None, parts)).replace(", ", "-").replace("/", "_").replace(" ", "_") + ".png")
+
+
+def label(row: Row) -> str:
+    """A configuration in short: only the parameters that are not the default."""
+    name, _, given = row["policy"].partition(":")
+    usual = _core.parse_spec(name).partition(":")[2].split(",")
+    changed = ",".join(parameter for parameter in given.split(",") if parameter not in usual)
+    parts = [f"{name}:{changed}" if changed else name, row["budget"], row["decode_budget"] and f"decode {row['decode_budget']}",
+             row["cells"] and f"{row['cells']} cells", "" if row["type_k"] == row["type_v"] == "f16" else f"{row['type_k']}/{row['type_v']}"]
+    return " ".join(part for part in parts if part)
+
+
 def draw(out: Path, blocks: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
     """PNG files of the [[picture]] blocks."""
     use_matplotlib()
@@ -38,13 +61,12 @@ def draw(out: Path, blocks: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
         x, y = block.get("x", "ratio"), block.get("y", "score")
         wanted = [line for line in lines if line.get(y, None) is not None or (y in ("relative", "difference") and line["policy"] == "full")]
         wanted = [line for line in wanted if line["n"] and all(line[name] == value for name, value in block.get("only", {}).items())]
-        files: dict[tuple, list[Row]] = defaultdict(list)
         together = "model" in _names(block, "line", ["policy"])
-        for line in wanted:
-            files[("" if together else line["model"], *(str(line[name]) for name in _names(block, "file", ["protocol"])))].append(line)
+        names = _names(block, "file", ["protocol"])
+        files = grouped(wanted, lambda line: ("" if together else line["model"], *(str(line[name]) for name in names)))  # noqa: B023
         for parts, of_file in files.items():
             path = file_of(out, block.get("name", f"picture{i + 1}"), *parts)
-            if _picture(path, ", ".join(filter(None, parts)), block, x, y, of_file):
+            if picture(path, ", ".join(filter(None, parts)), block, x, y, of_file):
                 paths.append(path)
     return paths
 
@@ -54,18 +76,19 @@ def _names(block: Row, name: str, usual: list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequence[Row]) -> bool:
+def picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequence[Row]) -> bool:
+    """One file, a panel for each value of block["panel"]. False: there is nothing to show, and no file."""
     import matplotlib.pyplot as plt
     of = _names(block, "panel", [])
-    panels: dict[tuple[str, str], list[Row]] = defaultdict(list)  # by what full has, too, and by what only the others have
-    full: dict[str, list[Row]] = defaultdict(list)
+    panels: dict[tuple[str, str], list[Row]] = {}  # by what full has, too, and by what only the others have
+    full: dict[str, list[Row]] = {}
     for line in lines if x != "budget" else map(as_asked, lines):
         shared = _title(line, [name for name in of if name not in NOT_OF_FULL])
         if line["policy"] == "full" and NOT_OF_FULL & set(of):
-            full[shared].append(line)  # stands in every such panel
+            full.setdefault(shared, []).append(line)  # stands in every such panel
         else:
             own = _title(line, [name for name in of if name in NOT_OF_FULL])
-            panels[shared, own].append({**line, "decode_budget": ""} if "decode_budget" in of else line)
+            panels.setdefault((shared, own), []).append({**line, "decode_budget": ""} if "decode_budget" in of else line)
     if any(_number(line, x) is not None for of_panel in panels.values() for line in of_panel):  # no panels of full alone beside them
         panels = {name: of_panel for name, of_panel in panels.items() if any(_number(line, x) is not None for line in of_panel)}
     if not panels:
@@ -76,7 +99,7 @@ def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequen
                                 sharex=x in ("ratio", "budget", "shots"))
     looks: dict[str, palette.Look] = {}
     for at, (name, of_panel) in zip(axes.flat, panels.items()):
-        _panel(at, block, x, y, of_panel + full[name[0]], looks)
+        _panel(at, block, x, y, of_panel + full.get(name[0], []), looks)
         at.set(xlabel=NAMES.get(x, x))
         at.set_title(textwrap.fill(", ".join(filter(None, name)), 48), fontsize=10)
         at.tick_params(labelbottom=True)
@@ -95,8 +118,10 @@ def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequen
 
 def _title(line: Row, names: list[str]) -> str:
     line = {**line, "method": line["policy"].partition(":")[0]}
-    texts = {**{name: str(line[name]) for name in names}, "policy": label({**line, "budget": "", "type_k": "f16", "type_v": "f16"}),
-             "budget": _amount(line["budget"]), "decode_budget": _of_answer(line["decode_budget"]), "settings": _settings(str(line["settings"]))}
+    texts = {**{name: str(line.get(name, "")) for name in names},
+             "policy": label({**line, "budget": "", "type_k": "f16", "type_v": "f16"}),
+             "configuration": label({**line, "budget": ""}), "budget": _amount(line["budget"]),
+             "decode_budget": _of_answer(line["decode_budget"]), "settings": _settings(str(line["settings"]))}
     return ", ".join(texts[name] for name in names if texts[name])
 
 
@@ -118,7 +143,7 @@ def _settings(text: str) -> str:
 def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], looks: dict[str, palette.Look]) -> None:
     from matplotlib.ticker import LogLocator
     by = _names(block, "line", ["policy"])
-    curves: dict[str, list[Row]] = defaultdict(list)
+    curves: dict[str, list[Row]] = {}
     for line in lines:
         at_x = _number(line, x)
         if line["policy"] == "full" and y == "kl" and not block.get("front"):
@@ -128,8 +153,8 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], looks: dic
             at.axhline(line[y], color=palette.FULL, linestyle="--", label="full")
         elif at_x is not None and line.get(y) is not None:
             name = _title(line, by) or "all"
-            looks.setdefault(name, palette.look(line["policy"]) if by[0] in ("policy", "method") else palette.nth(len(looks)))
-            curves[name].append(line)
+            looks.setdefault(name, palette.look(line["policy"]) if by[0] in ("policy", "method", "configuration") else palette.nth(len(looks)))
+            curves.setdefault(name, []).append(line)
     if block.get("front"):
         _front(at, block.get("marker"), x, y, curves, looks)
     else:

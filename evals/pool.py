@@ -8,21 +8,20 @@ answers.
 Several comparisons in one table are corrected for their number (Bonferroni). Sets of examples that were drawn (gsm8k's
 --order) are a second thing that answers share: stats.widening().
 """
-from collections import defaultdict
 from typing import Iterator, NamedTuple, Sequence
 
 from pykvc.table import grid
 
 from . import stats
 from .report import GROUP, as_asked, compared, largest_first, nats, unit_of
-from .store import Row
+from .store import Row, grouped, values
 from .tasks import TASKS, draw
 
-QUARTER = "quarter"                                             # of the tokens of fidelity: does it lose more, the longer an answer is?
+QUARTER = "quarter"                                 # of the tokens of fidelity: does it lose more, the longer an answer?
 COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells", QUARTER)
-VALUES = ("score", "kl")                                        # shares are shown in percent, nats as they are
-SAME = (*GROUP, "item", QUARTER)                                        # of an answer and the one it is compared with,
-SAME_BUDGET = ("budget", "decode_budget", "cells")              # and these, unless that is full's
+VALUES = ("score", "kl")                            # shares are shown in percent, nats as they are
+SAME = (*GROUP, "item", QUARTER)                    # of an answer and the one it is compared with,
+SAME_BUDGET = ("budget", "decode_budget", "cells")  # and these, unless that is full's
 
 
 class Pair(NamedTuple):
@@ -54,15 +53,15 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
         rows = [{**row, QUARTER: quarter, "score": figures[value]} for row in rows if hasattr(TASKS[row["task"]], "extra")
                 for quarter, figures in _figures_of(row, QUARTER in by)]
     reference = _reference([row for row in rows if row["policy"] == against], against)
-    groups: dict[tuple, list[Pair]] = defaultdict(list)
+    groups: dict[tuple, list[Pair]] = {}
     for row in sorted(rows, key=largest_first):  # so are lines and columns
         other = reference.get(_same(row, against))
         if row["policy"] not in (against, "full") and other is not None:
             examples = draw(row["task"], row["item"], row.get("tags", {}))
-            groups[tuple(as_asked(row)[name] for name in by)].append(Pair(row["score"], other, unit_of(row), examples))
+            groups.setdefault(values(as_asked(row), by), []).append(Pair(row["score"], other, unit_of(row), examples))
     compare = [pairs for pairs in groups.values() if value == "score" or any(pair.reference for pair in pairs)]
     n = n_comparisons or sum(_difference(pairs, value)[1] is not None for pairs in compare)  # a KL is not compared with 0
-    return [_line(dict(zip(by, values)), pairs, value, n) for values, pairs in groups.items()]
+    return [_line(dict(zip(by, names)), pairs, value, n) for names, pairs in groups.items()]
 
 
 def _figures_of(row: Row, by_quarter: bool) -> Iterator[tuple[str, dict[str, float]]]:
@@ -75,14 +74,15 @@ def _figures_of(row: Row, by_quarter: bool) -> Iterator[tuple[str, dict[str, flo
 
 
 def _same(row: Row, against: str) -> tuple:
-    return tuple(row[name] for name in (SAME if against == "full" else SAME + SAME_BUDGET))
+    return values(row, SAME if against == "full" else SAME + SAME_BUDGET)
 
 
 def _reference(rows: Sequence[Row], against: str) -> dict[tuple, float]:
     found: dict[tuple, float] = {}
     for row in rows:
         if _same(row, against) in found:
-            raise ValueError(f"there are answers of {against} with several parameters to compare with: pool the folder of one study, or some of its --task")
+            raise ValueError(f"there are answers of {against} with several parameters to compare with: pool the folder of "
+                             "one study, or some of its --task")
         found[_same(row, against)] = row["score"]
     if not found:
         raise ValueError(f"there is no answer of {against} to compare with")
@@ -117,9 +117,9 @@ def _difference(pairs: Sequence[Pair], value: str, level: float = stats.LEVEL) -
 
 def _draws(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
     """Of each, the set of examples; the unit itself where the task has fewer than two of them here."""
-    of_task: dict[str, set[str]] = defaultdict(set)
+    of_task: dict[str, set[str]] = {}
     for pair in pairs:
-        of_task[pair.unit[0]] |= {pair.draw} - {""}
+        of_task.setdefault(pair.unit[0], set()).update({pair.draw} - {""})
     return [(pair.unit[0], pair.draw) if pair.draw and len(of_task[pair.unit[0]]) > 1 else pair.unit for pair in pairs]
 
 
@@ -137,17 +137,15 @@ def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str 
                     *[_interval(line, value, "corrected")]*(n > 1)] for line in lines)
         return grid([header, *figures], len(by)) + compared(n)
     rest, columns = [name for name in by if name != across], list(dict.fromkeys(str(line[across]) for line in lines))
-    cells: dict[tuple, dict[str, str]] = defaultdict(dict)
-    for line in lines:
-        text = f"{_figure(line['score'], value)} ({_interval(line, value)})" + "*"*(n > 0 and excludes_0(line))
-        cells[tuple(_names(line, rest))][str(line[across])] = text
-    references: dict[tuple, dict[str, None]] = defaultdict(dict)  # several where a column has other items, or --against is evicted, too
-    for line in lines:
-        references[tuple(_names(line, rest))][_figure(line["reference"], value)] = None
+    table = []
+    for names, of in grouped(lines, lambda line: tuple(_names(line, rest))).items():
+        cells = {str(line[across]): f"{_figure(line['score'], value)} ({_interval(line, value)})"
+                                    + "*"*(n > 0 and excludes_0(line)) for line in of}
+        # several where a column has other items, or --against is evicted, too
+        references = dict.fromkeys(_figure(line["reference"], value) for line in of)
+        table.append([*names, " / ".join(references), *(cells.get(column, "") for column in columns)])
     star = (" " if n > 1 else "\n\n")*(n > 0) + "Star: the corrected interval excludes 0."*(n > 0)
-    return grid([[*rest, against, *columns],
-                 *([*names, " / ".join(references[names]), *(of.get(column, "") for column in columns)]
-                   for names, of in cells.items())], len(rest)) + compared(n) + star
+    return grid([[*rest, against, *columns], *table], len(rest)) + compared(n) + star
 
 
 def excludes_0(line: Row, name: str = "corrected") -> bool:

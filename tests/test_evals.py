@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import pykvc
 import tiny
 from evals import ask as asking
-from evals import archive, pictures, pool, report, run, stats, store, work
+from evals import archive, panels, pool, report, run, stats, store, work
 from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Item, Options
@@ -458,8 +458,8 @@ def test_report_writes_tables_and_pictures(tmp_path, data):
 
 
 def test_a_label_says_what_differs():
-    assert pictures.label(row(0, pykvc._core.parse_spec("snapkv:window=8"), 1.0, "0.5", cells="256")) == "snapkv:window=8 0.5 256 cells"
-    assert pictures.label(row(0, pykvc._core.parse_spec("snapkv"), 1.0, "64", type_k="q8_0")) == "snapkv 64 q8_0/f16"
+    assert panels.label(row(0, pykvc._core.parse_spec("snapkv:window=8"), 1.0, "0.5", cells="256")) == "snapkv:window=8 0.5 256 cells"
+    assert panels.label(row(0, pykvc._core.parse_spec("snapkv"), 1.0, "64", type_k="q8_0")) == "snapkv 64 q8_0/f16"
 
 
 def test_list_names_every_task():

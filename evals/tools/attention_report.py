@@ -7,7 +7,7 @@ import numpy as np
 from pykvc.table import grid
 
 from .. import palette, stats
-from ..pictures import file_of, use_matplotlib
+from ..panels import file_of, use_matplotlib
 from ..report import changed, unit_of
 from ..store import Row, grouped, read
 

@@ -10,7 +10,7 @@ from pykvc import bench, report
 from pykvc.race import Case
 
 from .. import palette
-from ..pictures import use_matplotlib
+from ..panels import use_matplotlib
 from ..settings import listed, sweep
 from ..store import Row
 
