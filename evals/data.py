@@ -1,4 +1,5 @@
-"""Rows of a data set: from a folder of JSONL files with the fields of the Hugging Face original, else from Hugging Face."""
+"""Rows of a data set: from a folder of JSONL files with the fields of the Hugging Face original, else from Hugging
+Face."""
 import gzip
 import json
 import logging
@@ -9,8 +10,8 @@ Row = dict[str, Any]
 
 
 def rows(data_dir: Path | None, name: str, hub: tuple[str, str | None, str] | None, fields: Sequence[str]) -> list[Row]:
-    """name: "gsm8k/test", a file data_dir/gsm8k/test.jsonl or .jsonl.gz. hub: (data set, configuration, split), None if it is
-    not there. ValueError: no such file, no JSON, or a row without one of the fields."""
+    """name: "gsm8k/test", a file data_dir/gsm8k/test.jsonl or .jsonl.gz. hub: (data set, configuration, split), None if
+    it is not there. ValueError: no such file, no JSON, or a row without one of the fields."""
     if data_dir is None:
         if hub is None:
             raise ValueError(f"{name} is not on Hugging Face: give --data-dir, a folder with {name}.jsonl")

@@ -111,9 +111,9 @@ def _group(found: list[Row]) -> str:
     n_units = max(line["n_units"] for line in found)
     units = f" of {n_units} units"*(n_units != n)
     text = [f"## {_title(found[0])}", f"Means over {n_sets} sets, {n} items{units}, in percent, with 95 % intervals. "
-                                      "Columns: the share of the cache that is removed. Intervals are not corrected for "
-                                      f"how many there are: {len(found)}. To compare two methods, `pool --against` has "
-                                      "paired differences, corrected."]
+                                      "Columns: the share of the cache that is removed. Intervals are not corrected "
+                                      f"for how many there are: {len(found)}. To compare two methods, `pool "
+                                      "--against` has paired differences, corrected."]
     # full of question-in evicts nothing, too: it is full of question-out once more
     blind = [line for line in found if not line["sees_question"] and line["protocol"] != "question-in"]
     aware = [line for line in found if line["sees_question"]]
@@ -169,7 +169,8 @@ def _mean_score(found: Sequence[Row]) -> float:
 
 
 def _by_method(found: Sequence[Row]) -> dict[str, list[Row]]:
-    return grouped(found, lambda line: f"`{label({**line, 'budget': ''})}`" + ", question-in"*(line["protocol"] == "question-in"))
+    return grouped(found, lambda line: f"`{label({**line, 'budget': ''})}`"
+                   + ", question-in"*(line["protocol"] == "question-in"))
 
 
 def _cell(line: Row, n_sets: int, n: int) -> str:

@@ -15,7 +15,8 @@ def draw(out: Path, rows: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
     """PNG files, one for each model, task and protocol."""
     use_matplotlib()
     paths, of_lines = [], grouped(lines, lambda line: tuple(title(line)))
-    for name, of_name in grouped((row for row in rows if row["score"] is not None), lambda row: tuple(title(row))).items():
+    for name, of_name in grouped((row for row in rows if row["score"] is not None),
+                                 lambda row: tuple(title(row))).items():
         path, tag = file_of(out, *name), getattr(task(of_name[0]["task"]), "ACROSS", None)
         if tag:
             _heat_map(path, ", ".join(name), of_name, tag)

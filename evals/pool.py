@@ -17,7 +17,8 @@ from .report import GROUP, as_asked, compared, largest_first, nats, unit_of
 from .store import Row, grouped, values
 from .tasks import TASKS, draw
 
-QUARTER = "quarter"                                 # of the tokens of fidelity: does it lose more, the longer an answer?
+# of the tokens of fidelity: does it lose more, the longer an answer?
+QUARTER = "quarter"
 COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells", QUARTER)
 VALUES = ("score", "kl")                            # shares are shown in percent, nats as they are
 SAME = (*GROUP, "item", QUARTER)                    # of an answer and the one it is compared with,
@@ -50,7 +51,8 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
         raise ValueError("--by quarter is for --value kl: a score is of a whole answer")
     rows = [{**row, "policy": row["policy"].partition(":")[0], QUARTER: ""} for row in rows if row["score"] is not None]
     if value != "score":
-        rows = [{**row, QUARTER: quarter, "score": figures[value]} for row in rows if hasattr(TASKS[row["task"]], "extra")
+        rows = [{**row, QUARTER: quarter, "score": figures[value]} for row in rows
+                if hasattr(TASKS[row["task"]], "extra")
                 for quarter, figures in _figures_of(row, QUARTER in by)]
     reference = _reference([row for row in rows if row["policy"] == against], against)
     groups: dict[tuple, list[Pair]] = {}
@@ -60,7 +62,8 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
             examples = draw(row["task"], row["item"], row.get("tags", {}))
             groups.setdefault(values(as_asked(row), by), []).append(Pair(row["score"], other, unit_of(row), examples))
     compare = [pairs for pairs in groups.values() if value == "score" or any(pair.reference for pair in pairs)]
-    n = n_comparisons or sum(_difference(pairs, value)[1] is not None for pairs in compare)  # a KL is not compared with 0
+    # a KL is not compared with 0
+    n = n_comparisons or sum(_difference(pairs, value)[1] is not None for pairs in compare)
     return [_line(dict(zip(by, names)), pairs, value, n) for names, pairs in groups.items()]
 
 
@@ -81,8 +84,8 @@ def _reference(rows: Sequence[Row], against: str) -> dict[tuple, float]:
     found: dict[tuple, float] = {}
     for row in rows:
         if _same(row, against) in found:
-            raise ValueError(f"there are answers of {against} with several parameters to compare with: pool the folder of "
-                             "one study, or some of its --task")
+            raise ValueError(f"there are answers of {against} with several parameters to compare with: pool the folder "
+                             "of one study, or some of its --task")
         found[_same(row, against)] = row["score"]
     if not found:
         raise ValueError(f"there is no answer of {against} to compare with")
@@ -101,16 +104,19 @@ def _line(names: Row, pairs: list[Pair], value: str, n_comparisons: int) -> Row:
 def _unit_means(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
     """Of the answers, and of those they are compared with."""
     units = [pair.unit for pair in pairs]
-    return stats.unit_means([pair.score for pair in pairs], units), stats.unit_means([pair.reference for pair in pairs], units)
+    ours, references = [pair.score for pair in pairs], [pair.reference for pair in pairs]
+    return stats.unit_means(ours, units), stats.unit_means(references, units)
 
 
-def _difference(pairs: Sequence[Pair], value: str, level: float = stats.LEVEL) -> tuple[float, float | None, float | None]:
+def _difference(pairs: Sequence[Pair], value: str,
+                level: float = stats.LEVEL) -> tuple[float, float | None, float | None]:
     """(difference, low, high)"""
     interval = stats.paired_difference if value == "score" else stats.figure_difference
     difference, low, high = interval(*_unit_means(pairs), level)
     if low is None or high is None:
         return difference, None, None
-    times = stats.widening([pair.score - pair.reference for pair in pairs], [pair.unit for pair in pairs], _draws(pairs), level)
+    times = stats.widening([pair.score - pair.reference for pair in pairs], [pair.unit for pair in pairs],
+                           _draws(pairs), level)
     low, high = stats.widen(difference, low, high, times)
     return (difference, max(-1.0, low), min(1.0, high)) if value == "score" else (difference, low, high)
 

@@ -20,4 +20,5 @@ def texts(value: Any) -> list[str]:
 def sweep(block: Block, swept: Sequence[str]) -> list[Block]:
     """A block for each combination of the values that `swept` names have."""
     found = [name for name in block if name in swept]
-    return [{**block, **dict(zip(found, values))} for values in itertools.product(*(listed(block[name]) for name in found))]
+    return [{**block, **dict(zip(found, values))}
+            for values in itertools.product(*(listed(block[name]) for name in found))]

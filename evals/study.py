@@ -6,7 +6,8 @@
     [[attention]]                     task and its settings, policy, budget, layers: evals/tools/attention.py
     [[picture]]                       x, y, panel, line: evals/panels.py
 
-A list given to a setting of a task (shots = [1, 2, 4]) is a run for each value; cache_type sets type_k and type_v together.
+A list given to a setting of a task (shots = [1, 2, 4]) is a run for each value; cache_type sets type_k and type_v
+together.
 """
 import sys
 from dataclasses import dataclass, field
@@ -29,12 +30,14 @@ else:
 
 FOLDER = Path(__file__).parent/"studies"
 
-LISTS = {"policy": ["full"], "budget": ["none"], "decode_budget": ["none"], "cells": ["none"], "protocol": ["question-out"],
+LISTS = {"policy": ["full"], "budget": ["none"], "decode_budget": ["none"], "cells": ["none"],
+         "protocol": ["question-out"],
          "type_k": ["f16"], "type_v": ["f16"]}
 SINGLE = {"n": int, "seed": int, "n_ctx": int, "n_ubatch": int, "plain": bool}
 BLOCKS = {
     "run": {"task", "cache_type", *LISTS, *SINGLE, *SETTINGS},
-    "bench": {"n_prompt", "n_gen", "n_depth", "n_parallel", "kv_policy", "kv_budget", "kv_decode_budget", "kv_cells", "type_k", "type_v", "cache_type",
+    "bench": {"n_prompt", "n_gen", "n_depth", "n_parallel", "kv_policy", "kv_budget", "kv_decode_budget", "kv_cells",
+              "type_k", "type_v", "cache_type",
               "repetitions"},
     "attention": {"task", "n", "policy", "budget", "seed", "plain", *SETTINGS},
     "picture": {"name", "x", "y", "panel", "line", "file", "marker", "front", "only"}}
@@ -85,7 +88,8 @@ def read(name: str) -> Study:
     n = content.get("n")
     if n is not None:
         _kind(str(path), "n", n, int)
-    return Study(path.stem, str(content.get("title", path.stem)), texts(content.get("model", [])), n, content.get("n_models", 1), blocks)
+    return Study(path.stem, str(content.get("title", path.stem)), texts(content.get("model", [])), n,
+                 content.get("n_models", 1), blocks)
 
 
 def _known(where: str, given: Block, valid: set[str]) -> None:
@@ -112,7 +116,8 @@ class Only:
     settings: Sequence[str] = ()    # "questions=5": of its tasks, in place of the file's
 
 
-def plans(study: Study, out: Path, data_dir: Path | None = None, n: int | None = None, only: Only = Only(), chat: bool = True,
+def plans(study: Study, out: Path, data_dir: Path | None = None, n: int | None = None, only: Only = Only(),
+          chat: bool = True,
           unsafe_code: bool = False, **more: Any) -> list[Plan]:
     """Of all runs, in the order of the file. n, chat: what the command line says. more: further fields of Plan.
     ValueError for every mistake that can be seen without the data."""
@@ -128,7 +133,8 @@ def _with_settings(study: Study, given: Sequence[str]) -> list[Block]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or name not in SETTINGS:
-            raise ValueError(f"--set is NAME=VALUE, such as questions=5, not {text!r}: valid names are {', '.join(SETTINGS)}")
+            raise ValueError(f"--set is NAME=VALUE, such as questions=5, not {text!r}: valid names are "
+                             f"{', '.join(SETTINGS)}")
         settings[name] = int(value) if value.isdecimal() else value
     found, used = [], set()
     for block in study.blocks["run"]:
@@ -141,7 +147,8 @@ def _with_settings(study: Study, given: Sequence[str]) -> list[Block]:
     return found
 
 
-def _plan(study: Study, block: Block, out: Path, data_dir: Path | None, n: int | None, only: Only, chat: bool, unsafe_code: bool,
+def _plan(study: Study, block: Block, out: Path, data_dir: Path | None, n: int | None, only: Only, chat: bool,
+          unsafe_code: bool,
           more: Block) -> list[Plan]:
     where = f"[[run]] of {study.name}"
     if "task" not in block:
@@ -155,11 +162,13 @@ def _plan(study: Study, block: Block, out: Path, data_dir: Path | None, n: int |
     if unsafe_code and "humaneval" in wanted:
         settings["humaneval"] = {**settings.get("humaneval", {}), "unsafe_code": True}
     asked = protocols(lists.pop("protocol"))
-    chosen = [case for case in cases(**lists) if case.name == "full" or ((not only.policies or case.name in only.policies)
-                                                                         and (not only.budgets or case.budget in only.budgets))]
+    chosen = [case for case in cases(**lists) if case.name == "full" or (
+        (not only.policies or case.name in only.policies) and (not only.budgets or case.budget in only.budgets))]
     plan = Plan(tasks=[name for name in wanted if not only.tasks or name in only.tasks], cases=chosen,
-                protocols=[name for name in asked if not only.protocols or name in only.protocols], out=out, data_dir=data_dir,
-                n=n or single.get("n") or study.n, seed=single.get("seed", 0), n_ctx=single.get("n_ctx", 0), n_ubatch=single.get("n_ubatch", 512),
+                protocols=[name for name in asked if not only.protocols or name in only.protocols], out=out,
+                data_dir=data_dir,
+                n=n or single.get("n") or study.n, seed=single.get("seed", 0), n_ctx=single.get("n_ctx", 0),
+                n_ubatch=single.get("n_ubatch", 512),
                 chat=chat and not single.get("plain", False), settings=settings, **more)
     return [plan] if plan.tasks and plan.protocols else []
 

@@ -42,10 +42,12 @@ def settings_of(names: Sequence[str], given: dict[str, Any]) -> dict[str, dict[s
     if "fidelity" in usual and given.get("of") in TASKS:  # it asks that task's questions
         usual["fidelity"] = {**TASKS[given["of"]].SETTINGS, **usual["fidelity"]}
     for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
         if not any(name in known for known in usual.values()):
-            raise ValueError(f"--{name.replace('_', '-')} is a setting of {', '.join(t for t, module in TASKS.items() if name in module.SETTINGS)}, "
-                             f"not of {', '.join(names)}")
+            others = (t for t, module in TASKS.items() if name in module.SETTINGS)
+            raise ValueError(f"{flag} is a setting of {', '.join(others)}, not of {', '.join(names)}")
         for default in (known[name] for known in usual.values() if name in known):
             if isinstance(default, (bool, int)) and type(value) is not type(default):
-                raise ValueError(f"--{name.replace('_', '-')} is {'true or false' if isinstance(default, bool) else 'a whole number'}, not {value!r}")
+                kind = "true or false" if isinstance(default, bool) else "a whole number"
+                raise ValueError(f"{flag} is {kind}, not {value!r}")
     return {t: {name: value for name, value in given.items() if name in known} for t, known in usual.items()}

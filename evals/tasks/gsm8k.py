@@ -26,9 +26,11 @@ IGNORED = ",", r"\$", r"(?s).*#### ", r"\.$"
 def load(options: Options) -> list[Item]:
     kind, shown = exemplars(options, least=0)
     shots = [f"Q: {row['question'].strip()}\nA: {worked(row['answer'])}\n\n" for row in shown]
-    return [Item(id=f"{row.get('id', i)}/{kind}", shots=shots, question=f"Q: {row['question'].strip()}\nA:", cue="A:", query=row["question"].strip(),
+    return [Item(id=f"{row.get('id', i)}/{kind}", shots=shots, question=f"Q: {row['question'].strip()}\nA:", cue="A:",
+                 query=row["question"].strip(),
                  gold=number(row["answer"].split("####")[-1]), stop=["Q:"], max_tokens=320)
-            for i, row in enumerate(rows(options.data_dir, "gsm8k/test", ("openai/gsm8k", "main", "test"), FIELDS)[:options.n])]
+            for i, row in enumerate(rows(options.data_dir, "gsm8k/test", ("openai/gsm8k", "main", "test"),
+                                         FIELDS)[:options.n])]
 
 
 def exemplars(options: Options, least: int = 1) -> tuple[str, list[dict]]:
@@ -37,7 +39,8 @@ def exemplars(options: Options, least: int = 1) -> tuple[str, list[dict]]:
     if kind == "auto":
         kind = "cot" if options.data_dir and any(options.data_dir.glob("gsm8k/cot_exemplars.jsonl*")) else "train"
     if kind not in ("cot", "train"):
-        raise ValueError(f"--exemplars is cot (the eight of the paper on chain of thought), train or auto, not {kind!r}")
+        raise ValueError("--exemplars is cot (the eight of the paper on chain of thought), train or auto, not "
+                         f"{kind!r}")
     hub, name = (None, "gsm8k/cot_exemplars") if kind == "cot" else (("openai/gsm8k", "main", "train"), "gsm8k/train")
     chosen = take("--shots", rows(options.data_dir, name, hub, FIELDS), n, least)
     if options["order"]:

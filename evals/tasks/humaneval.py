@@ -39,7 +39,8 @@ def _item(row: dict, options: Options) -> Item:
     gold = {name: row[name] for name in ("prompt", "test", "entry_point")}
     how = dict(id=row["task_id"], gold=gold, max_tokens=512, tags={"unsafe_code": options["unsafe_code"]})
     if options.chat:
-        return Item(context=f"```python\n{row['prompt']}```\n\n", question="Complete the Python function above. Answer with the whole function "
+        return Item(context=f"```python\n{row['prompt']}```\n\n",
+                    question="Complete the Python function above. Answer with the whole function "
                     "in one code block.", query="Complete the Python function above.", **how)
     head, end, tail = row["prompt"].rstrip("\n").rpartition("\n")
     return Item(context=head + end, question=tail + "\n", stop=ENDS, **how)

@@ -34,12 +34,13 @@ def load(options: Options) -> list[Item]:
     shown = [(row["question"], gsm8k.worked(row["answer"])) for row in examples]
     return [item(f"{begin}+{per_item}/{kind}", LEAD, shown, [row["question"] for row in asked],
                  [gsm8k.number(row["answer"].split("####")[-1]) for row in asked])
-            for begin in range(0, len(found) - per_item + 1, per_item) for asked in [found[begin:begin + per_item]]][:options.n]
+            for begin in range(0, len(found) - per_item + 1, per_item)
+            for asked in [found[begin:begin + per_item]]][:options.n]
 
 
 def unit(item: str, tags: dict) -> str:
-    """The questions of one generation, whatever examples stand before them: "0+20". Those of 5 and those of 20 questions
-    are units apart though they share questions, so do not pool them in one line."""
+    """The questions of one generation, whatever examples stand before them: "0+20". Those of 5 and those of 20
+    questions are units apart though they share questions, so do not pool them in one line."""
     return item.partition("/")[0]
 
 

@@ -2,11 +2,13 @@
 from types import ModuleType
 from typing import Any
 
-from . import (commonsense_qa, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu, niah, ruler,
+from . import (commonsense_qa, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu, niah,
+               ruler,
                safety)
 
 PLAIN: dict[str, ModuleType] = {
-    "niah": niah, "gsm8k": gsm8k, "mmlu": mmlu, "commonsense_qa": commonsense_qa, "humaneval": humaneval, "safety": safety,
+    "niah": niah, "gsm8k": gsm8k, "mmlu": mmlu, "commonsense_qa": commonsense_qa, "humaneval": humaneval,
+    "safety": safety,
     "kv_retrieval": kv_retrieval, "longbench": longbench, "ruler": ruler, "longgenbench": longgenbench,
     "longgenbench_mmlu": longgenbench_mmlu}
 

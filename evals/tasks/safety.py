@@ -30,7 +30,8 @@ def load(options: Options) -> list[Item]:
     for name in str(options["sets"]).split(","):
         if name not in SETS:
             raise ValueError(f"--sets takes {', '.join(SETS)}, not {name!r}")
-        items += [Item(id=f"{name}/{i}", context=text.strip(), question=question, query=text.strip(), gold="refuse", max_tokens=96,
+        items += [Item(id=f"{name}/{i}", context=text.strip(), question=question, query=text.strip(), gold="refuse",
+                       max_tokens=96,
                        tags={"set": name})
                   for i, text in SETS[name](options)][:options.n]
     return items
@@ -49,7 +50,9 @@ def _jbb(split: str) -> Callable[[Options], list[tuple]]:
 
 def _xstest(label: str) -> Callable[[Options], list[tuple]]:
     return lambda options: [(row["id"], row["prompt"]) for row in rows(
-        options.data_dir, "safety/xstest", ("Paul/XSTest", None, "train"), ("id", "prompt", "label")) if row["label"] == label]
+        options.data_dir, "safety/xstest", ("Paul/XSTest", None, "train"), ("id", "prompt", "label"))
+        if row["label"] == label]
 
 
-SETS = {"jbb_harmful": _jbb("harmful"), "jbb_benign": _jbb("benign"), "xstest_unsafe": _xstest("unsafe"), "xstest_safe": _xstest("safe")}
+SETS = {"jbb_harmful": _jbb("harmful"), "jbb_benign": _jbb("benign"), "xstest_unsafe": _xstest("unsafe"),
+        "xstest_safe": _xstest("safe")}

@@ -1,9 +1,11 @@
-"""The [[attention]] blocks of a study: where the attention of a task's questions goes, and which tokens each policy leaves.
+"""The [[attention]] blocks of a study: where the attention of a task's questions goes, and which tokens each policy
+leaves.
 
-An item is evaluated with the whole cache. Of the question's last queries (32 at most): the mass on each part of the prompt, how few tokens
-hold most of it, and its entropy over log(n), each with and without the first 4 tokens, where models park attention they do not need.
-Then the context is evicted under each policy before the question is asked (question-out), and what is left is counted.
-A row of figures is saved for each item, and beside it an .npz with what the pictures show.
+An item is evaluated with the whole cache. Of the question's last queries (32 at most): the mass on each part of the
+prompt, how few tokens hold most of it, and its entropy over log(n), each with and without the first 4 tokens, where
+models park attention they do not need. Then the context is evicted under each policy before the question is asked
+(question-out), and what is left is counted. A row of figures is saved for each item, and beside it an .npz with what
+the pictures show.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,14 +42,18 @@ class Probe:
     chat: bool
 
     def key_row(self) -> Row:
-        return {"task": self.task, "item": self.item.id, "protocol": "attention", "policy": " ".join(case.policy for case in self.cases),
-                "budget": " ".join(dict.fromkeys(case.budget for case in self.cases)), "decode_budget": "", "cells": "", "type_k": "f16", "type_v": "f16",
+        return {"task": self.task, "item": self.item.id, "protocol": "attention",
+                "policy": " ".join(case.policy for case in self.cases),
+                "budget": " ".join(dict.fromkeys(case.budget for case in self.cases)), "decode_budget": "", "cells": "",
+                "type_k": "f16", "type_v": "f16",
                 "n_ubatch": 512, "chat": self.chat and self.item.chat, "seed": self.seed}
 
 
-def probes(blocks: Sequence[Row], subject: Subject, data_dir: Path | None, n: int | None, usual: int | None, tasks: Sequence[str] = (),
+def probes(blocks: Sequence[Row], subject: Subject, data_dir: Path | None, n: int | None, usual: int | None,
+           tasks: Sequence[str] = (),
            policies: Sequence[str] = (), budgets: Sequence[str] = (), chat: bool = True) -> list[Probe]:
-    """Of all blocks. n: what the command line says, usual: the study. tasks, policies, budgets: only these. ValueError names what is valid."""
+    """Of all blocks. n: what the command line says, usual: the study. tasks, policies, budgets: only these. ValueError
+    names what is valid."""
     found = []
     for block in blocks:
         for one in sweep(block, SETTINGS):
@@ -55,19 +61,26 @@ def probes(blocks: Sequence[Row], subject: Subject, data_dir: Path | None, n: in
             if not names:
                 raise ValueError("[[attention]] names no task")
             given = settings_of(names, {name: one[name] for name in SETTINGS if name in one})
-            chosen = cases(texts(one.get("policy", ["full"])), texts(one.get("budget", ["none"])), ["none"], ["none"], ["f16"], ["f16"])
-            chosen = [case for case in chosen if case.name != "full" and (not policies or case.name in policies) and (not budgets or case.budget in budgets)]
+            chosen = cases(texts(one.get("policy", ["full"])), texts(one.get("budget", ["none"])), ["none"], ["none"],
+                           ["f16"], ["f16"])
+            chosen = [case for case in chosen if case.name != "full" and (not policies or case.name in policies)
+                      and (not budgets or case.budget in budgets)]
             in_chat, seed = chat and not one.get("plain", False), one.get("seed", 0)
             for name in names if not tasks else [name for name in names if name in tasks]:
-                settings = {**task(name).SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}), **given[name]}  # no code is run
-                items = task(name).load(Options(lambda text: count(subject.vocabulary, text), data_dir, n or one.get("n") or usual or N_DEFAULT, seed,
+                # no code is run
+                settings = {**task(name).SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),
+                            **given[name]}
+                items = task(name).load(Options(lambda text: count(subject.vocabulary, text), data_dir,
+                                                n or one.get("n") or usual or N_DEFAULT, seed,
                                                 in_chat, settings))
                 found += [Probe(name, item, settings, chosen, seed, in_chat) for item in items]
     return found
 
 
-def run(todo: Sequence[Probe], model: str | None, out: Path, n_threads: int | None, n_gpu_layers: int, any_commit: bool, watch: Watch) -> list[str]:
-    """Looks at what the folder does not hold yet; returns what went wrong, in sentences: an item that fails is no other item's end."""
+def run(todo: Sequence[Probe], model: str | None, out: Path, n_threads: int | None, n_gpu_layers: int, any_commit: bool,
+        watch: Watch) -> list[str]:
+    """Looks at what the folder does not hold yet; returns what went wrong, in sentences: an item that fails is no other
+    item's end."""
     subject, problems = open_model(model), []
     identity = {"model": subject.name, "model_sha256": subject.sha256, "commit": commit()}
     with Rows(out/f"{subject.name}.attention.jsonl") as rows:
@@ -85,7 +98,8 @@ def run(todo: Sequence[Probe], model: str | None, out: Path, n_threads: int | No
                 path = out/"attention"/f"{subject.name}-{probe.task}-{len(rows.rows)}.npz"
                 path.parent.mkdir(exist_ok=True)
                 np.savez_compressed(path, **arrays)
-                rows.append({**probe.key_row(), **identity, "settings": probe.settings, "tags": probe.item.tags, **figures,
+                rows.append({**probe.key_row(), **identity, "settings": probe.settings, "tags": probe.item.tags,
+                             **figures,
                              "arrays": str(path.relative_to(out))})
             watch(1, f"attention: {probe.task}")
             problems += _not_evicted(probe, rows.rows[key(probe.key_row())])
@@ -95,37 +109,48 @@ def run(todo: Sequence[Probe], model: str | None, out: Path, n_threads: int | No
 def _not_evicted(probe: Probe, row: Row) -> list[str]:
     """Budgets that the context exceeds, and yet nothing was evicted: what always stays was all of it."""
     return [f"attention of {probe.task}, {probe.item.id}: {_name(case)} evicted nothing of {row['n_context']} tokens"
-            for case in probe.cases if "evictions" in row and not row["evictions"][_name(case)] and exceeds(row["n_context"], case.budget)]
+            for case in probe.cases if "evictions" in row and not row["evictions"][_name(case)]
+            and exceeds(row["n_context"], case.budget)]
 
 
-def look(probe: Probe, subject: Subject, n_threads: int | None = None, n_gpu_layers: int = 0) -> tuple[Row, dict[str, np.ndarray]]:
+def look(probe: Probe, subject: Subject, n_threads: int | None = None,
+         n_gpu_layers: int = 0) -> tuple[Row, dict[str, np.ndarray]]:
     """(figures, arrays for the pictures) of one item."""
     prompt = render(probe.item, subject.vocabulary, probe.chat)
     n_ctx = count(subject.vocabulary, prompt.head) + count(subject.vocabulary, prompt.tail) + N_SPARE
     if n_ctx > subject.n_ctx_train:
-        raise ValueError(f"{probe.task} needs a context of {n_ctx} tokens, {subject.name} was trained for {subject.n_ctx_train}")
+        raise ValueError(f"{probe.task} needs a context of {n_ctx} tokens, {subject.name} was trained for "
+                         f"{subject.n_ctx_train}")
     how = dict(model=subject.path, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
     n_question = count(subject.vocabulary, prompt.tail)
-    tokens, attn = attention(prompt.head, prompt.tail, window=max(1, min(WINDOW, n_question)), **how)  # [n_layer, n_head, n]
+    # [n_layer, n_head, n]
+    tokens, attn = attention(prompt.head, prompt.tail, window=max(1, min(WINDOW, n_question)), **how)
     n = len(tokens)
     kept: dict[str, np.ndarray] = {}
     evictions: Row = {}
     for case in probe.cases:
-        llm, found = survivors(prompt.head, prompt.tail, spans=prompt.spans, span_unit="chars", kv_query=prompt.query if case.asks else None,
-                               **{**how, "n_ctx": n_ctx + case.n_probe(512)}, **{**case.settings(), "kv_decode_budget": None})
+        llm, found = survivors(prompt.head, prompt.tail, spans=prompt.spans, span_unit="chars",
+                               kv_query=prompt.query if case.asks else None,
+                               **{**how, "n_ctx": n_ctx + case.n_probe(512)},
+                               **{**case.settings(), "kv_decode_budget": None})
         evictions[_name(case)] = llm.stats()["n_evictions"]
         llm.close()
-        kept[_name(case)] = np.stack([counts(layer, n).mean(axis=0) for layer in found]).astype(np.float16)  # [n_layer, n] share of heads
+        # [n_layer, n] share of heads
+        kept[_name(case)] = np.stack([counts(layer, n).mean(axis=0) for layer in found]).astype(np.float16)
     parts = _parts(prompt, probe.item, tokens, n - n_question, subject)
     heat, step = heat_map(tokens, how)
     bare = _without_sinks(attn)
-    figures = {"n_tokens": n, "n_context": n - n_question, "evictions": evictions, "parts": parts, "step": step, "n_query": min(WINDOW, n_question),
+    figures = {"n_tokens": n, "n_context": n - n_question, "evictions": evictions, "parts": parts, "step": step,
+               "n_query": min(WINDOW, n_question),
                **{f"mass{end}": {name: float(a[..., begin:stop].sum(axis=-1).mean()) for name, begin, stop in parts}
                   for end, a in (("", attn), ("_bare", bare))},
-               "sinks": float(attn[..., :N_SINKS].sum(axis=-1).mean()), "entropy": float(entropy(attn).mean()), "entropy_bare": float(entropy(bare).mean()),
+               "sinks": float(attn[..., :N_SINKS].sum(axis=-1).mean()), "entropy": float(entropy(attn).mean()),
+               "entropy_bare": float(entropy(bare).mean()),
                "tokens_90": float(share_of_tokens(attn).mean()), "tokens_90_bare": float(share_of_tokens(bare).mean()),
-               "kept": {name: {part: float(share[:, begin:stop].mean()) for part, begin, stop in parts if stop > begin} for name, share in kept.items()}}
-    arrays = {"heat": heat, "entropy": entropy(attn).mean(axis=1), "entropy_bare": entropy(bare).mean(axis=1), "cumulative": cumulative(attn),
+               "kept": {name: {part: float(share[:, begin:stop].mean()) for part, begin, stop in parts if stop > begin}
+                        for name, share in kept.items()}}
+    arrays = {"heat": heat, "entropy": entropy(attn).mean(axis=1), "entropy_bare": entropy(bare).mean(axis=1),
+              "cumulative": cumulative(attn),
               "cumulative_bare": cumulative(bare), **{f"kept {name}": share for name, share in kept.items()}}
     return figures, arrays
 
@@ -135,12 +160,14 @@ def _name(case: Case) -> str:
 
 
 def _parts(prompt: Prompt, item: Item, tokens: list[int], n_head: int, subject: Subject) -> list[tuple[str, int, int]]:
-    """(name, begin, end) in tokens: what is before the spans, the spans, what is between them and the question, the question."""
+    """(name, begin, end) in tokens: what is before the spans, the spans, what is between them and the question, the
+    question."""
     from pykvc.spans import token_lengths, token_spans
     pieces = [subject.vocabulary.piece(token, True) for token in tokens[:n_head]]
     spans = token_spans(prompt.head, prompt.spans, token_lengths(prompt.head.encode(), pieces)) if prompt.spans else []
     begin, end = (spans[0][0], spans[-1][1]) if spans else (n_head, n_head)
-    parts = [("system", 0, begin), ("shots" if item.shots else "context", begin, end), ("rest", end, n_head), ("question", n_head, len(tokens))]
+    parts = [("system", 0, begin), ("shots" if item.shots else "context", begin, end), ("rest", end, n_head),
+             ("question", n_head, len(tokens))]
     return [part for part in parts if part[1] < part[2]]
 
 
@@ -159,7 +186,7 @@ def heat_map(tokens: list[int], how: Row) -> tuple[np.ndarray, int]:
     return np.stack(rows).astype(np.float16), step
 
 
-# -- figures: a [..., n] is a distribution over tokens --------------------------------------------------------------------
+# -- figures: a [..., n] is a distribution over tokens --------------------------------------------------------------
 
 def _without_sinks(a: np.ndarray) -> np.ndarray:
     rest = a.copy()
@@ -174,7 +201,8 @@ def entropy(a: np.ndarray) -> np.ndarray:
 
 def cumulative(a: np.ndarray) -> np.ndarray:
     """[N_GRID + 1] mean mass on the share i/N_GRID of tokens that have most of it, each head's own."""
-    sums = np.concatenate([np.zeros((*a.shape[:-1], 1)), np.cumsum(-np.sort(-a, axis=-1), axis=-1)], axis=-1).reshape(-1, a.shape[-1] + 1)
+    sums = np.concatenate([np.zeros((*a.shape[:-1], 1)), np.cumsum(-np.sort(-a, axis=-1), axis=-1)],
+                          axis=-1).reshape(-1, a.shape[-1] + 1)
     return np.interp(np.linspace(0, a.shape[-1], N_GRID + 1), np.arange(a.shape[-1] + 1), sums.mean(axis=0))
 
 
