@@ -94,6 +94,8 @@ def run_tasks(
                          _flag("--exemplars", help="gsm8k, longgenbench, commonsense_qa: cot, train; auto.")] = None,
     order: Annotated[Optional[int], _flag(
         "--order", help="gsm8k, longgenbench: a seed for another order of the examples; 0: as they are.")] = None,
+    draw: Annotated[Optional[int], _flag(
+        "--draw", help="gsm8k, longgenbench, humaneval, safety: a seed for other examples; 0: the first.")] = None,
     questions: Annotated[Optional[int], _flag(
         "--questions", help="longgenbench, longgenbench_mmlu: of one generation; kv_retrieval: of one object.")] = None,
     sets: Annotated[Optional[str], _flag("--sets", help="longbench, safety, ruler: parts of it, with commas.")] = None,
@@ -106,7 +108,7 @@ def run_tasks(
     """Ask what is not answered yet, save each answer, score it."""
     wanted = values(tasks)
     given = {"length": length, "depths": depths, "needles": needles, "shots": shots, "exemplars": exemplars,
-             "order": order, "of": of, "reference": reference, "questions": questions, "sets": sets,
+             "order": order, "draw": draw, "of": of, "reference": reference, "questions": questions, "sets": sets,
              "announce": announce, "pairs": pairs, "tokens": tokens, "unsafe_code": unsafe_code or None}
     chosen = cases(values(policy), values(budget), values(decode_budget), values(cells), values(type_k), values(type_v))
     plan = Plan(tasks=wanted, cases=chosen, protocols=protocols(values(protocol)), out=out, data_dir=_folder(data_dir),

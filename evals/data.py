@@ -3,6 +3,7 @@ Face."""
 import gzip
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -62,6 +63,20 @@ def _checked(found: Iterator[Row], where: str, fields: Sequence[str]) -> list[Ro
     if not result:
         raise ValueError(f"{where} is empty")
     return result
+
+
+def apart(found: list[Row], n: int, draw: int) -> tuple[list[Row], list[Row]]:
+    """(rows to ask, n examples), of a set that has no other split: with examples the first half is asked, and they are
+    of the other half, its first or, with a seed other than 0, drawn."""
+    if not n:
+        return found, []
+    half = len(found)//2
+    return found[:half], take("--shots", drawn(found[half:], draw), n)
+
+
+def drawn(found: list[Row], draw: int) -> list[Row]:
+    """In another order, with a seed other than 0."""
+    return random.Random(draw).sample(found, len(found)) if draw else found
 
 
 def take(flag: str, found: list[Row], n: int, least: int = 1) -> list[Row]:

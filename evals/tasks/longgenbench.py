@@ -20,7 +20,7 @@ from ..data import rows
 from ..items import Item, Options
 from . import gsm8k
 
-SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0, "questions": 20}
+SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0, "draw": 0, "questions": 20}
 LEAD = ("Answer each question step by step, adhering to the format shown in the examples provided. Start each response "
         "with 'Answer_' and introduce the final response with 'The answer is'. Do not repeat the question. Ensure that "
         "you respond to all the questions presented, regardless of their number.\n\n")
