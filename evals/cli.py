@@ -9,7 +9,7 @@ import typer
 from pykvc import _core, bench, command, models, options
 from pykvc.command import sentences, values
 
-from . import archive, estimate, fetch, harness, leaderboard, pictures, pool, report, study
+from . import archive, baselines, estimate, fetch, harness, leaderboard, pictures, pool, report, study
 from .cases import cases, protocols
 from .run import check_all, run, run_all
 from .tasks import TASKS, settings_of, task
@@ -249,6 +249,19 @@ def show_report(
     print(report.write(out, rows))
     for path in [] if no_pictures else pictures.draw(out, rows, report.table(rows)):
         print(path, file=sys.stderr)
+
+
+@app.command("baselines")
+@sentences
+def show_baselines(
+    out: Answers = Path("evals-out"),
+    lm_eval: Annotated[Optional[Path], _flag(
+        "--lm-eval", help="What python -m pykvc.lm_eval --output_path wrote.")] = None,
+    tasks: OnlyTasks = None,
+) -> None:
+    """Print the whole cache's scores beside lm-evaluation-harness' and published ones."""
+    rows = report.scored(out, [name for name in values(tasks) if task(name)])
+    print(baselines.markdown(baselines.lines(rows, lm_eval)))
 
 
 @app.command("leaderboard")

@@ -48,8 +48,8 @@ def _item(row: dict, examples: list[dict], options: Options) -> Item:
         shots = [example["prompt"] + example["canonical_solution"] for example in examples]
         if options.chat:
             return Item(lead="These Python functions are complete:\n\n",
-                        shots=[f"```python\n{shot}```\n\n" for shot in shots], question=f"```python\n{row['prompt']}```\n\n{ASK}",
-                        query=row["prompt"], **how)
+                        shots=[f"```python\n{shot}```\n\n" for shot in shots],
+                        question=f"```python\n{row['prompt']}```\n\n{ASK}", query=row["prompt"], **how)
         return Item(shots=[shot.rstrip("\n") + "\n\n\n" for shot in shots], question=row["prompt"], stop=ENDS, **how)
     how["id"] = row["task_id"]
     if options.chat:
