@@ -1,7 +1,7 @@
 """Puts the questions of one context to a model, under one of the two protocols.
 
-question-in:  the context and the question are evaluated, then evicted.
-question-out: the context is evaluated and evicted; then each question is asked from that very state.
+question-in (query-aware):     the context and the question are evaluated, then evicted.
+question-out (query-agnostic): the context is evaluated and evicted; then each question is asked from that very state.
 
 Either way a context is evaluated once for all its questions and all budgets of a policy, and the text of a prompt is
 tokenized in these two parts. With question-out that evaluation, and kvzip's repetition, serve all shares of the policy,

@@ -63,7 +63,8 @@ def run_tasks(
     cells: Annotated[list[str],
                      _flag("--cells", "--kv-cells",
                            help="Cells allocated: evict whenever they are full; none: once, at the end.")] = ["none"],
-    protocol: Annotated[list[str], _flag("--protocol", help="question-in, question-out.")] = ["question-out"],
+    protocol: Annotated[list[str], _flag(
+        "--protocol", help="question-out (query-agnostic), question-in (query-aware).")] = ["question-out"],
     type_k: Annotated[list[str], _flag("--type-k", "-ctk", "--cache-type-k", help="Cache types of K.")] = ["f16"],
     type_v: Annotated[list[str], _flag("--type-v", "-ctv", "--cache-type-v", help="Cache types of V.")] = ["f16"],
     n: Annotated[Optional[int], _flag(
@@ -197,12 +198,12 @@ def run_study(
     names = [models.resolve(one) for one in models_given]
     benches = [latency.cases_of(found.blocks["bench"], one, only.policies, only.budgets, threads, n_gpu_layers, n)
                for one in names]
-    seen = [attention.probes(found.blocks["attention"], open_model(one), where, n, found.n, only.tasks, only.policies,
+    seen = [attention.views(found.blocks["attention"], open_model(one), where, n, found.n, only.tasks, only.policies,
                              only.budgets, not plain)
             for one in names if found.blocks["attention"]]
     if dry_run:
         for one, looks in zip(names, seen):
-            n_times = 2 + max(len(probe.cases) for probe in looks)
+            n_times = 2 + max(len(view.cases) for view in looks)
             print(f"{one.stem}: {len(looks)} items to look at, each evaluated {n_times} times")
         for one, todo in zip(names, benches):
             if plans:

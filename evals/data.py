@@ -5,9 +5,9 @@ import json
 import logging
 import random
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Iterator, Sequence
 
-Row = dict[str, Any]
+from .store import Row
 
 
 def rows(data_dir: Path | None, name: str, hub: tuple[str, str | None, str] | None, fields: Sequence[str]) -> list[Row]:

@@ -21,7 +21,7 @@ from .panels import label
 from .report import CASE, largest_first, unit_of
 from .store import Row, comma_separated, grouped
 
-GROUP = ("model", "task", "settings", "chat", "n_ubatch", "seed")  # what has a leaderboard of its own
+BOARD = ("model", "task", "settings", "chat", "n_ubatch", "seed")  # what has a leaderboard of its own
 CONFIGURATION = ("protocol", "type_k", "type_v", *CASE)
 BLIND, AWARE = "The eviction does not see the question", "The eviction sees the question"
 
@@ -30,8 +30,8 @@ def lines(rows: Sequence[Row]) -> list[Row]:
     """One for each configuration: score, score_low, score_high, n, n_sets, removed, bytes_used, and share_of_full, of
     the bytes that the whole cache uses in f16; None without answers of that."""
     found = []
-    for of_group in grouped((row for row in rows if row["score"] is not None), GROUP).values():
-        several = [_line({name: of[0][name] for name in GROUP + CONFIGURATION}, of)
+    for of_group in grouped((row for row in rows if row["score"] is not None), BOARD).values():
+        several = [_line({name: of[0][name] for name in BOARD + CONFIGURATION}, of)
                    for of in grouped(of_group, CONFIGURATION).values()]
         whole = [line["bytes_used"] for line in several if line["policy"] == "full" and _is_f16(line)]
         found += [{**line, "share_of_full": line["bytes_used"]/max(whole) if whole else None} for line in several]
@@ -103,7 +103,7 @@ def write(out: Path, rows: Sequence[Row], title: str = "") -> str:
 
 def markdown(found: Sequence[Row]) -> str:
     """Tables of each model, task and settings."""
-    return "\n".join(_group(of_group) for of_group in grouped(found, GROUP).values())
+    return "\n".join(_group(of_group) for of_group in grouped(found, BOARD).values())
 
 
 def _group(found: list[Row]) -> str:

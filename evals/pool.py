@@ -21,7 +21,7 @@ from .tasks import TASKS, draw
 QUARTER = "quarter"
 COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells", QUARTER)
 VALUES = ("score", "kl")                            # shares are shown in percent, nats as they are
-SAME = (*GROUP, "item", QUARTER)                    # of an answer and the one it is compared with,
+SAME_ITEM = (*GROUP, "item", QUARTER)               # of an answer and the one it is compared with,
 SAME_BUDGET = ("budget", "decode_budget", "cells")  # and these, unless that is full's
 
 
@@ -77,7 +77,7 @@ def _figures_of(row: Row, by_quarter: bool) -> Iterator[tuple[str, dict[str, flo
 
 
 def _same(row: Row, against: str) -> tuple:
-    return values(row, SAME if against == "full" else SAME + SAME_BUDGET)
+    return values(row, SAME_ITEM if against == "full" else SAME_ITEM + SAME_BUDGET)
 
 
 def _reference(rows: Sequence[Row], against: str) -> dict[tuple, float]:

@@ -32,7 +32,7 @@ Watch = Callable[[int, str], None]
 
 
 @dataclass(frozen=True)
-class Probe:
+class View:
     """One item to look at."""
     task: str
     item: Item
@@ -49,9 +49,9 @@ class Probe:
                 "n_ubatch": 512, "chat": self.chat and self.item.chat, "seed": self.seed}
 
 
-def probes(blocks: Sequence[Row], subject: Subject, data_dir: Path | None, n: int | None, usual: int | None,
+def views(blocks: Sequence[Row], subject: Subject, data_dir: Path | None, n: int | None, usual: int | None,
            tasks: Sequence[str] = (),
-           policies: Sequence[str] = (), budgets: Sequence[str] = (), chat: bool = True) -> list[Probe]:
+           policies: Sequence[str] = (), budgets: Sequence[str] = (), chat: bool = True) -> list[View]:
     """Of all blocks. n: what the command line says, usual: the study. tasks, policies, budgets: only these. ValueError
     names what is valid."""
     found = []
@@ -73,11 +73,11 @@ def probes(blocks: Sequence[Row], subject: Subject, data_dir: Path | None, n: in
                 items = task(name).load(Options(lambda text: count(subject.vocabulary, text), data_dir,
                                                 n or one.get("n") or usual or N_DEFAULT, seed,
                                                 in_chat, settings))
-                found += [Probe(name, item, settings, chosen, seed, in_chat) for item in items]
+                found += [View(name, item, settings, chosen, seed, in_chat) for item in items]
     return found
 
 
-def run(todo: Sequence[Probe], model: str | None, out: Path, n_threads: int | None, n_gpu_layers: int, any_commit: bool,
+def run(todo: Sequence[View], model: str | None, out: Path, n_threads: int | None, n_gpu_layers: int, any_commit: bool,
         watch: Watch) -> list[str]:
     """Looks at what the folder does not hold yet; returns what went wrong, in sentences: an item that fails is no other
     item's end."""
@@ -85,41 +85,41 @@ def run(todo: Sequence[Probe], model: str | None, out: Path, n_threads: int | No
     identity = {"model": subject.name, "model_sha256": subject.sha256, "commit": commit()}
     with Rows(out/f"{subject.name}.attention.jsonl") as rows:
         rows.check(identity, any_commit)
-        if any(key(probe.key_row()) not in rows.rows for probe in todo):
+        if any(key(view.key_row()) not in rows.rows for view in todo):
             subject.hold(n_gpu_layers)
-        for probe in todo:
-            watch(0, f"attention: {probe.task}")
-            if key(probe.key_row()) not in rows.rows:
+        for view in todo:
+            watch(0, f"attention: {view.task}")
+            if key(view.key_row()) not in rows.rows:
                 try:
-                    figures, arrays = look(probe, subject, n_threads, n_gpu_layers)
+                    figures, arrays = look(view, subject, n_threads, n_gpu_layers)
                 except Exception as error:
-                    problems.append(f"attention of {probe.task}, {probe.item.id}: {type(error).__name__}: {error}")
+                    problems.append(f"attention of {view.task}, {view.item.id}: {type(error).__name__}: {error}")
                     continue
-                path = out/"attention"/f"{subject.name}-{probe.task}-{len(rows.rows)}.npz"
+                path = out/"attention"/f"{subject.name}-{view.task}-{len(rows.rows)}.npz"
                 path.parent.mkdir(exist_ok=True)
                 np.savez_compressed(path, **arrays)
-                rows.append({**probe.key_row(), **identity, "settings": probe.settings, "tags": probe.item.tags,
+                rows.append({**view.key_row(), **identity, "settings": view.settings, "tags": view.item.tags,
                              **figures,
                              "arrays": str(path.relative_to(out))})
-            watch(1, f"attention: {probe.task}")
-            problems += _not_evicted(probe, rows.rows[key(probe.key_row())])
+            watch(1, f"attention: {view.task}")
+            problems += _not_evicted(view, rows.rows[key(view.key_row())])
     return problems
 
 
-def _not_evicted(probe: Probe, row: Row) -> list[str]:
+def _not_evicted(view: View, row: Row) -> list[str]:
     """Budgets that the context exceeds, and yet nothing was evicted: what always stays was all of it."""
-    return [f"attention of {probe.task}, {probe.item.id}: {_name(case)} evicted nothing of {row['n_context']} tokens"
-            for case in probe.cases if "evictions" in row and not row["evictions"][_name(case)]
+    return [f"attention of {view.task}, {view.item.id}: {_name(case)} evicted nothing of {row['n_context']} tokens"
+            for case in view.cases if "evictions" in row and not row["evictions"][_name(case)]
             and exceeds(row["n_context"], case.budget)]
 
 
-def look(probe: Probe, subject: Subject, n_threads: int | None = None,
+def look(view: View, subject: Subject, n_threads: int | None = None,
          n_gpu_layers: int = 0) -> tuple[Row, dict[str, np.ndarray]]:
     """(figures, arrays for the pictures) of one item."""
-    prompt = render(probe.item, subject.vocabulary, probe.chat)
+    prompt = render(view.item, subject.vocabulary, view.chat)
     n_ctx = count(subject.vocabulary, prompt.head) + count(subject.vocabulary, prompt.tail) + N_SPARE
     if n_ctx > subject.n_ctx_train:
-        raise ValueError(f"{probe.task} needs a context of {n_ctx} tokens, {subject.name} was trained for "
+        raise ValueError(f"{view.task} needs a context of {n_ctx} tokens, {subject.name} was trained for "
                          f"{subject.n_ctx_train}")
     how = dict(model=subject.path, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
     n_question = count(subject.vocabulary, prompt.tail)
@@ -128,7 +128,7 @@ def look(probe: Probe, subject: Subject, n_threads: int | None = None,
     n = len(tokens)
     kept: dict[str, np.ndarray] = {}
     evictions: Row = {}
-    for case in probe.cases:
+    for case in view.cases:
         llm, found = survivors(prompt.head, prompt.tail, spans=prompt.spans, span_unit="chars",
                                kv_query=prompt.query if case.asks else None,
                                **{**how, "n_ctx": n_ctx + case.n_probe(512)},
@@ -137,7 +137,7 @@ def look(probe: Probe, subject: Subject, n_threads: int | None = None,
         llm.close()
         # [n_layer, n] share of heads
         kept[_name(case)] = np.stack([counts(layer, n).mean(axis=0) for layer in found]).astype(np.float16)
-    parts = _parts(prompt, probe.item, tokens, n - n_question, subject)
+    parts = _parts(prompt, view.item, tokens, n - n_question, subject)
     heat, step = heat_map(tokens, how)
     bare = _without_sinks(attn)
     figures = {"n_tokens": n, "n_context": n - n_question, "evictions": evictions, "parts": parts, "step": step,

@@ -114,7 +114,7 @@ def load_hf(path: Path):
 
 def read_tokens(path: Path, n: int, text: Path | None) -> np.ndarray:
     """Real text in the model's vocabulary; pykvc tokenises it where it is there, else gguf's vocabulary, greedily."""
-    raw = text.read_text() if text else prose(n)
+    raw = text.read_text() if text else made_up(n)
     try:
         from pykvc import _core
         tokens = _core.Model(str(path), vocab_only=True).tokenize(raw.encode())
@@ -125,7 +125,7 @@ def read_tokens(path: Path, n: int, text: Path | None) -> np.ndarray:
     return np.array(tokens[:n], dtype=np.int32)
 
 
-def prose(n: int) -> str:
+def made_up(n: int) -> str:
     """Sentences that repeat their shape and not their facts."""
     rng = np.random.default_rng(0)
     who = ["The harbour master", "A gardener", "My aunt", "The clerk of the court", "An old sailor", "The baker",

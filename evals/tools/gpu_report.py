@@ -54,7 +54,7 @@ class Tests:
 def main() -> int:
     args = arguments()
     try:
-        facts = {"machine": f"{platform.platform()}, {os.cpu_count()} CPUs", "commit": commit()}
+        facts = {"machine": f"{platform.platform()}, {os.cpu_count()} CPUs", "commit": versions()}
         if not args.cpu:
             facts |= cuda()
         folder = args.folder.resolve()
@@ -92,7 +92,7 @@ def arguments() -> argparse.Namespace:
 
 # -- what there is --------------------------------------------------------------------------------------------------
 
-def commit() -> str:
+def versions() -> str:
     done = subprocess.run(["git", "-C", REPO, "describe", "--always", "--dirty", "--abbrev=12"], text=True,
                           capture_output=True)
     pin = json.loads((REPO/"third_party/llama_cpp.json").read_text())["commit"]
