@@ -283,8 +283,9 @@ def show_pool(
         "task", "set", "settings", "protocol"],
     across: Annotated[str, _flag("--across", help="One of --by: a column for each of its values.")] = "",
     value: Annotated[str, _flag("--value", help="score, or kl (of fidelity, in nats).")] = "score",
-    against: Annotated[str, _flag("--against",
-                                  help="The policy to compare with; all but full at the same budget.")] = "full",
+    against: Annotated[str, _flag(
+        "--against", help="The policy to compare with, all but full at the same budget; or COLUMN=VALUE: "
+                          "protocol=question-in, shots=0.")] = "full",
     comparisons: Annotated[Optional[int],
                            _flag("--comparisons", help="Correct for so many. Default: those of the table.")] = None,
     tasks: OnlyTasks = None,
@@ -294,9 +295,11 @@ def show_pool(
 ) -> None:
     """Print what many cells say together, against one policy on the same items, with intervals over questions."""
     rows = report.scored(out, [name for name in values(tasks) if task(name)])
-    against, *names = (_core.parse_spec(spec).partition(":")[0] for spec in [against, *values(policy)])
+    if list(pool.named(against)) == ["policy"]:
+        against = _core.parse_spec(pool.named(against)["policy"]).partition(":")[0]
+    names = [_core.parse_spec(spec).partition(":")[0] for spec in values(policy)]
     budgets, asked = [options.budget("--budget", value) for value in values(budget)], protocols(values(protocol))
-    rows = [row for row in rows if (not names or row["policy"].partition(":")[0] in (*names, against))
+    rows = [row for row in rows if (not names or row["policy"].partition(":")[0] in (*names, against, "full"))
             and (not asked or row["protocol"] in asked)
             and (not budgets or row["budget"] in ("", *budgets))]
     columns = values(by)

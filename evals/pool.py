@@ -1,4 +1,5 @@
-"""Answers pooled: what many small cells say together, against one policy on the same items.
+"""Answers pooled: what many small cells say together, against one policy, or another protocol, cache type or number of
+examples, on the same items.
 
 A table has a few questions in each cell, and its cells share them. So the unit is the question, or the context that
 several of them share (tasks.unit()): its scores under all configurations of a line are one mean, and the interval is
@@ -21,12 +22,12 @@ from .tasks import TASKS, draw
 QUARTER = "quarter"
 COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells", QUARTER)
 VALUES = ("score", "kl")                            # shares are shown in percent, nats as they are
-SAME_ITEM = (*GROUP, "item", QUARTER)               # of an answer and the one it is compared with,
+SAME = (*GROUP, "policy", "item", QUARTER)          # of an answer and the one it is compared with, but what is named;
 SAME_BUDGET = ("budget", "decode_budget", "cells")  # and these, unless that is full's
 
 
 class Pair(NamedTuple):
-    """An answer, and that of the other policy."""
+    """An answer, and the one it is compared with."""
     score: float
     reference: float
     unit: tuple[str, str]
@@ -40,7 +41,8 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
     difference_high, both None where nothing can be said of a figure (few units, or equal values). corrected_low and
     corrected_high are corrected for n_comparisons, by default those of the lines. Policies are named without
     parameters, a decode_budget that is the budget is "same". value: "score", or a further figure of a task, "kl" of
-    fidelity, for those that have it.
+    fidelity, for those that have it. against: a policy's name, or "protocol=question-in", "shots=0",
+    "type_k=q8_0,type_v=q8_0": answers that have these, and are else the same.
     ValueError: an unknown column or value, no answer of `against`, or several of them to compare with."""
     for name in by:
         if name not in COLUMNS:
@@ -54,11 +56,12 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
         rows = [{**row, QUARTER: quarter, "score": figures[value]} for row in rows
                 if hasattr(TASKS[row["task"]], "extra")
                 for quarter, figures in _figures_of(row, QUARTER in by)]
-    reference = _reference([row for row in rows if row["policy"] == against], against)
+    wanted = named(against)
+    reference = _reference([row for row in rows if _has(row, wanted)], wanted, against)
     groups: dict[tuple, list[Pair]] = {}
     for row in sorted(rows, key=largest_first):  # so are lines and columns
-        other = reference.get(_same(row, against))
-        if row["policy"] not in (against, "full") and other is not None:
+        other = reference.get(_same(row, wanted))
+        if other is not None and not _has(row, wanted) and not ("policy" in wanted and row["policy"] == "full"):
             examples = draw(row["task"], row["item"], row.get("tags", {}))
             groups.setdefault(values(as_asked(row), by), []).append(Pair(row["score"], other, unit_of(row), examples))
     compare = [pairs for pairs in groups.values() if value == "score" or any(pair.reference for pair in pairs)]
@@ -76,20 +79,41 @@ def _figures_of(row: Row, by_quarter: bool) -> Iterator[tuple[str, dict[str, flo
         yield str(k), module.extra(part)
 
 
-def _same(row: Row, against: str) -> tuple:
-    return values(row, SAME_ITEM if against == "full" else SAME_ITEM + SAME_BUDGET)
+def named(against: str) -> dict[str, str]:
+    """{"policy": "snapkv"} of a name; the columns and values of "protocol=question-in,budget=none"."""
+    parts = [part.partition("=") for part in against.split(",")]
+    if not all(equals for _, equals, _ in parts):
+        return {"policy": against}
+    for name, *_ in parts:
+        if name not in COLUMNS or name in (QUARTER, "task"):
+            raise ValueError(f"--against is a policy, or COLUMN=VALUE of {', '.join(COLUMNS[:-1])}, not {against!r}")
+    return {name: "" if value == "none" else value for name, _, value in parts}
 
 
-def _reference(rows: Sequence[Row], against: str) -> dict[tuple, float]:
-    found: dict[tuple, float] = {}
-    for row in rows:
-        if _same(row, against) in found:
-            raise ValueError(f"there are answers of {against} with several parameters to compare with: pool the folder "
-                             "of one study, or some of its --task")
-        found[_same(row, against)] = row["score"]
+def _has(row: Row, wanted: dict[str, str]) -> bool:
+    return all(str(row[name]) == value for name, value in wanted.items())
+
+
+def _by_unit(wanted: dict[str, str]) -> bool:
+    """Do other settings make other items of the same questions?"""
+    return not {"settings", "shots"}.isdisjoint(wanted)
+
+
+def _same(row: Row, wanted: dict[str, str]) -> tuple:
+    """What an answer and the one it is compared with have in common."""
+    names = SAME if wanted.get("policy") == "full" else SAME + SAME_BUDGET
+    different = {*wanted, *(("settings", "item") if _by_unit(wanted) else ())}
+    return (unit_of(row), *values(row, [name for name in names if name not in different]))
+
+
+def _reference(rows: Sequence[Row], wanted: dict[str, str], against: str) -> dict[tuple, float]:
+    found = grouped(rows, lambda row: _same(row, wanted))
     if not found:
         raise ValueError(f"there is no answer of {against} to compare with")
-    return found
+    if not _by_unit(wanted) and any(len(of) > 1 for of in found.values()):
+        raise ValueError(f"there are answers of {against} with several parameters to compare with: pool the folder of "
+                         "one study, or some of its --task")
+    return {same: sum(row["score"] for row in of)/len(of) for same, of in found.items()}
 
 
 def _line(names: Row, pairs: list[Pair], value: str, n_comparisons: int) -> Row:
