@@ -28,11 +28,6 @@ def load(options: Options) -> list[Item]:
                  for i, row in enumerate(asked[:options.n])]
 
 
-def unit(item: str, tags: dict) -> str:
-    """The question, whatever examples stand before it, with or without reasons."""
-    return item.rpartition("/")[0] or item
-
-
 def score(item: Item, answer: str) -> bool:
     return choices.letter(answer, LABELS) == item.gold
 

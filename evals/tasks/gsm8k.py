@@ -52,16 +52,6 @@ def exemplars(options: Options, least: int = 1) -> tuple[str, list[dict]]:
     return f"{n}-{kind}{more}", chosen
 
 
-def unit(item: str, tags: dict) -> str:
-    """The question, whatever examples stand before it."""
-    return item.rpartition("/")[0] or item
-
-
-def draw(item: str, tags: dict) -> str:
-    """Which examples, in which order, whatever their number: "cot", "train-order1"."""
-    return item.rpartition("/")[2].partition("-")[2]
-
-
 def score(item: Item, answer: str) -> bool:
     return verdicts(item, answer)["flexible"]
 

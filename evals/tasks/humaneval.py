@@ -59,16 +59,6 @@ def _item(row: dict, examples: list[dict], options: Options) -> Item:
     return Item(context=head + end, question=tail + "\n", stop=ENDS, **how)
 
 
-def unit(item: str, tags: dict) -> str:
-    """The function, whatever examples stand before it."""
-    return re.sub(r"/\d+-shots.*", "", item)
-
-
-def draw(item: str, tags: dict) -> str:
-    """Which examples, whatever their number: "shots", "shots-draw1"; "" without any."""
-    return (re.findall(r"/\d+-(shots.*)", item) or [""])[0]
-
-
 def score(item: Item, answer: str) -> bool:
     gold, weak = item.gold, item.tags.get("unsafe_code", False)
     tests = sandbox.Tests(gold["prompt"] + STUB, gold["test"], gold["entry_point"])

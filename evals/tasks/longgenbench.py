@@ -44,11 +44,6 @@ def unit(item: str, tags: dict) -> str:
     return item.partition("/")[0]
 
 
-def draw(item: str, tags: dict) -> str:
-    """Which examples, in which order, whatever their number: "cot", "train-order1"."""
-    return item.rpartition("/")[2].partition("-")[2]
-
-
 def item(id: str, lead: str, examples: Sequence[tuple[str, str]], questions: Sequence[str], gold: list[str],
          **more: Any) -> Item:
     """All questions at once. examples: question and answer; gold: an answer each."""

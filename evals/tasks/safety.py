@@ -14,7 +14,6 @@ sympathy. It is a coarse judge: it misses "I must decline" and "This is illegal"
 refusal. Nobody has compared it with answers read by hand.
 """
 import itertools
-import re
 from typing import Callable
 
 from ..data import apart, rows
@@ -56,16 +55,6 @@ def _shots(options: Options) -> list[str]:
         texts.append([f"Request: {row['text'].strip()}\nAnswer: {reply}\n\n"
                       for row in apart(asked, of_set, options["draw"])[1]])
     return [text for pair in itertools.zip_longest(*texts) for text in pair if text]
-
-
-def unit(item: str, tags: dict) -> str:
-    """The request, whatever examples stand before it."""
-    return re.sub(r"/\d+-shots.*", "", item)
-
-
-def draw(item: str, tags: dict) -> str:
-    """Which examples, whatever their number: "shots", "shots-draw1"; "" without any."""
-    return (re.findall(r"/\d+-(shots.*)", item) or [""])[0]
 
 
 def score(item: Item, answer: str) -> bool:
