@@ -38,7 +38,7 @@ def test_needles_and_examples_have_the_sums_of_the_published_ones(tmp_path, offl
         "cot_exemplars.jsonl", "cot_prompts.jsonl", "needles.jsonl"]
 
 
-def test_files_are_copied_and_checked(tmp_path, monkeypatch, offline):
+def test_files_are_copied_and_checked(tmp_path, model_path, monkeypatch, offline):
     """A needle run on what came from a folder; a text that was changed, or is not there, is refused."""
     texts = {f"niah/haystack/{name}.txt": prose(300, seed=i) for i, name in enumerate(("emerson_essays", "thoreau_walden"))}
     for name, text in texts.items():  # stand-ins, with sums of their own
@@ -50,7 +50,7 @@ def test_files_are_copied_and_checked(tmp_path, monkeypatch, offline):
     assert done.exit_code == 0 and done.stdout.count("copied from") == 2, done.stderr
     assert call("fetch", "--task", "niah", "--data-dir", data).stdout.count("is there") == 3
     run = call("run", "--task", "niah", "--length", "300", "--n", "3", "--policy", "full,snapkv:window=8", "--budget", "50%",
-               "--data-dir", data, "--out", tmp_path/"out", "--threads", "2")
+               "--data-dir", data, "--out", tmp_path/"out", "--threads", "2", "--model", model_path)
     assert run.exit_code == 0 and "3 answers, 3 evictions" in run.stdout, run.stderr
 
     name = "niah/haystack/thoreau_walden.txt"
