@@ -30,11 +30,12 @@ def lines(rows: Sequence[Row], harness: Path | None) -> list[Row]:
         raise ValueError("there is no answer of the whole f16 cache, question-out: run --policy full first")
     runs = _runs(harness) if harness else []
     found = []
-    for (model, task, set_, settings), of in grouped(whole, ("model", "task", "set", "settings")).items():
+    for (model, task, set_, settings, chat), of in grouped(whole, ("model", "task", "set", "settings", "chat")).items():
         scores = stats.unit_means([row["score"] for row in of], [unit_of(row) for row in of])
         low, high = stats.mean_interval(scores)
         published: Row = next((one for one in PUBLISHED if (one["model"], one["task"]) == (model, task)), {})
-        found.append({"model": model, "task": ", ".join(filter(None, (task, set_))), "settings": settings, "n": len(of),
+        found.append({"model": model, "task": ", ".join(filter(None, (task, set_))), "n": len(of),
+                      "settings": ", ".join(filter(None, (settings, "" if chat else "plain"))),
                       "n_units": len(scores), "score": sum(scores)/len(scores), "low": low, "high": high,
                       **_theirs(runs, model, task), "published": published.get("score"),
                       "source": f"{published['how']}: {published['source']}" if published else ""})
