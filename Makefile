@@ -71,7 +71,7 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 # There is no folder for models here, so a test that takes one fails instead of fetching it.
-QUICK := $(addprefix tests/test_,evals_units fetch messages models numbers package policies pool share spans types)
+QUICK := $(addprefix tests/test_,evals_imports evals_units fetch messages models numbers package policies pool share spans types)
 check: lint
 	PYKVC_MODELS=/dev/null/none $(VENV)/bin/pytest -q -m 'not model' $(addsuffix .py,$(QUICK))
 

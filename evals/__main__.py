@@ -8,6 +8,7 @@ sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry or ".") != 
 
 try:
     import pykvc  # noqa: F401
+    import pandas  # noqa: F401
     import scipy  # noqa: F401
 except ImportError as error:
     print(f"evals cannot begin ({error}): run `pip install '.[evals]'` in the checkout first", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Results to keep: the figures and scores of every answer, without what the model wrote and what was right.
 
-OUT/NAME.answers.jsonl and .scores.jsonl become FOLDER/NAME.answers.jsonl.xz and .scores.jsonl.xz. `report` reads them; unpacked with
-xz -d, a run goes on with them.
+OUT/NAME.answers.jsonl and .scores.jsonl become FOLDER/NAME.answers.jsonl.xz and .scores.jsonl.xz. `report` reads them;
+unpacked with xz -d, a run goes on with them.
 """
 import json
 import lzma
@@ -27,14 +27,16 @@ def _pack(path: Path, folder: Path) -> list[Path]:
     answers = {key(row): row for row in read(path) if "error" not in row}
     scores = {key(row): row for row in read(other) if "score" in row}
     if missing := [row for k, row in answers.items() if k not in scores]:
-        raise ValueError(f"{path} has {len(missing)} answers without a score, the first to {missing[0]['item']}: run it to the end first")
+        raise ValueError(f"{path} has {len(missing)} answers without a score, the first to {missing[0]['item']}: "
+                         "run it to the end first")
     return [_write(folder/f"{path.name}.xz", [_figures(row) for row in answers.values()]),
             _write(folder/f"{other.name}.xz", [scores[k] for k in answers])]
 
 
 def _figures(row: Row) -> Row:
     """Without texts; `fidelity` writes figures as its answer."""
-    return row if hasattr(task(row["task"]), "extra") else {name: value for name, value in row.items() if name not in TEXTS}
+    return row if hasattr(task(row["task"]),
+                          "extra") else {name: value for name, value in row.items() if name not in TEXTS}
 
 
 def _write(path: Path, rows: list[Row]) -> Path:

@@ -1,10 +1,11 @@
 """Puts the questions of one context to a model, under one of the two protocols.
 
-question-in:  the context and the question are evaluated, then evicted.
-question-out: the context is evaluated and evicted; then each question is asked from that very state.
+question-in (query-aware):     the context and the question are evaluated, then evicted.
+question-out (query-agnostic): the context is evaluated and evicted; then each question is asked from that very state.
 
-Either way a context is evaluated once for all its questions and all budgets of a policy, and the text of a prompt is tokenized in these two parts.
-With question-out that evaluation, and kvzip's repetition, serve all shares of the policy, too.
+Either way a context is evaluated once for all its questions and all budgets of a policy, and the text of a prompt is
+tokenized in these two parts. With question-out that evaluation, and kvzip's repetition, serve all shares of the policy,
+too.
 """
 import itertools
 from dataclasses import dataclass, replace
@@ -25,24 +26,28 @@ Jobs = list[tuple[Item, Prompt, Case]]
 
 def shared(item: Item, prompt: Prompt, protocol: str, case: Case) -> str:
     """Questions that have this in common can share an evaluated context."""
-    if case.asks or (protocol == "question-in" and case.cells):  # with few cells, the context is evicted before the question is there
+    # with few cells, the context is evicted before the question is there
+    if case.asks or (protocol == "question-in" and case.cells):
         return item.id
     return prompt.head or item.id
 
 
-def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None = None, out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
-    """(item, figures and answer), one after the other, of one context. Cases follow one another; they differ in their budgets, with
-    question-out in their shares, too.
-    prefill_ms of the context counts in the first row, evict_ms in the first of each case."""
+def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None = None,
+        out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
+    """(item, figures and answer), one after the other, of one context. Cases follow one another; they differ in their
+    budgets, with question-out in their shares, too. prefill_ms of the context counts in the first row, evict_ms in the
+    first of each case."""
     question_in = protocol == "question-in"
     for case, item, prompt, before in contexts(llm, asked, protocol):
         n_before = llm.stats()["n_evictions"]
         budgets = dict(kv_budget=case.budget or None, kv_decode_budget=case.decode_budget or None)
         if not question_in and case.compresses:  # its context was compressed to them
             budgets = {}
-        answer = llm.generate(prompt.tail, spans=(), reset=False, compress=question_in and case.compresses, **budgets, **_length(item))
+        answer = llm.generate(prompt.tail, spans=(), reset=False, compress=question_in and case.compresses, **budgets,
+                              **_length(item))
         n_prompt = before.n_tokens + len(llm.tokenize(prompt.tail, add_special=False))
-        yield item, _figures(answer, 0 if question_in else before.n_tokens, n_prompt, answer.kv["kept"] if question_in else before.kept,
+        yield item, _figures(answer, 0 if question_in else before.n_tokens, n_prompt,
+                             answer.kv["kept"] if question_in else before.kept,
                              before.n_evictions + llm.stats()["n_evictions"] - n_before, llm.stats()["cells_allocated"])
 
 
@@ -57,7 +62,8 @@ class Before:
 
 
 def contexts(llm: pykvc.LLM, asked: Jobs, protocol: str) -> Iterator[tuple[Case, Item, Prompt, Before]]:
-    """For each question leaves `llm` at the end of its context: evaluated once, evicted (question-out) once for each case."""
+    """For each question leaves `llm` at the end of its context: evaluated once, evicted (question-out) once for each
+    case."""
     llm.reset()
     prompt, begin, start = asked[0][1], perf_counter(), llm.stats()["n_evictions"]
     n_tokens = llm.prefill(prompt.head, **_spans(prompt), **_query(prompt, asked[0][2])) if prompt.head else 0
@@ -80,7 +86,8 @@ def contexts(llm: pykvc.LLM, asked: Jobs, protocol: str) -> Iterator[tuple[Case,
 def _compress(llm: pykvc.LLM, context: Context, case: Case) -> tuple[int, float]:
     """(evictions, ms)"""
     n_before, spent = llm.stats()["n_evictions"], _spent_ms(llm)
-    context.compress(case.policy if case.policy != llm.policy else None, case.budget or None, case.decode_budget or None)
+    context.compress(case.policy if case.policy != llm.policy else None, case.budget or None,
+                     case.decode_budget or None)
     return llm.stats()["n_evictions"] - n_before, round(_spent_ms(llm) - spent, 1)
 
 
@@ -109,13 +116,15 @@ def together(cases: Iterable[Case]) -> bool:
 
 
 def side_by_side(case: Case) -> bool:
-    """Can a context of several sequences hold it? Not where heads differ, nor a probe, which is evaluated in the first one."""
+    """Can a context of several sequences hold it? Not where heads differ, nor a probe, which is evaluated in the first
+    one."""
     return not (case.cells or case.heads_differ or case.probes)
 
 
 def ask_batch(llm: pykvc.LLM, asked: Jobs, protocol: str, n_parallel: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(index, figures and answer) as ask() of several groups, n_parallel questions at once, in the order in which they are done. Cases differ
-    in their budgets alone. Neighbours' contexts are evaluated once, and their time is in no row."""
+    """(index, figures and answer) as ask() of several groups, n_parallel questions at once, in the order in which they
+    are done. Cases differ in their budgets alone. Neighbours' contexts are evaluated once, and their time is in no
+    row."""
     question_in, i = protocol == "question-in", 0
     while i < len(asked):  # those that may become as long and end alike
         how = _length(asked[i][0])
@@ -123,15 +132,19 @@ def ask_batch(llm: pykvc.LLM, asked: Jobs, protocol: str, n_parallel: int) -> It
         prompts, several = [prompt for _, prompt, _ in part], [case for _, _, case in part]
         n_tails = [len(llm.tokenize(prompt.tail, add_special=False)) for prompt in prompts]
         n_heads = {head: len(llm.tokenize(head)) if head else 0 for head in {prompt.head for prompt in prompts}}
-        answers = llm.generate_batch([prompt.tail for prompt in prompts], prefix=[prompt.head or None for prompt in prompts], span_unit="chars",
-                                     spans=[prompt.spans for prompt in prompts], kv_budget=[case.budget or None for case in several],
-                                     kv_decode_budget=[case.decode_budget or None for case in several], compress_prefix=not question_in,
+        answers = llm.generate_batch([prompt.tail for prompt in prompts],
+                                     prefix=[prompt.head or None for prompt in prompts], span_unit="chars",
+                                     spans=[prompt.spans for prompt in prompts],
+                                     kv_budget=[case.budget or None for case in several],
+                                     kv_decode_budget=[case.decode_budget or None for case in several],
+                                     compress_prefix=not question_in,
                                      compress=question_in and several[0].compresses, stream=True, **how)
         for j, answer in answers:
             n_context = n_heads[prompts[j].head]
             kept = answer.kv["kept" if question_in or not n_context else "prefix_kept"]
             figures = _figures(answer, 0 if question_in else n_context, n_context + n_tails[j], kept,
-                               answer.kv.get("prefix_evictions", 0) + answer.kv["evictions"], llm.stats()["cells_allocated"])
+                               answer.kv.get("prefix_evictions", 0) + answer.kv["evictions"],
+                               llm.stats()["cells_allocated"])
             yield i + j, {**figures, "bytes_allocated": figures["bytes_allocated"]//n_parallel}
         i += len(part)
 
@@ -148,8 +161,10 @@ def _length(item: Item) -> dict[str, Any]:
     return dict(max_tokens=item.max_tokens, stop=list(item.stop))
 
 
-def _figures(answer: pykvc.Generation, n_context: int, n_prompt: int, kept: list[int], n_evictions: int, n_cells: int) -> dict[str, Any]:
-    return {"n_context": n_context, "n_prompt": n_prompt, "n_predicted": answer.n_predicted, "kept": kept, "evictions": n_evictions,
+def _figures(answer: pykvc.Generation, n_context: int, n_prompt: int, kept: list[int], n_evictions: int,
+             n_cells: int) -> dict[str, Any]:
+    return {"n_context": n_context, "n_prompt": n_prompt, "n_predicted": answer.n_predicted, "kept": kept,
+            "evictions": n_evictions,
             "cells_allocated": n_cells,
             **{name: answer.kv[name] for name in ("bytes_used", "bytes_full", "bytes_allocated")},
             **{name: round(answer.timings[name], 1) for name in ("prefill_ms", "evict_ms", "decode_ms")},

@@ -65,17 +65,20 @@ class Case:
                     kv_cells=self.cells or None, type_k=self.type_k, type_v=self.type_v)
 
     def label(self) -> str:
-        parts = [self.policy, self.budget and f"budget {self.budget}", self.decode_budget and f"decode {self.decode_budget}",
-                 self.cells and f"cells {self.cells}", (self.type_k, self.type_v) != ("f16", "f16") and f"{self.type_k}/{self.type_v}"]
+        parts = [self.policy, self.budget and f"budget {self.budget}",
+                 self.decode_budget and f"decode {self.decode_budget}",
+                 self.cells and f"cells {self.cells}",
+                 (self.type_k, self.type_v) != ("f16", "f16") and f"{self.type_k}/{self.type_v}"]
         return ", ".join(part for part in parts if part)
 
 
 def cases(policy: Sequence[str], budget: Sequence[str], decode_budget: Sequence[str], cells: Sequence[str],
           type_k: Sequence[str], type_v: Sequence[str]) -> list[Case]:
-    """Every combination, full once. "none" is no budget, or as many cells as tokens; a decode_budget "same" is the budget's value.
-    ValueError names what is valid."""
+    """Every combination, full once. "none" is no budget, or as many cells as tokens; a decode_budget "same" is the
+    budget's value. ValueError names what is valid."""
     budgets = [options.budget("--budget", _none(value)) for value in budget]
-    decode_budgets = [SAME if value == SAME else options.budget("--decode-budget", _none(value)) for value in decode_budget]
+    decode_budgets = [SAME if value == SAME else options.budget("--decode-budget", _none(value))
+                      for value in decode_budget]
     found = []
     for chosen in itertools.product([_core.parse_spec(spec) for spec in policy], budgets, decode_budgets,
                                     [options.cells(_none(value)) for value in cells],
@@ -87,8 +90,8 @@ def cases(policy: Sequence[str], budget: Sequence[str], decode_budget: Sequence[
         if case.name == "full":
             case = replace(case, budget="", decode_budget="", cells="")
         elif not (case.budget or case.decode_budget or case.cells):
-            raise ValueError(f"{case.name} evicts nothing without a budget: give --budget (tokens, or a retained ratio in (0, 1]), "
-                             "--decode-budget or --cells")
+            raise ValueError(f"{case.name} evicts nothing without a budget: give --budget (tokens, or a retained ratio "
+                             "in (0, 1]), --decode-budget or --cells")
         found.append(case)
     return list(dict.fromkeys(found))
 

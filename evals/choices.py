@@ -17,7 +17,8 @@ CUE = "Answer:"
 
 
 def block(question: str, labels: Sequence[str], texts: Sequence[str]) -> str:
-    return question.strip() + "\n" + "".join(f"{label}. {text}\n" for label, text in zip(labels, texts, strict=True)) + CUE
+    return question.strip() + "\n" + "".join(f"{label}. {text}\n"
+                                             for label, text in zip(labels, texts, strict=True)) + CUE
 
 
 def letter(answer: str, labels: str) -> str:

@@ -1,16 +1,18 @@
-"""Rows of a data set: from a folder of JSONL files with the fields of the Hugging Face original, else from Hugging Face."""
+"""Rows of a data set: from a folder of JSONL files with the fields of the Hugging Face original, else from Hugging
+Face."""
 import gzip
 import json
 import logging
+import random
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Iterator, Sequence
 
-Row = dict[str, Any]
+from .store import Row
 
 
 def rows(data_dir: Path | None, name: str, hub: tuple[str, str | None, str] | None, fields: Sequence[str]) -> list[Row]:
-    """name: "gsm8k/test", a file data_dir/gsm8k/test.jsonl or .jsonl.gz. hub: (data set, configuration, split), None if it is
-    not there. ValueError: no such file, no JSON, or a row without one of the fields."""
+    """name: "gsm8k/test", a file data_dir/gsm8k/test.jsonl or .jsonl.gz. hub: (data set, configuration, split), None if
+    it is not there. ValueError: no such file, no JSON, or a row without one of the fields."""
     if data_dir is None:
         if hub is None:
             raise ValueError(f"{name} is not on Hugging Face: give --data-dir, a folder with {name}.jsonl")
@@ -61,6 +63,20 @@ def _checked(found: Iterator[Row], where: str, fields: Sequence[str]) -> list[Ro
     if not result:
         raise ValueError(f"{where} is empty")
     return result
+
+
+def apart(found: list[Row], n: int, draw: int) -> tuple[list[Row], list[Row]]:
+    """(rows to ask, n examples), of a set that has no other split: with examples the first half is asked, and they are
+    of the other half, its first or, with a seed other than 0, drawn."""
+    if not n:
+        return found, []
+    half = len(found)//2
+    return found[:half], take("--shots", drawn(found[half:], draw), n)
+
+
+def drawn(found: list[Row], draw: int) -> list[Row]:
+    """In another order, with a seed other than 0."""
+    return random.Random(draw).sample(found, len(found)) if draw else found
 
 
 def take(flag: str, found: list[Row], n: int, least: int = 1) -> list[Row]:

@@ -22,7 +22,8 @@ class Options:
 
 @dataclass(frozen=True)
 class Item:
-    """One question. Items with the same context, or the same shots, are asked from one compressed cache (question-out)."""
+    """One question. Items with the same context, or the same shots, are asked from one compressed cache
+    (question-out)."""
     id: str
     question: str                        # what follows the context
     gold: Any                            # what score() needs, JSON
@@ -32,7 +33,8 @@ class Item:
     stop: Sequence[str] = ()
     max_tokens: int = 64
     chat: bool = True                    # inside the model's chat template, as one user turn
-    cue: str = ""                        # the end of the question, with which an answer begins: a chat's assistant is made to begin so
+    # the end of the question, with which an answer begins: a chat's assistant is made to begin so
+    cue: str = ""
     query: str = ""                      # what finch asks, if not the question
     tags: dict[str, Any] = field(default_factory=dict)  # what a report groups by
 
@@ -42,6 +44,7 @@ class Item:
 
     @property
     def spans(self) -> list[Span]:
-        """Character spans of `whole`: the shots, else sentences. What is outside (template, lead, question) is always kept."""
+        """Character spans of `whole`: the shots, else sentences. What is outside (template, lead, question) is always
+        kept."""
         spans, begin = piece_spans(self.shots) if self.shots else sentence_spans(self.context), len(self.lead)
         return [(a + begin, b + begin) for a, b in spans]

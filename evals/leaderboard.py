@@ -9,7 +9,6 @@ question stand in a table of their own: question-in, and policies that are told 
 takes about as many bytes under one another, whatever made it small.
 """
 import math
-from collections import defaultdict
 from pathlib import Path
 from typing import Sequence
 
@@ -18,11 +17,11 @@ from pykvc.table import grid, mebibytes
 
 from . import stats
 from .cases import Case
-from .pictures import label
-from .report import CASE, comma_separated, largest_first, unit_of
-from .store import Row
+from .panels import label
+from .report import CASE, largest_first, unit_of
+from .store import Row, comma_separated, grouped
 
-GROUP = ("model", "task", "settings", "chat", "n_ubatch", "seed")  # what has a leaderboard of its own
+BOARD = ("model", "task", "settings", "chat", "n_ubatch", "seed")  # what has a leaderboard of its own
 CONFIGURATION = ("protocol", "type_k", "type_v", *CASE)
 BLIND, AWARE = "The eviction does not see the question", "The eviction sees the question"
 
@@ -30,21 +29,13 @@ BLIND, AWARE = "The eviction does not see the question", "The eviction sees the 
 def lines(rows: Sequence[Row]) -> list[Row]:
     """One for each configuration: score, score_low, score_high, n, n_sets, removed, bytes_used, and share_of_full, of
     the bytes that the whole cache uses in f16; None without answers of that."""
-    groups: dict[tuple, dict[tuple, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        if row["score"] is not None:
-            groups[_values(row, GROUP)][_values(row, CONFIGURATION)].append(row)
     found = []
-    for group, configurations in groups.items():
-        of_group = [_line({**dict(zip(GROUP, group)), **dict(zip(CONFIGURATION, names))}, done)
-                    for names, done in configurations.items()]
-        whole = [line["bytes_used"] for line in of_group if line["policy"] == "full" and _is_f16(line)]
-        found += [{**line, "share_of_full": line["bytes_used"]/max(whole) if whole else None} for line in of_group]
+    for of_group in grouped((row for row in rows if row["score"] is not None), BOARD).values():
+        several = [_line({name: of[0][name] for name in BOARD + CONFIGURATION}, of)
+                   for of in grouped(of_group, CONFIGURATION).values()]
+        whole = [line["bytes_used"] for line in several if line["policy"] == "full" and _is_f16(line)]
+        found += [{**line, "share_of_full": line["bytes_used"]/max(whole) if whole else None} for line in several]
     return found
-
-
-def _values(row: Row, names: Sequence[str]) -> tuple:
-    return tuple(row[name] for name in names)
 
 
 def _is_f16(line: Row) -> bool:
@@ -52,9 +43,7 @@ def _is_f16(line: Row) -> bool:
 
 
 def _line(names: Row, rows: Sequence[Row]) -> Row:
-    sets: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        sets[row["set"]].append(row)
+    sets = grouped(rows, lambda row: row["set"])
     units = {name: [unit_of(row) for row in of_set] for name, of_set in sets.items()}
     scores = {name: stats.unit_means([row["score"] for row in of_set], units[name]) for name, of_set in sets.items()}
     n_units = len({unit for of_set in units.values() for unit in of_set})
@@ -114,10 +103,7 @@ def write(out: Path, rows: Sequence[Row], title: str = "") -> str:
 
 def markdown(found: Sequence[Row]) -> str:
     """Tables of each model, task and settings."""
-    groups: dict[tuple, list[Row]] = defaultdict(list)
-    for line in found:
-        groups[_values(line, GROUP)].append(line)
-    return "\n".join(_group(of_group) for of_group in groups.values())
+    return "\n".join(_group(of_group) for of_group in grouped(found, BOARD).values())
 
 
 def _group(found: list[Row]) -> str:
@@ -125,9 +111,9 @@ def _group(found: list[Row]) -> str:
     n_units = max(line["n_units"] for line in found)
     units = f" of {n_units} units"*(n_units != n)
     text = [f"## {_title(found[0])}", f"Means over {n_sets} sets, {n} items{units}, in percent, with 95 % intervals. "
-                                      "Columns: the share of the cache that is removed. Intervals are not corrected for "
-                                      f"how many there are: {len(found)}. To compare two methods, `pool --against` has "
-                                      "paired differences, corrected."]
+                                      "Columns: the share of the cache that is removed. Intervals are not corrected "
+                                      f"for how many there are: {len(found)}. To compare two methods, `pool "
+                                      "--against` has paired differences, corrected."]
     # full of question-in evicts nothing, too: it is full of question-out once more
     blind = [line for line in found if not line["sees_question"] and line["protocol"] != "question-in"]
     aware = [line for line in found if line["sees_question"]]
@@ -183,11 +169,8 @@ def _mean_score(found: Sequence[Row]) -> float:
 
 
 def _by_method(found: Sequence[Row]) -> dict[str, list[Row]]:
-    methods: dict[str, list[Row]] = defaultdict(list)
-    for line in found:
-        name = f"`{label({**line, 'budget': ''})}`"
-        methods[name + (", question-in" if line["protocol"] == "question-in" else "")].append(line)
-    return methods
+    return grouped(found, lambda line: f"`{label({**line, 'budget': ''})}`"
+                   + ", question-in"*(line["protocol"] == "question-in"))
 
 
 def _cell(line: Row, n_sets: int, n: int) -> str:

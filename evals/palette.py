@@ -13,7 +13,8 @@ WAYS = {
     "#56B4E9": ("streaming_llm", "random", "random_head", "random_shot"),              # without looking
 }
 COLOURS = tuple(WAYS)
-FULL, OTHER, QUIET = "#777777", "#000000", "#C8C8C8"  # the whole cache; a policy that is not built in; what does not matter here
+# the whole cache; a policy that is not built in; what does not matter here
+FULL, OTHER, QUIET = "#777777", "#000000", "#C8C8C8"
 MARKERS = "osD^vP"
 LINES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)))
 

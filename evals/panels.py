@@ -1,4 +1,5 @@
-"""Pictures of a study: lines over any column of the table, side by side, with intervals; or points and the front of the best.
+"""Pictures of a study: lines over any column of the table, side by side, with intervals; or points and the front of the
+best.
 
     x, y      columns of the table: ratio, n_kept, budget, shots, bytes_used; score, relative, difference, kl
     panel     columns whose values have a panel each; "method" is the policy without its parameters
@@ -9,25 +10,52 @@
     only      {column: value}: these rows
 """
 import textwrap
-from collections import defaultdict
 from pathlib import Path
 from typing import Any, Sequence
 
 from pykvc import _core
 
 from . import palette
-from .pictures import file_of, label, use_matplotlib
 from .report import CASE, as_asked
-from .store import Row
+from .store import Row, grouped
 
 MARKERS = "os^Dv*PX"
 NOT_OF_FULL = {*CASE, "method"}
-NAMES = {"ratio": "share of the evictable tokens kept", "n_kept": "tokens kept in each layer", "shots": "worked examples in the prompt",
-         "bytes_used": "cache in use, MiB", "score": "share of right answers", "relative": "score, change against the whole cache",
+NAMES = {"ratio": "share of the evictable tokens kept", "n_kept": "tokens kept in each layer",
+         "shots": "worked examples in the prompt",
+         "bytes_used": "cache in use, MiB", "score": "share of right answers",
+         "relative": "score, change against the whole cache",
          "difference": "score, difference to the whole cache", "kl": "KL divergence from the whole cache, nats",
          "budget": "budget of the prompt"}
 SETTINGS = {"tokens": "{} tokens", "of": "{}", "questions": "{} questions in one answer", "shots": "{} examples",
             "reference": "compared with {}", "exemplars": "examples {}"}
+
+
+def use_matplotlib() -> None:
+    """Before anything is drawn, into files alone. ValueError: it is not installed."""
+    try:
+        import matplotlib
+        import seaborn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"pictures need {error.name}: `pip install '.[evals]'`, or --no-pictures") from None
+    matplotlib.use("Agg")
+
+
+def file_of(out: Path, *parts: str) -> Path:
+    """A PNG's name of what it shows."""
+    return out/("-".join(filter(None, parts)).replace(", ", "-").replace("/", "_").replace(" ", "_") + ".png")
+
+
+def label(row: Row) -> str:
+    """A configuration in short: only the parameters that are not the default."""
+    name, _, given = row["policy"].partition(":")
+    usual = _core.parse_spec(name).partition(":")[2].split(",")
+    changed = ",".join(parameter for parameter in given.split(",") if parameter not in usual)
+    parts = [f"{name}:{changed}" if changed else name, row["budget"],
+             row["decode_budget"] and f"decode {row['decode_budget']}",
+             row["cells"] and f"{row['cells']} cells",
+             "" if row["type_k"] == row["type_v"] == "f16" else f"{row['type_k']}/{row['type_v']}"]
+    return " ".join(part for part in parts if part)
 
 
 def draw(out: Path, blocks: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
@@ -36,15 +64,19 @@ def draw(out: Path, blocks: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
     paths = []
     for i, block in enumerate(blocks):
         x, y = block.get("x", "ratio"), block.get("y", "score")
-        wanted = [line for line in lines if line.get(y, None) is not None or (y in ("relative", "difference") and line["policy"] == "full")]
-        wanted = [line for line in wanted if line["n"] and all(line[name] == value for name, value in block.get("only", {}).items())]
-        files: dict[tuple, list[Row]] = defaultdict(list)
+        wanted = [line for line in lines if line.get(y, None) is not None
+                  or (y in ("relative", "difference") and line["policy"] == "full")]
+        wanted = [line for line in wanted if line["n"]
+                  and all(line[name] == value for name, value in block.get("only", {}).items())]
         together = "model" in _names(block, "line", ["policy"])
-        for line in wanted:
-            files[("" if together else line["model"], *(str(line[name]) for name in _names(block, "file", ["protocol"])))].append(line)
+        names = _names(block, "file", ["protocol"])
+        files = grouped(wanted, ["model", *names])
+        if together:
+            files = grouped(wanted, names)
         for parts, of_file in files.items():
+            parts = [str(part) for part in parts]
             path = file_of(out, block.get("name", f"picture{i + 1}"), *parts)
-            if _picture(path, ", ".join(filter(None, parts)), block, x, y, of_file):
+            if picture(path, ", ".join(filter(None, parts)), block, x, y, of_file):
                 paths.append(path)
     return paths
 
@@ -54,29 +86,34 @@ def _names(block: Row, name: str, usual: list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequence[Row]) -> bool:
+def picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequence[Row]) -> bool:
+    """One file, a panel for each value of block["panel"]. False: there is nothing to show, and no file."""
     import matplotlib.pyplot as plt
     of = _names(block, "panel", [])
-    panels: dict[tuple[str, str], list[Row]] = defaultdict(list)  # by what full has, too, and by what only the others have
-    full: dict[str, list[Row]] = defaultdict(list)
+    panels: dict[tuple[str, str], list[Row]] = {}  # by what full has, too, and by what only the others have
+    full: dict[str, list[Row]] = {}
     for line in lines if x != "budget" else map(as_asked, lines):
         shared = _title(line, [name for name in of if name not in NOT_OF_FULL])
         if line["policy"] == "full" and NOT_OF_FULL & set(of):
-            full[shared].append(line)  # stands in every such panel
+            full.setdefault(shared, []).append(line)  # stands in every such panel
         else:
             own = _title(line, [name for name in of if name in NOT_OF_FULL])
-            panels[shared, own].append({**line, "decode_budget": ""} if "decode_budget" in of else line)
-    if any(_number(line, x) is not None for of_panel in panels.values() for line in of_panel):  # no panels of full alone beside them
-        panels = {name: of_panel for name, of_panel in panels.items() if any(_number(line, x) is not None for line in of_panel)}
+            panels.setdefault((shared, own), []).append({**line, "decode_budget": ""} if "decode_budget" in of
+                                                        else line)
+    # no panels of full alone beside them
+    if any(_number(line, x) is not None for of_panel in panels.values() for line in of_panel):
+        panels = {name: of_panel for name, of_panel in panels.items()
+                  if any(_number(line, x) is not None for line in of_panel)}
     if not panels:
         return False
     n_across = min(len(panels), 3)
     n_down = -(-len(panels)//n_across)
-    figure, axes = plt.subplots(n_down, n_across, figsize=(1.6 + 4.4*n_across, 1 + 3.4*n_down), layout="constrained", squeeze=False, sharey=True,
+    figure, axes = plt.subplots(n_down, n_across, figsize=(1.6 + 4.4*n_across, 1 + 3.4*n_down), layout="constrained",
+                                squeeze=False, sharey=True,
                                 sharex=x in ("ratio", "budget", "shots"))
     looks: dict[str, palette.Look] = {}
     for at, (name, of_panel) in zip(axes.flat, panels.items()):
-        _panel(at, block, x, y, of_panel + full[name[0]], looks)
+        _panel(at, block, x, y, of_panel + full.get(name[0], []), looks)
         at.set(xlabel=NAMES.get(x, x))
         at.set_title(textwrap.fill(", ".join(filter(None, name)), 48), fontsize=10)
         at.tick_params(labelbottom=True)
@@ -95,8 +132,10 @@ def _picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequen
 
 def _title(line: Row, names: list[str]) -> str:
     line = {**line, "method": line["policy"].partition(":")[0]}
-    texts = {**{name: str(line[name]) for name in names}, "policy": label({**line, "budget": "", "type_k": "f16", "type_v": "f16"}),
-             "budget": _amount(line["budget"]), "decode_budget": _of_answer(line["decode_budget"]), "settings": _settings(str(line["settings"]))}
+    texts = {**{name: str(line.get(name, "")) for name in names},
+             "policy": label({**line, "budget": "", "type_k": "f16", "type_v": "f16"}),
+             "configuration": label({**line, "budget": ""}), "budget": _amount(line["budget"]),
+             "decode_budget": _of_answer(line["decode_budget"]), "settings": _settings(str(line["settings"]))}
     return ", ".join(texts[name] for name in names if texts[name])
 
 
@@ -106,19 +145,22 @@ def _amount(budget: str) -> str:
 
 
 def _of_answer(budget: str) -> str:
-    return "the answer stays" if not budget else "the answer evicted alike" if budget == "same" else f"of the answer {_amount(budget)}"
+    if not budget:
+        return "the answer stays"
+    return "the answer evicted alike" if budget == "same" else f"of the answer {_amount(budget)}"
 
 
 def _settings(text: str) -> str:
     """"tokens 600, of longgenbench": 600 tokens, longgenbench."""
     found = [part.partition(" ") for part in filter(None, text.split(", "))]
-    return ", ".join(SETTINGS.get(name, f"{name} {{}}").format(value) if name != "decode" else _of_answer(value) for name, _, value in found)
+    return ", ".join(SETTINGS.get(name, f"{name} {{}}").format(value) if name != "decode" else _of_answer(value)
+                     for name, _, value in found)
 
 
 def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], looks: dict[str, palette.Look]) -> None:
     from matplotlib.ticker import LogLocator
     by = _names(block, "line", ["policy"])
-    curves: dict[str, list[Row]] = defaultdict(list)
+    curves: dict[str, list[Row]] = {}
     for line in lines:
         at_x = _number(line, x)
         if line["policy"] == "full" and y == "kl" and not block.get("front"):
@@ -128,8 +170,9 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], looks: dic
             at.axhline(line[y], color=palette.FULL, linestyle="--", label="full")
         elif at_x is not None and line.get(y) is not None:
             name = _title(line, by) or "all"
-            looks.setdefault(name, palette.look(line["policy"]) if by[0] in ("policy", "method") else palette.nth(len(looks)))
-            curves[name].append(line)
+            looks.setdefault(name, palette.look(line["policy"]) if by[0] in ("policy", "method", "configuration")
+                             else palette.nth(len(looks)))
+            curves.setdefault(name, []).append(line)
     if block.get("front"):
         _front(at, block.get("marker"), x, y, curves, looks)
     else:
@@ -153,24 +196,29 @@ def _curves(at: Any, x: str, y: str, curves: dict[str, list[Row]], looks: dict[s
     for i, (name, points) in enumerate(curves.items()):
         beside = (i - (len(curves) - 1)/2)*0.008*(max(across) - min(across))  # intervals at one x stand side by side
         points = sorted(points, key=lambda line: _number(line, x))
-        at.errorbar([_number(p, x) + beside for p in points], [p[y] for p in points], yerr=_errors(points, y), label=name,
+        at.errorbar([_number(p, x) + beside for p in points], [p[y] for p in points], yerr=_errors(points, y),
+                    label=name,
                     markersize=5, capsize=2, elinewidth=0.8, alpha=0.85, **looks[name])
 
 
-def _front(at: Any, marker: str | None, x: str, y: str, curves: dict[str, list[Row]], looks: dict[str, palette.Look]) -> None:
+def _front(at: Any, marker: str | None, x: str, y: str, curves: dict[str, list[Row]],
+           looks: dict[str, palette.Look]) -> None:
     """All points, grey; those that none beats joined, in their colours and with their names."""
-    points = [(_number(p, x), p[y], name, str(p[marker]) if marker else "") for name, of_name in curves.items() for p in of_name]
+    points = [(_number(p, x), p[y], name, str(p[marker]) if marker else "") for name, of_name in curves.items()
+              for p in of_name]
     best = front([point[:2] for point in points], less=y == "kl")
     at.step(*zip(*best), where="post", color="black", linewidth=1, label="none is better with less", zorder=1)
     marks = {kind: MARKERS[i % len(MARKERS)] for i, kind in enumerate(sorted({point[3] for point in points}))}
     for at_x, at_y, name, kind in points:
         on = (at_x, at_y) in best or name == "full"
-        at.plot(at_x, at_y, marks[kind], color=looks[name]["color"] if on else palette.QUIET, markersize=6 if on else 4, zorder=3 if on else 2)
+        at.plot(at_x, at_y, marks[kind], color=looks[name]["color"] if on else palette.QUIET, markersize=6 if on else 4,
+                zorder=3 if on else 2)
     before = ""
     for i, spot in enumerate(best):
         name = next(name for *where, name, _ in points if tuple(where) == spot)
         if name != before:  # of neighbours with the same name the first
-            at.annotate(name, spot, xytext=(4, -9 if i % 2 else 5), textcoords="offset points", fontsize=7, color=looks[name]["color"])
+            at.annotate(name, spot, xytext=(4, -9 if i % 2 else 5), textcoords="offset points", fontsize=7,
+                        color=looks[name]["color"])
         before = name
     for kind, mark in marks.items():
         if kind:

@@ -24,7 +24,8 @@ class Prompt:
 
 
 def render(item: Item, model: "_core.Model", chat: bool) -> Prompt:
-    """chat: in the model's template where the item is for one, as a single user turn. ValueError if there is no template."""
+    """chat: in the model's template where the item is for one, as a single user turn. ValueError if there is no
+    template."""
     whole, query = item.whole, item.query or item.question
     if not (chat and item.chat):
         return Prompt(whole, item.question, item.spans, query)

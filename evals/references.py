@@ -1,4 +1,5 @@
-"""What the whole cache says, which fidelity compares with: an answer, and before each of its tokens the probabilities of all."""
+"""What the whole cache says, which fidelity compares with: an answer, and before each of its tokens the probabilities
+of all."""
 import io
 import tempfile
 from contextlib import nullcontext
@@ -17,7 +18,8 @@ from .store import key as key_of
 
 Types = tuple[str, str]                 # of K and V
 Wanted = Sequence[tuple[Item, Prompt]]
-Reference = tuple[list[int], np.ndarray]  # an answer's tokens; log probabilities F32 [max(1, n_tokens), n_vocab], in a file
+# an answer's tokens; log probabilities F32 [max(1, n_tokens), n_vocab], in a file
+Reference = tuple[list[int], np.ndarray]
 N_AT_ONCE = 64                          # rows of a vocabulary: a long answer's are gigabytes as doubles
 
 
@@ -31,8 +33,10 @@ class References:
     def file(self) -> IO[bytes]:
         return tempfile.TemporaryFile(prefix="pykvc-fidelity-")
 
-    def of(self, llm: pykvc.LLM, wanted: Wanted, types: Types, n_tokens: int, n_threads: int | None, out: Path | None) -> dict[str, Reference]:
-        """By item. Neighbours with one context evaluate it once. out: answers are kept there, so that a run that goes on has the same."""
+    def of(self, llm: pykvc.LLM, wanted: Wanted, types: Types, n_tokens: int, n_threads: int | None,
+           out: Path | None) -> dict[str, Reference]:
+        """By item. Neighbours with one context evaluate it once. out: answers are kept there, so that a run that goes
+        on has the same."""
         keys = {item.id: (str(llm.path), item.id, prompt.digest, types) for item, prompt in wanted}
         missing = {item.id: (item, prompt) for item, prompt in wanted if keys[item.id] not in self.known}
         if missing:
@@ -72,7 +76,8 @@ def _answer(full: pykvc.LLM, item: Item, prompt: Prompt, types: Types, n: int, o
     if item.gold:
         return full.tokenize(item.gold, add_special=False)[:n]
     with Rows(out/f"{full.path.stem}.references.jsonl") if out else nullcontext() as kept:
-        row = {**dict.fromkeys(KEY, ""), "item": item.id, "type_k": types[0], "type_v": types[1], "prompt": prompt.digest}
+        row = {**dict.fromkeys(KEY, ""), "item": item.id, "type_k": types[0], "type_v": types[1],
+               "prompt": prompt.digest}
         known = kept.rows.get(key_of(row)) if kept else None
         if known and known["prompt"] == prompt.digest:
             return known["tokens"]

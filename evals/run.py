@@ -16,12 +16,14 @@ from .prompts import Prompt
 from .report import changed
 from .store import KEY, Row, Rows, key
 from .tasks import task
-from .work import Plan, Subject, Work, all_works, commit, engine, is_answer, is_done, key_row, open_model, processor, sweeps, weight
+from .work import (Plan, Subject, Work, all_works, commit, engine, is_answer, is_done, key_row, open_model, processor,
+                   sweeps, weight)
 
 Watch = Callable[[int, str], None]  # tokens done, what is under way
 
 
-def run(plan: Plan, model: str | None, size: Callable[[int], None] = lambda n: None, watch: Watch = lambda n, what: None) -> list[str]:
+def run(plan: Plan, model: str | None, size: Callable[[int], None] = lambda n: None,
+        watch: Watch = lambda n, what: None) -> list[str]:
     """run_all() of one plan."""
     return run_all([plan], model, size, watch)
 
@@ -61,7 +63,7 @@ def _ready(plans: Sequence[Plan], model: str | None) -> Iterator[tuple[Subject, 
             yield subject, identity, answers, scores, works
 
 
-# -- answers ------------------------------------------------------------------------------------------------------------
+# -- answers --------------------------------------------------------------------------------------------------------
 
 def _open(subject: Subject, work: Work, n_parallel: int = 1) -> pykvc.LLM:
     plan = work.plan
@@ -72,7 +74,8 @@ def _open(subject: Subject, work: Work, n_parallel: int = 1) -> pykvc.LLM:
 
 def _checked_alike(work: Work) -> tuple:
     """Ratios cannot be too small."""
-    return work.task, work.n_ctx, replace(work.case, **{name: "25%" for name in ("budget", "decode_budget") if "." in getattr(work.case, name)})
+    ratios = {name: "25%" for name in ("budget", "decode_budget") if "." in getattr(work.case, name)}
+    return work.task, work.n_ctx, replace(work.case, **ratios)
 
 
 def _check(subject: Subject, work: Work) -> None:
@@ -80,7 +83,8 @@ def _check(subject: Subject, work: Work) -> None:
     hour."""
     with _open(subject, work) as llm:
         if work.case.asks:
-            llm.prefill("a", kv_query=max((prompt.query for _, prompt in work.asked), key=lambda query: len(llm.tokenize(query))))
+            llm.prefill("a", kv_query=max((prompt.query for _, prompt in work.asked),
+                                          key=lambda query: len(llm.tokenize(query))))
 
 
 @dataclass
@@ -96,7 +100,8 @@ class Record:
 
     def left(self) -> Asked:
         """Another plan may have asked some since."""
-        return [(item, prompt) for item, prompt in self.work.asked if not is_answer(self.answers.rows.get(key(self.key_row(item))), prompt)]
+        return [(item, prompt) for item, prompt in self.work.asked
+                if not is_answer(self.answers.rows.get(key(self.key_row(item))), prompt)]
 
     def score_rest(self) -> None:
         """A run was killed between an answer and its score."""
@@ -109,7 +114,8 @@ class Record:
         plan = self.work.plan
         row = {**self.key_row(item), **self.identity, "settings": self.work.settings, "prompt": prompt.digest}
         if "error" not in figures:
-            row |= {"engine": engine(), "processor": processor(), "n_threads": plan.n_threads, "n_gpu_layers": plan.n_gpu_layers}
+            row |= {"engine": engine(), "processor": processor(), "n_threads": plan.n_threads,
+                    "n_gpu_layers": plan.n_gpu_layers}
             row |= {"n_ctx": self.work.n_ctx, "gold": item.gold, "tags": item.tags}
         self.answers.append(row := {**row, **figures})
         if "error" not in figures:
@@ -136,7 +142,8 @@ def _left(records: list[Record]) -> list[tuple[Record, Item, Prompt]]:
     found: dict[str, list[tuple[Record, Item, Prompt]]] = {}
     for record in records:
         for item, prompt in record.left():
-            found.setdefault(shared(item, prompt, record.work.protocol, record.work.case), []).append((record, item, prompt))
+            found.setdefault(shared(item, prompt, record.work.protocol, record.work.case),
+                             []).append((record, item, prompt))
     return [one for together in found.values() for one in together]
 
 
@@ -145,7 +152,8 @@ def _together(subject: Subject, todo: list[tuple[Record, Item, Prompt]], what: s
     work, n_parallel = todo[0][0].work, min(todo[0][0].work.plan.n_parallel, len(todo))
     try:
         with _open(subject, work, n_parallel) as llm:
-            for i, figures in ask_batch(llm, [(item, prompt, record.work.case) for record, item, prompt in todo], work.protocol, n_parallel):
+            for i, figures in ask_batch(llm, [(item, prompt, record.work.case) for record, item, prompt in todo],
+                                        work.protocol, n_parallel):
                 record, item, prompt = todo[i]
                 record.save(item, prompt, {**figures, "n_parallel": n_parallel})
                 watch(weight([(item, prompt)], subject), what)
@@ -157,14 +165,17 @@ def _one_by_one(subject: Subject, todo: list[tuple[Record, Item, Prompt]], what:
     llm, works = None, [record.work for record, *_ in todo]
     first = next((work for work in works if work.case.heads_differ), None)  # the others are variants of it
     try:
-        for _, of_context in itertools.groupby(todo, key=lambda one: shared(*one[1:], one[0].work.protocol, one[0].work.case)):
+        def context(one: tuple[Record, Item, Prompt]) -> str:
+            return shared(*one[1:], one[0].work.protocol, one[0].work.case)
+        for _, of_context in itertools.groupby(todo, key=context):
             left = list(of_context)
             while left:
                 work = left[0][0].work
                 try:
                     llm = llm or _open(subject, first or work)
                     jobs = [(item, prompt, record.work.case) for record, item, prompt in left]
-                    for item, figures in getattr(task(work.task), "ask", ask)(llm, jobs, work.protocol, work.plan.n_threads, work.plan.out):
+                    put = getattr(task(work.task), "ask", ask)
+                    for item, figures in put(llm, jobs, work.protocol, work.plan.n_threads, work.plan.out):
                         record, _, prompt = left[0]
                         record.save(item, prompt, figures)
                         left.pop(0)
@@ -191,13 +202,13 @@ def _score(item: Item, row: Row, scores: Rows) -> None:
     scores.append(result)
 
 
-# -- what went wrong ----------------------------------------------------------------------------------------------------
+# -- what went wrong ------------------------------------------------------------------------------------------------
 
 def _name(work: Work, sweep: Sequence[Record] = ()) -> str:
     """sweep: the budgets of all of them."""
     budgets = [record.work.case.budget or record.work.case.decode_budget for record in sweep]
-    label = replace(work.case, budget="/".join(budgets), decode_budget="").label() if len(budgets) > 1 else work.case.label()
-    return ", ".join(filter(None, [work.task, changed(work.task, work.settings), work.protocol])) + f": {label}"
+    case = replace(work.case, budget="/".join(budgets), decode_budget="") if len(budgets) > 1 else work.case
+    return ", ".join(filter(None, [work.task, changed(work.task, work.settings), work.protocol])) + f": {case.label()}"
 
 
 def _problems(work: Work, answers: Rows, scores: Rows) -> list[str]:
@@ -212,7 +223,8 @@ def _problems(work: Work, answers: Rows, scores: Rows) -> list[str]:
     print(f"{name}: {len(done)} answers, {n_evictions} evictions, score {mean}", flush=True)
     problems = []
     if failed:
-        problems.append(f"{name}: {len(failed)} rows failed, the first with {failed[0]['error']}; the next run asks them again")
+        problems.append(f"{name}: {len(failed)} rows failed, the first with {failed[0]['error']}; the next run asks "
+                        "them again")
     if not n_evictions and any(_should_evict(row) for row in done):
         problems.append(f"{name}: nothing was evicted, so these scores say nothing of the policy")
     return problems
@@ -227,5 +239,6 @@ def _should_evict(row: Row) -> bool:
     if row["cells"]:
         return row["cells_allocated"] < n
     kind, amount = _core.parse_budget(row["decode_budget"])
-    late = sum(map(int, re.findall(r"\b(?:interval|recent)=(\d+)(?=,|$)", row["policy"])))  # tokens that may wait, or are always kept
+    # tokens that may wait, or are always kept
+    late = sum(map(int, re.findall(r"\b(?:interval|recent)=(\d+)(?=,|$)", row["policy"])))
     return row["n_predicted"] > (amount if kind == "tokens" else amount*row["n_predicted"]) + late

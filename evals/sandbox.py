@@ -57,8 +57,9 @@ def passes(program: str, tests: Tests | None = None, weak: bool = False) -> bool
     bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict, or a subclass of one, which arrives as
     that one. An argument that the function changes stays as it was for the tests. ValueError: cannot be locked in."""
     if not weak and not available():
-        raise ValueError("code of a model is run in namespaces and Landlock, which this system does not permit (Linux 5.13, and in a "
-                         "container leave for user namespaces): --unsafe-code runs it with limits of time and memory alone")
+        raise ValueError("code of a model is run in namespaces and Landlock, which this system does not permit (Linux "
+                         "5.13, and in a container leave for user namespaces): --unsafe-code runs it with limits of "
+                         "time and memory alone")
     return _child(program, tests, "weak" if weak else way()) == 0
 
 
@@ -107,7 +108,7 @@ def _bubblewrap(python: str) -> list[str]:
             *(word for path, at in shown.items() for word in ("--ro-bind", path, at))]
 
 
-# -- the child: the standard library only ---------------------------------------------------------------------------------
+# -- the child: the standard library only ---------------------------------------------------------------------------
 
 def _main(folder: str, how: str) -> None:
     stdin = open(0, "rb", buffering=0)  # the program's process begins as a copy of this one, before the tests are read
@@ -124,7 +125,8 @@ def _main(folder: str, how: str) -> None:
             _no_capabilities()
         except OSError:
             os._exit(REFUSED)
-    for what, limit in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_FSIZE, FILE_SIZE), (resource.RLIMIT_CORE, 0),
+    for what, limit in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY),
+                        (resource.RLIMIT_FSIZE, FILE_SIZE), (resource.RLIMIT_CORE, 0),
                         *([] if how == "weak" else [(resource.RLIMIT_NPROC, PROCESSES)])):  # there the user's count
         resource.setrlimit(what, (limit, limit))
     if sys.platform == "linux":
@@ -233,14 +235,17 @@ def _prctl(option: int, value: int) -> None:
 
 def _namespaces(folder: str) -> None:
     uid, gid = os.getuid(), os.getgid()
-    _call("unshare", 0x10000000 | 0x00020000 | 0x40000000 | 0x20000000 | 0x08000000)  # CLONE_NEWUSER, NEWNS, NEWNET, NEWPID, NEWIPC
+    # CLONE_NEWUSER, NEWNS, NEWNET, NEWPID, NEWIPC
+    _call("unshare", 0x10000000 | 0x00020000 | 0x40000000 | 0x20000000 | 0x08000000)
     for name, text in (("setgroups", "deny"), ("uid_map", f"1000 {uid} 1"), ("gid_map", f"1000 {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     _call("mount", None, b"/", None, ctypes.c_ulong(0x4000 | 0x40000), None)  # MS_REC | MS_PRIVATE
     read_only = (ctypes.c_uint64*4)(1, 0, 0, 0)  # struct mount_attr, attr_set = MOUNT_ATTR_RDONLY
-    _call("syscall", 442, -100, b"/", 0x8000, ctypes.byref(read_only), ctypes.c_size_t(32))  # mount_setattr, AT_RECURSIVE
-    _call("mount", b"tmpfs", folder.encode(), b"tmpfs", ctypes.c_ulong(2 | 4), b"size=16m,mode=700")  # MS_NOSUID | MS_NODEV
+    # mount_setattr, AT_RECURSIVE
+    _call("syscall", 442, -100, b"/", 0x8000, ctypes.byref(read_only), ctypes.c_size_t(32))
+    # MS_NOSUID | MS_NODEV
+    _call("mount", b"tmpfs", folder.encode(), b"tmpfs", ctypes.c_ulong(2 | 4), b"size=16m,mode=700")
     os.chdir(folder)
 
 

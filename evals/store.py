@@ -1,26 +1,47 @@
 """Rows in a JSONL file that is only ever appended to. What a killed run leaves is a whole row, or a torn last line.
 
-A folder holds NAME.answers.jsonl, one row for each question, and NAME.scores.jsonl, written after the answer was; NAME is the
-model's file name. Scores can be computed again from the answers alone.
+A folder holds NAME.answers.jsonl, one row for each question, and NAME.scores.jsonl, written after the answer was; NAME
+is the model's file name. Scores can be computed again from the answers alone.
 """
 import fcntl
 import json
 import lzma
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Hashable, Iterable, Iterator, Sequence
+
+import pandas as pd
 
 Row = dict[str, Any]
 
-KEY = ("task", "item", "protocol", "policy", "budget", "decode_budget", "cells", "type_k", "type_v", "n_ubatch", "chat", "seed")
+KEY = ("task", "item", "protocol", "policy", "budget", "decode_budget", "cells", "type_k", "type_v", "n_ubatch", "chat",
+       "seed")
 IDENTITY = ("model_sha256", "commit")  # of all rows of a file
 
 
 def key(row: Row) -> tuple:
-    return tuple(row[name] for name in KEY)
+    return values(row, KEY)
+
+
+def values(row: Row, names: Sequence[str]) -> tuple:
+    return tuple(row[name] for name in names)
+
+
+def grouped(rows: Iterable[Row], by: Sequence[str] | Callable[[Row], Hashable]) -> dict[Any, list[Row]]:
+    """Rows by their values of some columns, or by what a function says of them; groups and rows in their order."""
+    found: dict[Any, list[Row]] = {}
+    for row in rows:
+        found.setdefault(by(row) if callable(by) else values(row, by), []).append(row)
+    return found
+
+
+def comma_separated(lines: Sequence[Row]) -> str:
+    """CSV, with a column for each name that a line has."""
+    return pd.DataFrame(lines, dtype=object).to_csv(index=False)
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file, plain or .xz, without a torn last line; none if there is no file. ValueError if another line is damaged."""
+    """The rows of a file, plain or .xz, without a torn last line; none if there is no file. ValueError if another line
+    is damaged."""
     return [row for row, _ in _lines(path)]
 
 
@@ -65,8 +86,8 @@ class Rows:
             for name in IDENTITY:
                 if row.get(name) != identity[name] and not (name == "commit" and any_commit):
                     hint = "; --any-commit goes on with it" if name == "commit" else ""
-                    raise ValueError(f"{self.path} is of {name} {str(row.get(name))[:12]}, this run of {str(identity[name])[:12]}: "
-                                     f"give another --out{hint}")
+                    raise ValueError(f"{self.path} is of {name} {str(row.get(name))[:12]}, this run of "
+                                     f"{str(identity[name])[:12]}: give another --out{hint}")
 
     def append(self, row: Row) -> None:
         """On the disk's side when this returns, whatever happens to the process."""

@@ -3,21 +3,24 @@
     title = "..."                     model = [...], n = 100: defaults that the command line replaces
     [[run]]                           flags of `python -m evals run` by their long names, a value or a list of values
     [[bench]]                         flags of `pykvc bench`, likewise
-    [[attention]]                     task and its settings, policy, budget, layers: evals/attention.py
+    [[attention]]                     task and its settings, policy, budget, layers: evals/tools/attention.py
     [[picture]]                       x, y, panel, line: evals/panels.py
 
-A list given to a setting of a task (shots = [1, 2, 4]) is a run for each value; cache_type sets type_k and type_v together.
+A list given to a setting of a task (shots = [1, 2, 4]) is a run for each value; cache_type sets type_k and type_v
+together.
 """
-import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Sequence
 
-from . import attention_report, latency, leaderboard, panels, scorers
+from . import leaderboard, panels
 from . import report as tables
 from .cases import cases, protocols
+from .store import comma_separated
+from .settings import SETTINGS, Block, sweep, texts
 from .tasks import TASKS, settings_of, task
+from .tools import attention_report, latency
 from .work import Plan
 
 if sys.version_info >= (3, 11):
@@ -27,20 +30,18 @@ else:
 
 FOLDER = Path(__file__).parent/"studies"
 
-LISTS = {"policy": ["full"], "budget": ["none"], "decode_budget": ["none"], "cells": ["none"], "protocol": ["question-out"],
+LISTS = {"policy": ["full"], "budget": ["none"], "decode_budget": ["none"], "cells": ["none"],
+         "protocol": ["question-out"],
          "type_k": ["f16"], "type_v": ["f16"]}
 SINGLE = {"n": int, "seed": int, "n_ctx": int, "n_ubatch": int, "plain": bool}
-SETTINGS = sorted({name for module in TASKS.values() for name in module.SETTINGS})
 BLOCKS = {
     "run": {"task", "cache_type", *LISTS, *SINGLE, *SETTINGS},
-    "bench": {"n_prompt", "n_gen", "n_depth", "n_parallel", "kv_policy", "kv_budget", "kv_decode_budget", "kv_cells", "type_k", "type_v", "cache_type",
+    "bench": {"n_prompt", "n_gen", "n_depth", "n_parallel", "kv_policy", "kv_budget", "kv_decode_budget", "kv_cells",
+              "type_k", "type_v", "cache_type",
               "repetitions"},
     "attention": {"task", "n", "policy", "budget", "seed", "plain", *SETTINGS},
     "picture": {"name", "x", "y", "panel", "line", "file", "marker", "front", "only"}}
 TOP = {"title", "model", "n", "n_models", *BLOCKS}
-
-Block = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Study:
@@ -87,7 +88,8 @@ def read(name: str) -> Study:
     n = content.get("n")
     if n is not None:
         _kind(str(path), "n", n, int)
-    return Study(path.stem, str(content.get("title", path.stem)), texts(content.get("model", [])), n, content.get("n_models", 1), blocks)
+    return Study(path.stem, str(content.get("title", path.stem)), texts(content.get("model", [])), n,
+                 content.get("n_models", 1), blocks)
 
 
 def _known(where: str, given: Block, valid: set[str]) -> None:
@@ -104,20 +106,6 @@ def _kind(where: str, name: str, value: Any, kind: type) -> Any:
     return value
 
 
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def texts(value: Any) -> list[str]:
-    return [str(one) for one in listed(value)]
-
-
-def sweep(block: Block, swept: Sequence[str]) -> list[Block]:
-    """A block for each combination of the values that `swept` names have."""
-    found = [name for name in block if name in swept]
-    return [{**block, **dict(zip(found, values))} for values in itertools.product(*(listed(block[name]) for name in found))]
-
-
 @dataclass(frozen=True)
 class Only:
     """What the command line wants of a study; empty: everything."""
@@ -128,7 +116,8 @@ class Only:
     settings: Sequence[str] = ()    # "questions=5": of its tasks, in place of the file's
 
 
-def plans(study: Study, out: Path, data_dir: Path | None = None, n: int | None = None, only: Only = Only(), chat: bool = True,
+def plans(study: Study, out: Path, data_dir: Path | None = None, n: int | None = None, only: Only = Only(),
+          chat: bool = True,
           unsafe_code: bool = False, **more: Any) -> list[Plan]:
     """Of all runs, in the order of the file. n, chat: what the command line says. more: further fields of Plan.
     ValueError for every mistake that can be seen without the data."""
@@ -144,7 +133,8 @@ def _with_settings(study: Study, given: Sequence[str]) -> list[Block]:
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or name not in SETTINGS:
-            raise ValueError(f"--set is NAME=VALUE, such as questions=5, not {text!r}: valid names are {', '.join(SETTINGS)}")
+            raise ValueError(f"--set is NAME=VALUE, such as questions=5, not {text!r}: valid names are "
+                             f"{', '.join(SETTINGS)}")
         settings[name] = int(value) if value.isdecimal() else value
     found, used = [], set()
     for block in study.blocks["run"]:
@@ -157,7 +147,8 @@ def _with_settings(study: Study, given: Sequence[str]) -> list[Block]:
     return found
 
 
-def _plan(study: Study, block: Block, out: Path, data_dir: Path | None, n: int | None, only: Only, chat: bool, unsafe_code: bool,
+def _plan(study: Study, block: Block, out: Path, data_dir: Path | None, n: int | None, only: Only, chat: bool,
+          unsafe_code: bool,
           more: Block) -> list[Plan]:
     where = f"[[run]] of {study.name}"
     if "task" not in block:
@@ -171,11 +162,13 @@ def _plan(study: Study, block: Block, out: Path, data_dir: Path | None, n: int |
     if unsafe_code and "humaneval" in wanted:
         settings["humaneval"] = {**settings.get("humaneval", {}), "unsafe_code": True}
     asked = protocols(lists.pop("protocol"))
-    chosen = [case for case in cases(**lists) if case.name == "full" or ((not only.policies or case.name in only.policies)
-                                                                         and (not only.budgets or case.budget in only.budgets))]
+    chosen = [case for case in cases(**lists) if case.name == "full" or (
+        (not only.policies or case.name in only.policies) and (not only.budgets or case.budget in only.budgets))]
     plan = Plan(tasks=[name for name in wanted if not only.tasks or name in only.tasks], cases=chosen,
-                protocols=[name for name in asked if not only.protocols or name in only.protocols], out=out, data_dir=data_dir,
-                n=n or single.get("n") or study.n, seed=single.get("seed", 0), n_ctx=single.get("n_ctx", 0), n_ubatch=single.get("n_ubatch", 512),
+                protocols=[name for name in asked if not only.protocols or name in only.protocols], out=out,
+                data_dir=data_dir,
+                n=n or single.get("n") or study.n, seed=single.get("seed", 0), n_ctx=single.get("n_ctx", 0),
+                n_ubatch=single.get("n_ubatch", 512),
                 chat=chat and not single.get("plain", False), settings=settings, **more)
     return [plan] if plan.tasks and plan.protocols else []
 
@@ -186,18 +179,15 @@ def report(study: Study, out: Path) -> list[str]:
     said = []
     if study.blocks["run"]:
         scored = tables.scored(out)
-        lines, by_scorer = tables.table(scored), tables.table(scorers.each(out, scored))
-        text = tables.markdown(by_scorer)
-        (out/"report.md").write_text(f"# {study.title}\n\n{text}", encoding="utf-8")
-        (out/"report.csv").write_text(tables.comma_separated(by_scorer), encoding="utf-8")
-        said += [text, *map(str, panels.draw(out, study.blocks["picture"], lines))]
+        said += [tables.write(out, scored, study.title),
+                 *map(str, panels.draw(out, study.blocks["picture"], tables.table(scored)))]
         if of_ruler := [row for row in scored if row["task"] == "ruler"]:
             said.append(leaderboard.write(out, of_ruler, study.title))
     if found := attention_report.rows(out):
         lines = attention_report.lines(found)
         text = attention_report.markdown(lines)
         (out/"attention.md").write_text(f"# {study.title}\n\n{text}", encoding="utf-8")
-        (out/"attention.csv").write_text(attention_report.comma_separated(lines), encoding="utf-8")
+        (out/"attention.csv").write_text(comma_separated(lines), encoding="utf-8")
         said += [text, *map(str, attention_report.draw(out, found))]
     if study.blocks["bench"] and latency.rows(out):
         text = latency.table(out)

@@ -84,7 +84,8 @@ def open_model(model: str | None) -> Subject:
 def commit() -> str:
     """Of this checkout; "+" where tracked files differ from it."""
     def git(*args: str) -> str:
-        return subprocess.run(["git", "-C", str(Path(__file__).parent.parent), *args], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(Path(__file__).parent.parent), *args], capture_output=True, text=True,
+                              check=True).stdout.strip()
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -101,7 +102,8 @@ def engine() -> str:
 @functools.cache
 def processor() -> str:
     try:
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                 if line.startswith("model name")]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
@@ -113,14 +115,16 @@ def all_works(plans: Sequence[Plan], subject: Subject, rows: dict[tuple, Row]) -
     for plan in plans:
         for name in plan.tasks:
             for work in _works(plan, subject, name, rows):
-                works.setdefault(tuple(key(key_row(plan, name, item, work.protocol, work.case)) for item, _ in work.asked), work)
+                works.setdefault(tuple(key(key_row(plan, name, item, work.protocol, work.case))
+                                       for item, _ in work.asked), work)
     return list(works.values())
 
 
 def sweeps(works: Sequence[Work]) -> list[list[Work]]:
-    """Works that differ in their budgets alone, so that one model holds them, one evaluated context begins them, and a sequence that is
-    done makes room for the next budget's question. With question-out they may differ in their shares, too; those that others can be
-    variants of come first. With kv_cells the budget counts while a context is evaluated, so every budget has contexts of its own."""
+    """Works that differ in their budgets alone, so that one model holds them, one evaluated context begins them, and a
+    sequence that is done makes room for the next budget's question. With question-out they may differ in their shares,
+    too; those that others can be variants of come first. With kv_cells the budget counts while a context is evaluated,
+    so every budget has contexts of its own."""
     found: dict[tuple, list[Work]] = {}
     for work in works:
         case, budgets = work.case, (bool(work.case.budget), bool(work.case.decode_budget))
@@ -135,9 +139,11 @@ def sweeps(works: Sequence[Work]) -> list[list[Work]]:
 def _works(plan: Plan, subject: Subject, name: str, rows: dict[tuple, Row]) -> list[Work]:
     module, vocabulary = task(name), subject.vocabulary
     settings = {**module.SETTINGS, **(plan.settings or {}).get(name, {})}
-    items = _load(name, Options(lambda text: count(vocabulary, text), plan.data_dir, plan.n, plan.seed, plan.chat, settings))
+    items = _load(name, Options(lambda text: count(vocabulary, text), plan.data_dir, plan.n, plan.seed, plan.chat,
+                                settings))
     asked = [(item, render(item, vocabulary, plan.chat)) for item in items]
-    needed = max(count(vocabulary, prompt.head) + count(vocabulary, prompt.tail) + item.max_tokens for item, prompt in asked) + N_SPARE
+    needed = max(count(vocabulary, prompt.head) + count(vocabulary, prompt.tail) + item.max_tokens
+                 for item, prompt in asked) + N_SPARE
     limit, what = (plan.n_ctx, "--n-ctx is") if plan.n_ctx else (subject.n_ctx_train, f"{subject.name} was trained for")
     if needed > limit:
         raise ValueError(f"{name} needs a context of {needed} tokens, {what} {limit}")
@@ -145,7 +151,8 @@ def _works(plan: Plan, subject: Subject, name: str, rows: dict[tuple, Row]) -> l
     works = []
     for case in plan.cases:
         for protocol in plan.protocols:
-            left = [(item, prompt) for item, prompt in asked if not is_answer(rows.get(key(key_row(plan, name, item, protocol, case))), prompt)]
+            left = [(item, prompt) for item, prompt in asked
+                    if not is_answer(rows.get(key(key_row(plan, name, item, protocol, case))), prompt)]
             works.append(Work(plan, name, settings, case, protocol, n_ctx, asked, left))
     return works
 
@@ -153,8 +160,10 @@ def _works(plan: Plan, subject: Subject, name: str, rows: dict[tuple, Row]) -> l
 def _load(name: str, options: Options) -> list[Item]:
     try:
         return task(name).load(options)
-    except (TypeError, AttributeError, LookupError) as error:  # a row has the fields, but not of the kind that the task reads
-        raise ValueError(f"the rows of {name}{f' in {options.data_dir}' if options.data_dir else ''} are not as its data set has them: "
+    # a row has the fields, but not of the kind that the task reads
+    except (TypeError, AttributeError, LookupError) as error:
+        where = f" in {options.data_dir}" if options.data_dir else ""
+        raise ValueError(f"the rows of {name}{where} are not as its data set has them: "
                          f"{type(error).__name__}: {error}") from None
 
 
@@ -168,8 +177,10 @@ def is_answer(row: Row | None, prompt: Prompt) -> bool:
 
 
 def key_row(plan: Plan, name: str, item: Item, protocol: str, case: Case) -> Row:
-    return {"task": name, "item": item.id, "protocol": protocol, "policy": case.policy, "budget": case.budget, "decode_budget": case.decode_budget,
-            "cells": case.cells, "type_k": case.type_k, "type_v": case.type_v, "n_ubatch": plan.n_ubatch, "chat": plan.chat and item.chat,
+    return {"task": name, "item": item.id, "protocol": protocol, "policy": case.policy, "budget": case.budget,
+            "decode_budget": case.decode_budget,
+            "cells": case.cells, "type_k": case.type_k, "type_v": case.type_v, "n_ubatch": plan.n_ubatch,
+            "chat": plan.chat and item.chat,
             "seed": plan.seed}
 
 

@@ -8,7 +8,7 @@ from pykvc import _core
 
 sys.path.append(str(Path(__file__).parent.parent))  # for evals; last, since ./pykvc has no compiled half
 
-# PYKVC_TEST_NGL=99: the tests run on the device of this build (evals/gpu_report.py)
+# PYKVC_TEST_NGL=99: the tests run on the device of this build (evals/tools/gpu_report.py)
 if N_GPU_LAYERS := int(os.environ.get("PYKVC_TEST_NGL", "0")):
     class DeviceModel(_core.Model):
         def __init__(self, path, *, n_gpu_layers=0, **kwargs):

@@ -13,7 +13,7 @@ import pytest
 import pykvc
 from evals import prompts as eval_prompts
 from evals.items import Item
-from evals.served import Server
+from evals.tools.served import Server
 from pykvc import _core, chat
 from pykvc.llama_cpp import Llama, theirs
 from pykvc.lm_eval import PykvcLM

@@ -8,7 +8,7 @@ import nbformat
 import pytest
 
 import pykvc
-from evals.served import Server
+from evals.tools.served import Server
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT/"README.md", *sorted((ROOT/"docs").glob("*.md")), ROOT/"docs/results/README.md"]

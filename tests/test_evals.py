@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import pykvc
 import tiny
 from evals import ask as asking
-from evals import archive, pictures, pool, report, run, stats, store, work
+from evals import archive, panels, pool, report, run, stats, store, work
 from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Item, Options
@@ -392,7 +392,7 @@ def test_the_table_compares_the_same_items(tmp_path):
     assert (h2o["n"], h2o["n_failed"]) == (0, 1)
     text = report.markdown([full, snapkv, h2o])
     assert "## niah, m, question-out" in text and "| `snapkv` | 200 |" in text and "-75.0 %" in text and " 200 |" in text
-    assert len(report.comma_separated([full, snapkv, h2o]).splitlines()) == 4
+    assert len(store.comma_separated([full, snapkv, h2o]).splitlines()) == 4
 
 
 def test_the_table_has_the_interval_of_a_divergence():
@@ -458,8 +458,8 @@ def test_report_writes_tables_and_pictures(tmp_path, data):
 
 
 def test_a_label_says_what_differs():
-    assert pictures.label(row(0, pykvc._core.parse_spec("snapkv:window=8"), 1.0, "0.5", cells="256")) == "snapkv:window=8 0.5 256 cells"
-    assert pictures.label(row(0, pykvc._core.parse_spec("snapkv"), 1.0, "64", type_k="q8_0")) == "snapkv 64 q8_0/f16"
+    assert panels.label(row(0, pykvc._core.parse_spec("snapkv:window=8"), 1.0, "0.5", cells="256")) == "snapkv:window=8 0.5 256 cells"
+    assert panels.label(row(0, pykvc._core.parse_spec("snapkv"), 1.0, "64", type_k="q8_0")) == "snapkv 64 q8_0/f16"
 
 
 def test_list_names_every_task():

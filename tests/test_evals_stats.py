@@ -157,7 +157,8 @@ def test_the_corrected_intervals_of_a_table_hold_together():
     ("gsm8k", "gsm8k-test-0/8-cot-order1", "cot-order1"), ("longgenbench", "15+5/8-train", "train"),
     ("fidelity", "gsm8k:gsm8k-test-0/8-cot-order2/64/f16", "cot-order2"), ("fidelity", "essays/2000/64/9475/f16", ""),
     ("fidelity", "longgenbench:0+5/8-cot-order1/600", "cot-order1"), ("fidelity", "humaneval:HumanEval/2/64", ""),
-    ("humaneval", "HumanEval/2", ""), ("commonsense_qa", "1afa02df/4-cot", ""), ("niah", "text/8000/0/needle-sf@0", "")])
+    ("humaneval", "HumanEval/2", ""), ("humaneval", "HumanEval/2/8-shots", "shots"), ("safety", "jbb_benign/3/8-shots-draw2", "shots-draw2"),
+    ("fidelity", "humaneval:HumanEval/2/8-shots-draw1/64", "shots-draw1"), ("gsm8k", "gsm8k-test-0/8-train-draw2", "train-draw2"), ("commonsense_qa", "1afa02df/4-cot", ""), ("niah", "text/8000/0/needle-sf@0", "")])
 def test_the_examples_before_an_item(name, item, drawn):
     assert tasks.draw(name, item, {}) == drawn
 

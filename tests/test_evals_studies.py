@@ -9,12 +9,13 @@ from typer.testing import CliRunner
 import pykvc
 from pykvc import batch
 from evals import ask as asking
-from evals import attention, latency, panels, report, run, study
+from evals import panels, report, run, study
 from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Options
 from evals.prompts import count, render
 from evals.tasks import TASKS, fidelity, gsm8k
+from evals.tools import attention, latency
 from evals.work import Plan, open_model
 from test_evals_tasks import folder  # noqa: F401  (a fixture)
 
@@ -64,7 +65,7 @@ def test_every_study_can_be_planned(name):
 
 
 def test_a_study_has_a_number_and_a_name():
-    assert study.find("1") == study.find("sensitivity") == study.find("1-sensitivity") and len(study.names()) == 10
+    assert study.find("1") == study.find("sensitivity") == study.find("1-sensitivity") and len(study.names()) == 11
     text = CliRunner().invoke(app, ["list"]).stdout
     assert all(f"study {name}: " in text for name in study.names())
 
@@ -314,8 +315,9 @@ def test_an_item_whose_attention_fails_is_said(tmp_path, folder, monkeypatch):  
 
 
 def test_attention_patterns(tmp_path, folder, monkeypatch):  # noqa: F811
-    path = write(tmp_path/"look.toml", '[[attention]]\ntask = ["mmlu", "humaneval"]\nshots = 2\nn = 1\npolicy = ["snapkv:window=8", "shotkv:window=8,recent=8"]\n'
-                                       'budget = "60%"\n')
+    path = write(tmp_path/"look.toml", "".join(
+        f'[[attention]]\n{task}\nn = 1\npolicy = ["snapkv:window=8", "shotkv:window=8,recent=8"]\nbudget = "60%"\n'
+        for task in ('task = "mmlu"\nshots = 2', 'task = "humaneval"')))
     out = tmp_path/"out"
     result = call(path, "--data-dir", folder, "--out", out, "--threads", "2")
     assert result.exit_code == 0, result.stderr

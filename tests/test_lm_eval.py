@@ -8,8 +8,10 @@ import lm_eval
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
+from typer.testing import CliRunner
 
 import pykvc
+from evals.cli import app
 from pykvc.lm_eval import PykvcLM
 
 FACTS = "".join(f"{name} has {n} apples.\n" for name, n in zip(("Ann", "Bob", "Cleo", "Dan", "Eve", "Fay", "Gil", "Hal"), (3, 5, 2, 9, 4, 7, 6, 8)))
@@ -128,6 +130,122 @@ def test_what_eviction_changes(full, snapkv, model_path):
     assert abs(ask(snapkv, more) - ask(full, more)) > 0.05
     held = PykvcLM(str(model_path), n_ctx=512, hold_back=1, **SNAPKV)
     assert abs(ask(held, one) - ask(full, one)) > 0.01
+
+
+# -- question-out -------------------------------------------------------------------------------------------------------
+
+SHOTS = [f"Q: How many apples has {name}?\nA: {name} has {n}.\n\n" for name, n in (("Ann", 3), ("Bob", 5), ("Cleo", 2), ("Dan", 9))]
+OUT = dict(kv_policy="snapkv:window=8", kv_budget=32, protocol="question-out")
+HOW = {"until": ["Q:"], "max_gen_toks": 6}
+
+
+def of(name):
+    return "".join(SHOTS) + f"Q: How many apples has {name}?\nA:"
+
+
+@pytest.mark.parametrize("policy", ["snapkv:window=8", "shotkv:window=8,recent=8", "adakv:window=8", "finch:window=64,recent=8", "kvzip:recent=8"])
+def test_question_out_evicts_the_examples_before_it_reads_the_question(model_path, policy):
+    lm = PykvcLM(str(model_path), n_ctx=512, n_ubatch=128, **{**OUT, "kv_policy": policy})
+    head, asks = "".join(SHOTS).rstrip(), policy.startswith("finch")  # SmolLM2 joins the line breaks with what follows
+    questions = [f"Q: How many apples has {name}?\nA:" for name in ("Dan", "Ann")]
+    texts = lm.generate_until(asked("generate_until", *(("".join(SHOTS) + question, HOW) for question in questions)), disable_tqdm=True)
+    scores = lm.loglikelihood(asked("loglikelihood", *(("".join(SHOTS) + question, " Dan has 9") for question in questions)), disable_tqdm=True)
+    with pykvc.LLM(model_path, n_ctx=512, n_ubatch=128, kv_policy=policy, kv_budget=32) as llm:
+        for question, text, score in zip(questions, texts, scores):
+            spans, begin = [], 0
+            for shot in SHOTS:
+                spans.append((begin, begin := min(begin + len(shot), len(head))))
+            context = llm.context(head, spans=spans, span_unit="chars", kv_query=question if asks else None)
+            context.compress()
+            rest = llm.tokenize(head + "\n\n" + question)[context.n_tokens:]
+            assert context.ask(tokens=rest, max_tokens=6, stop=["Q:"]).text == text
+            context.go_back()
+            llm.prefill(tokens=rest, spans=())
+            total = 0.0
+            for token in llm.tokenize(" Dan has 9", add_special=False):
+                x = llm.logits().astype(np.float64)
+                total += x[token] - x.max() - np.log(np.exp(x - x.max()).sum())
+                llm.prefill(tokens=[token])
+            assert score[0] == pytest.approx(total, abs=0.2)
+
+
+@pytest.mark.parametrize("protocol, n", [("question-out", 1), ("question-in", 5)])
+def test_sixteen_at_a_time_share_the_examples(model_path, capsys, protocol, n):
+    """Evaluated once; evicted once where the question is not known, else with each question."""
+    lm = PykvcLM(str(model_path), n_ctx=512, batch_size=16, **{**OUT, "protocol": protocol})
+    assert lm.llm._session.ctx.n_seq_max == 16
+    contexts = [of(name) for name in ("Dan", "Ann", "Cleo", "Eve", "Bob")]
+    texts = lm.generate_until(asked("generate_until", *((context, HOW) for context in contexts)), disable_tqdm=True)
+    assert f" {n} evictions in 5 requests" in capsys.readouterr().err
+    with pykvc.LLM(model_path, n_ctx=512, n_seq_max=16, kv_policy=OUT["kv_policy"], kv_budget=32) as llm:
+        head, question_in = "".join(SHOTS).rstrip(), protocol == "question-in"
+        n_head = len(llm.tokenize(head))
+        assert texts == [answer.text for answer in llm.generate_batch(
+            [llm.tokenize(context)[n_head:] for context in contexts], prefix=head, compress_prefix=not question_in, compress=question_in,
+            max_tokens=6, stop=["Q:"])]
+
+
+def test_where_the_question_begins(model_path):
+    lm = PykvcLM(str(model_path), n_ctx=512, **OUT)
+    split = lambda text, **how: lm._prompt(text, lm.tok_encode(text), **{"n_more": 8, **how})  # noqa: E731
+    whole = of("Dan")
+    found = split(whole)
+    assert found.text == "".join(SHOTS).rstrip() and lm.llm.detokenize(found.question) == "\n\nQ: How many apples has Dan?\nA:"
+    assert found.ids == lm.tok_encode(whole)
+    assert split(whole + "\n\n").question[:len(found.question)] == found.question  # nothing follows that delimiter
+    assert split("no examples").head == [] and split("no examples").question
+    cut = split(whole, n_more=512 - len(found.ids) + 7)  # room for all but 7 tokens
+    assert (cut.text, cut.head, cut.question) == ("", found.head[7:], found.question)
+    assert split(whole, n_more=512 - 4).head == [] and len(split(whole, n_more=512 - 4).question) == 4
+    named = PykvcLM(str(model_path), n_ctx=512, **{**OUT, "delimiter": "\\n\\nQ:"})  # as a command line has it
+    text = "".join(SHOTS) + "Q: The first part.\n\nHow many?"
+    assert named.llm.detokenize(named._prompt(text, named.tok_encode(text), 8).question) == "\n\nQ: The first part.\n\nHow many?"
+    turns = [{"role": role, "content": text} for shot in SHOTS for role, text in zip(("user", "assistant"), shot.split("\nA:"))]
+    written = lm.apply_chat_template([*turns, {"role": "user", "content": "How many has Dan?"}])
+    found = split(written)
+    assert lm.llm.detokenize(found.question).startswith("How many has Dan?<|im_end|>") and SHOTS[3].split("\nA:")[1].strip() in found.text
+
+
+def test_mistakes_of_a_protocol(model_path, capsys):
+    for how, match in ((dict(protocol="both"), "question-in or question-out"), (dict(protocol="question-out", hold_back=1), "question-in"),
+                       (dict(delimiter=""), "delimiter"), (dict(batch_size="many"), "batch_size"), (dict(batch_size=0.5), "batch_size")):
+        with pytest.raises(ValueError, match=match):
+            PykvcLM(str(model_path), **{**OUT, **how})
+    lm = PykvcLM(str(model_path), n_ctx=512, **OUT)
+    for ask in (lambda: lm.generate_until(asked("generate_until", ("Q: Who?\nA:", HOW)), disable_tqdm=True),
+                lambda: lm.loglikelihood(asked("loglikelihood", ("Q: Who?\nA:", " Ann")), disable_tqdm=True)):
+        with pytest.raises(ValueError, match="question-out has nothing to evict"):
+            ask()
+    alone = PykvcLM(str(model_path), n_ctx=512, batch_size="auto", **{**OUT, "kv_policy": "adakv:window=8"})
+    assert alone.n_parallel == 1 and "one request at a time" in capsys.readouterr().err
+
+
+def test_the_harness_own_tasks_on_local_rows(tmp_path, model_path):
+    """Stand-in rows with the fields of the originals; the harness' own files say how they are asked."""
+    data, out = tmp_path/"data", tmp_path/"tasks"
+    numbers, subjects = range(4), ("anatomy", "virology")
+    of_choice = [{"question": f"What is {n} + 1?", "choices": {"label": list("ABCDE"), "text": [str(n + i) for i in range(5)]}, "answerKey": "B"} for n in numbers]
+    of_subject = [{"question": f"What is {n} + 1?", "subject": subject, "choices": [str(n + i) for i in range(4)], "answer": 1}
+                  for n in (*numbers, 4) for subject in subjects]
+    files = {"gsm8k/test": [{"question": f"Ann has {n} apples and buys one. How many has she?", "answer": f"{n}+1={n + 1}.\n#### {n + 1}"} for n in numbers],
+             "commonsense_qa/train": of_choice, "commonsense_qa/validation": of_choice, "mmlu/dev": of_subject, "mmlu/test": of_subject}
+    for name, rows in files.items():
+        (data/name).parent.mkdir(parents=True, exist_ok=True)
+        (data/f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    written = CliRunner().invoke(app, ["harness", "--data-dir", str(data), "--out", str(out)])
+    assert written.stdout.endswith(f"--include_path {out} --tasks gsm8k_cot,commonsense_qa,mmlu\n"), written.stderr
+    nothing = CliRunner().invoke(app, ["harness", "--data-dir", str(tmp_path), "--out", str(out)])
+    assert nothing.exit_code == 2 and "has rows of none" in nothing.stderr
+    env = {**os.environ, "HF_HOME": str(tmp_path/"hf"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    command = [sys.executable, "-I", "-m", "pykvc.lm_eval", "--model", "pykvc", "--include_path", str(out), "--limit", "3", "--num_fewshot", "3",
+               "--tasks", "gsm8k_cot,commonsense_qa,mmlu_anatomy,mmlu_virology", "--batch_size", "16", "--output_path", str(tmp_path/"out"), "--log_samples",
+               "--gen_kwargs", "max_gen_toks=8", "--model_args", f"model={model_path},n_ctx=1024,kv_policy=snapkv:window=8,kv_budget=0.5,protocol=question-out"]
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert ": 1 evictions in 3 requests" in done.stderr       # gsm8k_cot: three questions behind the same examples
+    assert ": 5 evictions in 39 requests" in done.stderr      # three of commonsense_qa, whose examples are drawn, and two subjects
+    results = json.loads(next((tmp_path/"out").rglob("results*.json")).read_text())["results"]
+    assert {"exact_match,strict-match", "exact_match,flexible-extract"} <= set(results["gsm8k_cot"]) and "acc,none" in results["mmlu_virology"]
 
 
 def test_rolling(full, snapkv, model_path):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from evals import attention_report, panels, pool, report, stats
+from evals import panels, pool, report, stats
+from evals.tools import attention_report
 from evals.cli import app
 from test_evals import row
 
@@ -27,6 +28,24 @@ def test_a_question_is_counted_once_whatever_is_asked_around_it():
     assert (alone["n_units"], alone["n_answers"], together["n_units"], together["n_answers"]) == (12, 24, 12, 120)
     for name in ("score", "reference", "difference", "difference_low", "difference_high"):
         assert together[name] == pytest.approx(alone[name])
+
+
+def test_another_column_can_be_compared():
+    """A protocol, cache types, numbers of examples: of answers that are else the same."""
+    rows = [{**asked(q, shots, policy, float(q < n)), "protocol": protocol, "shots": shots}
+            for shots, protocol, policy, n in ((8, "question-out", "full", 9), (8, "question-out", "snapkv", 6), (8, "question-in", "snapkv", 3),
+                                               (0, "question-out", "full", 2)) for q in range(12)]
+    (line,) = pool.pool(rows, ["protocol"], "protocol=question-in")  # full has no answer question-in
+    assert (line["protocol"], line["n_answers"], line["score"], line["reference"]) == ("question-out", 12, 0.5, 0.25)
+    out = [row for row in rows if row["protocol"] == "question-out"]
+    (line,) = pool.pool(out, ["settings", "policy"], "shots=0")
+    assert (line["settings"], line["policy"], line["n_units"], line["difference"]) == ("shots 8", "full", 12, pytest.approx(7/12))
+    quantized = [{**row, "type_k": "q8_0", "type_v": "q8_0", "score": 0.0} for row in out if row["policy"] == "full"]
+    lines = pool.pool([*out, *quantized], ["policy", "settings"], "policy=full,budget=none,type_k=q8_0,type_v=q8_0")
+    assert [(line["policy"], line["settings"], line["reference"]) for line in lines] == [("snapkv", "shots 8", 0)]
+    for wrong in ("colour=red", "task=gsm8k", "protocol=question-in,shots"):
+        with pytest.raises(ValueError, match="COLUMN=VALUE|no answer of"):
+            pool.pool(rows, ["policy"], wrong)
 
 
 def test_the_table_counts_a_text_once(tmp_path):

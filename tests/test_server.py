@@ -13,7 +13,7 @@ import pytest
 
 import pykvc
 from pykvc import prompts, serve
-from evals.served import Server
+from evals.tools.served import Server
 from test_spans import TEXTS
 
 pytestmark = pytest.mark.server

@@ -12,7 +12,7 @@ import pytest
 import families
 import pykvc
 import tiny
-from evals.served import Server
+from evals.tools.served import Server
 
 pytestmark = pytest.mark.server
 

@@ -8,13 +8,9 @@ scorers (verdicts, as evals/scorers.py).
 from types import ModuleType
 from typing import Any, Sequence
 
-from . import (commonsense_qa, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu,
-               niah, ruler, safety)
+from . import fidelity, plain
 
-TASKS: dict[str, ModuleType] = {
-    "niah": niah, "gsm8k": gsm8k, "mmlu": mmlu, "commonsense_qa": commonsense_qa, "humaneval": humaneval, "safety": safety,
-    "kv_retrieval": kv_retrieval, "longbench": longbench, "ruler": ruler, "longgenbench": longgenbench,
-    "longgenbench_mmlu": longgenbench_mmlu, "fidelity": fidelity}
+TASKS: dict[str, ModuleType] = {**plain.PLAIN, "fidelity": fidelity}
 
 
 def task(name: str) -> ModuleType:
@@ -30,13 +26,13 @@ def unit(name: str, item: str, tags: dict[str, Any]) -> str:
     gsm8k-test-0/1-cot and gsm8k-test-0/8-cot are one unit. A task says so by a function unit(item, tags); without it an
     item is its own unit. Old answers are read, too, so the function goes by what ids have always held, and by tags only
     where they are there."""
-    return task(name).unit(item, tags) if hasattr(task(name), "unit") else item
+    return plain.unit(task(name), item, tags)
 
 
 def draw(name: str, item: str, tags: dict[str, Any]) -> str:
     """The drawn set of examples that an item follows, whatever their number: "cot-order1" of gsm8k-test-0/8-cot-order1.
     "" where a task draws none: of its examples there is one set, or each item has its own. ValueError: unknown task."""
-    return task(name).draw(item, tags) if hasattr(task(name), "draw") else ""
+    return plain.draw(task(name), item, tags)
 
 
 def settings_of(names: Sequence[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -46,10 +42,12 @@ def settings_of(names: Sequence[str], given: dict[str, Any]) -> dict[str, dict[s
     if "fidelity" in usual and given.get("of") in TASKS:  # it asks that task's questions
         usual["fidelity"] = {**TASKS[given["of"]].SETTINGS, **usual["fidelity"]}
     for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
         if not any(name in known for known in usual.values()):
-            raise ValueError(f"--{name.replace('_', '-')} is a setting of {', '.join(t for t, module in TASKS.items() if name in module.SETTINGS)}, "
-                             f"not of {', '.join(names)}")
+            others = (t for t, module in TASKS.items() if name in module.SETTINGS)
+            raise ValueError(f"{flag} is a setting of {', '.join(others)}, not of {', '.join(names)}")
         for default in (known[name] for known in usual.values() if name in known):
             if isinstance(default, (bool, int)) and type(value) is not type(default):
-                raise ValueError(f"--{name.replace('_', '-')} is {'true or false' if isinstance(default, bool) else 'a whole number'}, not {value!r}")
+                kind = "true or false" if isinstance(default, bool) else "a whole number"
+                raise ValueError(f"{flag} is {kind}, not {value!r}")
     return {t: {name: value for name, value in given.items() if name in known} for t, known in usual.items()}

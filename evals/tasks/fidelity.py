@@ -1,11 +1,13 @@
-"""How far the next token's distribution moves: KL divergence from the whole cache, and how often both have the same first choice.
+"""How far the next token's distribution moves: KL divergence from the whole cache, and how often both have the same
+first choice.
 
-Teacher-forced: a context is evaluated and evicted, a question follows, and then --tokens tokens of an answer, whatever the model would
-have said; a --decode-budget evicts them as if it had. Before each of them its distribution is compared with that of a cache that keeps
-everything. --of prose: any text, in niah/haystack/*.txt of the data folder; --length tokens of it are the context, a sentence or two the
-question, what follows the answer. --of TASK: the contexts and questions of that task, with its settings but for --length, and as the
-answer what the whole cache answers. --reference same: the whole cache of the same types; f16: of that, so that the loss by quantized
-types counts, too. The score is the share of equal first choices; KL is in nats, a mean over tokens.
+Teacher-forced: a context is evaluated and evicted, a question follows, and then --tokens tokens of an answer, whatever
+the model would have said; a --decode-budget evicts them as if it had. Before each of them its distribution is compared
+with that of a cache that keeps everything. --of prose: any text, in niah/haystack/*.txt of the data folder; --length
+tokens of it are the context, a sentence or two the question, what follows the answer. --of TASK: the contexts and
+questions of that task, with its settings but for --length, and as the answer what the whole cache answers. --reference
+same: the whole cache of the same types; f16: of that, so that the loss by quantized types counts, too. The score is the
+share of equal first choices; KL is in nats, a mean over tokens.
 """
 import json
 from dataclasses import replace
@@ -21,7 +23,9 @@ from pykvc.spans import sentence_spans
 from ..ask import Jobs, contexts, evict, ms
 from ..items import Item, Options
 from ..references import Reference, References, log_probabilities
+from . import plain
 from .niah import haystacks
+from .plain import PLAIN
 
 SETTINGS = {"length": 2000, "tokens": 64, "of": "prose", "reference": "same"}
 N_QUESTION = 32  # tokens at least
@@ -37,14 +41,14 @@ def load(options: Options) -> list[Item]:
 
 
 def _of_task(options: Options) -> list[Item]:
-    from . import TASKS
     name = options["of"]
-    if name not in TASKS or name == "fidelity":
-        raise ValueError(f"--of is prose, or a task: {', '.join(t for t in TASKS if t != 'fidelity')}, not {name!r}")
-    settings = {**TASKS[name].SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),  # no code is run
+    if name not in PLAIN:
+        raise ValueError(f"--of is prose, or a task: {', '.join(PLAIN)}, not {name!r}")
+    settings = {**PLAIN[name].SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),  # no code is run
                 **{key: value for key, value in options.settings.items() if key not in SETTINGS}}
-    items = TASKS[name].load(replace(options, n=options.n or N_DEFAULT, settings=settings))
-    return [replace(item, id=f"{name}:{item.id}/{options['tokens']}", gold="", stop=(), max_tokens=options["tokens"] + SPARE) for item in items]
+    items = PLAIN[name].load(replace(options, n=options.n or N_DEFAULT, settings=settings))
+    return [replace(item, id=f"{name}:{item.id}/{options['tokens']}", gold="", stop=(),
+                    max_tokens=options["tokens"] + SPARE) for item in items]
 
 
 def _prose(options: Options) -> list[Item]:
@@ -64,7 +68,8 @@ def _chunks(text: str, name: str, options: Options) -> Iterator[Item]:
             parts.append(text[begin:b])
             tokens, begin = 0, b
         if len(parts) == 3:
-            yield Item(id=f"{name}/{options['length']}/{options['tokens']}/{begin}", context=parts[0], question=parts[1], query="", chat=False,
+            yield Item(id=f"{name}/{options['length']}/{options['tokens']}/{begin}", context=parts[0],
+                       question=parts[1], query="", chat=False,
                        gold=parts[2], max_tokens=options["tokens"] + SPARE)
             parts = []
 
@@ -72,34 +77,32 @@ def _chunks(text: str, name: str, options: Options) -> Iterator[Item]:
 def unit(item: str, tags: dict) -> str:
     """--of TASK: that task's, whatever --tokens and --reference. Prose: the passage. Another --length or --tokens cuts
     passages that overlap with these, so do not pool several of them in one line."""
-    from . import TASKS
-    from . import unit as unit_of
     item = item.removesuffix("/f16")
     name, _, asked = item.partition(":")
-    if name in TASKS:
-        return f"{name}:{unit_of(name, asked.rpartition('/')[0], tags)}"
-    return item
+    return f"{name}:{plain.unit(PLAIN[name], asked.rpartition('/')[0], tags)}" if name in PLAIN else item
 
 
 def draw(item: str, tags: dict) -> str:
     """That of the task it asks."""
-    from . import TASKS
-    from . import draw as draw_of
     name, _, asked = item.removesuffix("/f16").partition(":")
-    return draw_of(name, asked.rpartition("/")[0], tags) if name in TASKS else ""
+    return plain.draw(PLAIN[name], asked.rpartition("/")[0], tags) if name in PLAIN else ""
 
 
-# -- in place of answers ------------------------------------------------------------------------------------------------
+# -- in place of answers --------------------------------------------------------------------------------------------
 
 REFERENCES = References()
 
 
-def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None, out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
-    """For each token the KL divergence and whether the first choice is the same, as JSON. As evals/ask.py evaluates and evicts.
-    out: what the whole cache answers is kept there, so that a run that goes on, perhaps elsewhere, has the same answers."""
+def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None,
+        out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
+    """For each token the KL divergence and whether the first choice is the same, as JSON. As evals/ask.py evaluates and
+    evicts. out: what the whole cache answers is kept there, so that a run that goes on, perhaps elsewhere, has the same
+    answers."""
     item, _, case = asked[0]
     types = ("f16", "f16") if item.id.endswith("/f16") else (case.type_k, case.type_v)
-    references = REFERENCES.of(llm, [(item, prompt) for item, prompt, _ in asked], types, item.max_tokens - SPARE, n_threads, out)  # not while ours is timed
+    # not while ours is timed
+    references = REFERENCES.of(llm, [(item, prompt) for item, prompt, _ in asked], types, item.max_tokens - SPARE,
+                               n_threads, out)
     for case, item, prompt, before in contexts(llm, asked, protocol):
         begin = perf_counter()
         n_prompt, first = before.n_tokens + llm.prefill(prompt.tail, spans=()), llm.logits()
@@ -121,7 +124,8 @@ def _compare(llm: pykvc.LLM, reference: Reference, first: np.ndarray) -> dict[st
         kl += [round(float(x), 6) for x in np.maximum(0, (np.exp(p)*(p - q)).sum(axis=1))]
         same += [int(x) for x in p.argmax(axis=1) == q.argmax(axis=1)]
     stats = llm.stats()
-    return {"n_predicted": len(kl), **{name: stats[name] for name in ("cells_allocated", "bytes_used", "bytes_full", "bytes_allocated")},
+    return {"n_predicted": len(kl),
+            **{name: stats[name] for name in ("cells_allocated", "bytes_used", "bytes_full", "bytes_allocated")},
             "decode_ms": ms(begin), "stop_reason": "length", "answer": json.dumps({"kl": kl, "same": same})}
 
 

@@ -3,7 +3,8 @@
 Paper: Cobbe et al. 2021, arXiv 2110.14168; data: openai/gsm8k (MIT). --exemplars cot: the eight of Wei et al. 2022
 (arXiv 2201.11903), as carried by lm-evaluation-harness (MIT), in gsm8k/cot_exemplars of the data folder. --exemplars
 train: the training split, for more than eight. auto: cot where the folder has them, else train; an item's id says
-which. --order N: the examples in another order, drawn with seed N; 0: as they are.
+which. --order N: the examples in another order, drawn with seed N; 0: as they are. --draw N: other examples of the
+training split, drawn with seed N.
 
 Scored as lm-evaluation-harness scores its gsm8k_cot, by both of its filters: `strict` takes the first number after "The
 answer is", `flexible` the last number of the answer. `flexible` is the score: an evicted model that forgot the format
@@ -12,10 +13,10 @@ may still be right.
 import random
 import re
 
-from ..data import rows, take
+from ..data import drawn, rows, take
 from ..items import Item, Options
 
-SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0}
+SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0, "draw": 0}
 FIELDS = ("question", "answer")
 # Of lm_eval/tasks/gsm8k/gsm8k-cot.yaml: the filters, and what comparing ignores, one after the other
 STRICT = re.compile(r"The answer is (\-?[0-9\.\,]+).")
@@ -26,9 +27,11 @@ IGNORED = ",", r"\$", r"(?s).*#### ", r"\.$"
 def load(options: Options) -> list[Item]:
     kind, shown = exemplars(options, least=0)
     shots = [f"Q: {row['question'].strip()}\nA: {worked(row['answer'])}\n\n" for row in shown]
-    return [Item(id=f"{row.get('id', i)}/{kind}", shots=shots, question=f"Q: {row['question'].strip()}\nA:", cue="A:", query=row["question"].strip(),
+    return [Item(id=f"{row.get('id', i)}/{kind}", shots=shots, question=f"Q: {row['question'].strip()}\nA:", cue="A:",
+                 query=row["question"].strip(),
                  gold=number(row["answer"].split("####")[-1]), stop=["Q:"], max_tokens=320)
-            for i, row in enumerate(rows(options.data_dir, "gsm8k/test", ("openai/gsm8k", "main", "test"), FIELDS)[:options.n])]
+            for i, row in enumerate(rows(options.data_dir, "gsm8k/test", ("openai/gsm8k", "main", "test"),
+                                         FIELDS)[:options.n])]
 
 
 def exemplars(options: Options, least: int = 1) -> tuple[str, list[dict]]:
@@ -37,22 +40,16 @@ def exemplars(options: Options, least: int = 1) -> tuple[str, list[dict]]:
     if kind == "auto":
         kind = "cot" if options.data_dir and any(options.data_dir.glob("gsm8k/cot_exemplars.jsonl*")) else "train"
     if kind not in ("cot", "train"):
-        raise ValueError(f"--exemplars is cot (the eight of the paper on chain of thought), train or auto, not {kind!r}")
+        raise ValueError("--exemplars is cot (the eight of the paper on chain of thought), train or auto, not "
+                         f"{kind!r}")
     hub, name = (None, "gsm8k/cot_exemplars") if kind == "cot" else (("openai/gsm8k", "main", "train"), "gsm8k/train")
-    chosen = take("--shots", rows(options.data_dir, name, hub, FIELDS), n, least)
+    if options["draw"] and kind == "cot":
+        raise ValueError("--draw is for --exemplars train: of cot there are eight")
+    chosen = take("--shots", drawn(rows(options.data_dir, name, hub, FIELDS), options["draw"]), n, least)
     if options["order"]:
         random.Random(options["order"]).shuffle(chosen)
-    return f"{n}-{kind}" + f"-order{options['order']}"*bool(options["order"]), chosen
-
-
-def unit(item: str, tags: dict) -> str:
-    """The question, whatever examples stand before it."""
-    return item.rpartition("/")[0] or item
-
-
-def draw(item: str, tags: dict) -> str:
-    """Which examples, in which order, whatever their number: "cot", "train-order1"."""
-    return item.rpartition("/")[2].partition("-")[2]
+    more = "".join(f"-{name}{options[name]}" for name in ("order", "draw") if options[name])
+    return f"{n}-{kind}{more}", chosen
 
 
 def score(item: Item, answer: str) -> bool:

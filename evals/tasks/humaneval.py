@@ -1,4 +1,7 @@
-"""Python functions from their docstrings, pass@1; what is evicted is the prompt that the function is written from.
+"""Python functions from their docstrings, pass@1. Without examples what is evicted is the prompt that the function is
+written from. With --shots, as in KVFundaBench, that is the question, and what is evicted are examples, whole functions.
+
+Examples are of the second half of the rows, questions then of the first: --draw N draws other ones with seed N.
 
 Paper: Chen et al. 2021, arXiv 2107.03374; data: openai/openai_humaneval (MIT). Greedy, one answer, run in a sandbox
 (evals/sandbox.py) as openai/human-eval's execution.py runs it: the prompt, the answer and the tests, `exec`ed in an
@@ -15,11 +18,12 @@ import warnings
 from typing import Iterator
 
 from .. import sandbox
-from ..data import rows
+from ..data import apart, rows
 from ..items import Item, Options
 
-SETTINGS = {"unsafe_code": False}
+SETTINGS = {"shots": 0, "draw": 0, "unsafe_code": False}
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+ASK = "Complete the Python function above. Answer with the whole function in one code block."
 STUB = "    pass\n\n"  # ends the prompt's function
 FENCE = re.compile(r"^[ \t]*(?:[-*]|\d+[.)])?[ \t]*```[ \t]*([\w+#.-]*)[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)",
                    re.MULTILINE | re.DOTALL)
@@ -32,15 +36,25 @@ def load(options: Options) -> list[Item]:
     if not options["unsafe_code"]:
         sandbox.passes("")  # can it be locked in?
     found = rows(options.data_dir, "humaneval/test", ("openai/openai_humaneval", None, "test"), FIELDS)
-    return [_item(row, options) for row in found[:options.n]]
+    asked, examples = apart(found, options["shots"], options["draw"])
+    return [_item(row, examples, options) for row in asked[:options.n]]
 
 
-def _item(row: dict, options: Options) -> Item:
+def _item(row: dict, examples: list[dict], options: Options) -> Item:
     gold = {name: row[name] for name in ("prompt", "test", "entry_point")}
-    how = dict(id=row["task_id"], gold=gold, max_tokens=512, tags={"unsafe_code": options["unsafe_code"]})
+    how = dict(gold=gold, max_tokens=512, tags={"unsafe_code": options["unsafe_code"]})
+    if examples:
+        how["id"] = f"{row['task_id']}/{len(examples)}-shots" + f"-draw{options['draw']}"*bool(options["draw"])
+        shots = [example["prompt"] + example["canonical_solution"] for example in examples]
+        if options.chat:
+            return Item(lead="These Python functions are complete:\n\n",
+                        shots=[f"```python\n{shot}```\n\n" for shot in shots],
+                        question=f"```python\n{row['prompt']}```\n\n{ASK}", query=row["prompt"], **how)
+        return Item(shots=[shot.rstrip("\n") + "\n\n\n" for shot in shots], question=row["prompt"], stop=ENDS, **how)
+    how["id"] = row["task_id"]
     if options.chat:
-        return Item(context=f"```python\n{row['prompt']}```\n\n", question="Complete the Python function above. Answer with the whole function "
-                    "in one code block.", query="Complete the Python function above.", **how)
+        return Item(context=f"```python\n{row['prompt']}```\n\n", question=ASK,
+                    query="Complete the Python function above.", **how)
     head, end, tail = row["prompt"].rstrip("\n").rpartition("\n")
     return Item(context=head + end, question=tail + "\n", stop=ENDS, **how)
 

@@ -1,8 +1,8 @@
 """A value looked up in a long JSON object of random keys; a pair is a shot, which is either there or not.
 
-Paper: Liu et al. 2023, arXiv 2307.03172; data: kv_retrieval_data of nelson-liu/lost-in-the-middle (MIT), not on Hugging Face:
-kv_retrieval/kv75.jsonl of the data folder with ordered_kv_records, key, value. --pairs N takes the first N pairs. Several keys of one
-object are asked, at depths that differ from object to object, so that one prefill serves them all.
+Paper: Liu et al. 2023, arXiv 2307.03172; data: kv_retrieval_data of nelson-liu/lost-in-the-middle (MIT), not on Hugging
+Face: kv_retrieval/kv75.jsonl of the data folder with ordered_kv_records, key, value. --pairs N takes the first N pairs.
+Several keys of one object are asked, at depths that differ from object to object, so that one prefill serves them all.
 """
 import json
 
@@ -15,7 +15,8 @@ LEAD = "Here is a JSON object. Look up the value of the key that is asked for.\n
 
 
 def load(options: Options) -> list[Item]:
-    items = [item for i, row in enumerate(rows(options.data_dir, "kv_retrieval/kv75", None, ("ordered_kv_records", "key", "value")))
+    items = [item for i, row in enumerate(rows(options.data_dir, "kv_retrieval/kv75", None,
+                                               ("ordered_kv_records", "key", "value")))
              for item in _of_object(i, row, options)]
     return items[:options.n]
 
@@ -38,7 +39,8 @@ def _of_object(i: int, row: dict, options: Options) -> list[Item]:
         place = min(free, key=lambda at: abs(at - wanted))  # noqa: B023  of few pairs two tenths may mean the same one
         free.remove(place)
         key, value = pairs[place]
-        items.append(Item(id=f"{row.get('id', i)}/{options['pairs']}/{key}", lead=LEAD, shots=shots, question=f'Key: "{key}"\nValue:', cue="Value:",
+        items.append(Item(id=f"{row.get('id', i)}/{options['pairs']}/{key}", lead=LEAD, shots=shots,
+                          question=f'Key: "{key}"\nValue:', cue="Value:",
                           query=f'Key: "{key}"', gold=value, max_tokens=60, tags={"depth": round(100*tenth/9)}))
     return items
 

@@ -20,7 +20,7 @@ from ..data import rows
 from ..items import Item, Options
 from . import gsm8k
 
-SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0, "questions": 20}
+SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0, "draw": 0, "questions": 20}
 LEAD = ("Answer each question step by step, adhering to the format shown in the examples provided. Start each response "
         "with 'Answer_' and introduce the final response with 'The answer is'. Do not repeat the question. Ensure that "
         "you respond to all the questions presented, regardless of their number.\n\n")
@@ -34,18 +34,14 @@ def load(options: Options) -> list[Item]:
     shown = [(row["question"], gsm8k.worked(row["answer"])) for row in examples]
     return [item(f"{begin}+{per_item}/{kind}", LEAD, shown, [row["question"] for row in asked],
                  [gsm8k.number(row["answer"].split("####")[-1]) for row in asked])
-            for begin in range(0, len(found) - per_item + 1, per_item) for asked in [found[begin:begin + per_item]]][:options.n]
+            for begin in range(0, len(found) - per_item + 1, per_item)
+            for asked in [found[begin:begin + per_item]]][:options.n]
 
 
 def unit(item: str, tags: dict) -> str:
-    """The questions of one generation, whatever examples stand before them: "0+20". Those of 5 and those of 20 questions
-    are units apart though they share questions, so do not pool them in one line."""
+    """The questions of one generation, whatever examples stand before them: "0+20". Those of 5 and those of 20
+    questions are units apart though they share questions, so do not pool them in one line."""
     return item.partition("/")[0]
-
-
-def draw(item: str, tags: dict) -> str:
-    """Which examples, in which order, whatever their number: "cot", "train-order1"."""
-    return item.rpartition("/")[2].partition("-")[2]
 
 
 def item(id: str, lead: str, examples: Sequence[tuple[str, str]], questions: Sequence[str], gold: list[str],

@@ -22,7 +22,8 @@ LEAD = ("Answer each question step by step, adhering to the format shown in the 
 
 
 def load(options: Options) -> list[Item]:
-    examples = {row["subject"]: _examples(row["prompt"]) for row in rows(options.data_dir, "mmlu/cot_prompts", None, ("subject", "prompt"))}
+    examples = {row["subject"]: _examples(row["prompt"])
+                for row in rows(options.data_dir, "mmlu/cot_prompts", None, ("subject", "prompt"))}
     by_subject = defaultdict(list)
     for row in rows(options.data_dir, "mmlu/test", ("cais/mmlu", "all", "test"), mmlu.FIELDS):
         by_subject[row["subject"]].append(row)
@@ -49,8 +50,10 @@ def score(item: Item, answer: str) -> float:
 
 def _examples(prompt: str) -> list[tuple[str, str]]:
     """(question with its choices, answer with its reasons) of "Q: ...\nA: ..." blocks."""
-    return [(question, answer) for question, _, answer in (block.partition("\nA: ") for block in re.split(r"(?:^|\n)Q: ", prompt)[1:])]
+    return [(question, answer)
+            for question, _, answer in (block.partition("\nA: ") for block in re.split(r"(?:^|\n)Q: ", prompt)[1:])]
 
 
 def _question(row: dict) -> str:
-    return f"{row['question'].strip()}\n" + " ".join(f"({label}) {choice}" for label, choice in zip(mmlu.LABELS, row["choices"]))
+    return f"{row['question'].strip()}\n" + " ".join(f"({label}) {choice}"
+                                                     for label, choice in zip(mmlu.LABELS, row["choices"]))

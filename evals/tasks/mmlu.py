@@ -1,8 +1,8 @@
 """Knowledge in 57 subjects, multiple choice, five examples of the subject in front; an example is a shot.
 
-Paper: Hendrycks et al. 2021, arXiv 2009.03300; data: cais/mmlu (MIT), configuration "all". The answer is one letter, which question-in
-samples before anything was evicted: only question-out says what an eviction does to it. Items go round the subjects, so that any
-beginning is balanced; the questions of a subject share their examples.
+Paper: Hendrycks et al. 2021, arXiv 2009.03300; data: cais/mmlu (MIT), configuration "all". The answer is one letter,
+which question-in samples before anything was evicted: only question-out says what an eviction does to it. Items go
+round the subjects, so that any beginning is balanced; the questions of a subject share their examples.
 """
 from collections import defaultdict
 
@@ -26,9 +26,11 @@ def load(options: Options) -> list[Item]:
     for subject, of_subject in by_subject.items():
         shots = take("--shots", shown[subject], options["shots"], least=0)
         items.append([Item(
-            id=f"{row.get('id', f'{subject}/{i}')}/{options['shots']}", shots=shots, question=_block(row), cue=choices.CUE, query=row["question"].strip(),
+            id=f"{row.get('id', f'{subject}/{i}')}/{options['shots']}", shots=shots, question=_block(row),
+            cue=choices.CUE, query=row["question"].strip(),
             lead=f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n",
-            gold=LABELS[row["answer"]], stop=["\n\n"], max_tokens=16, tags={"subject": subject}) for i, row in enumerate(of_subject)])
+            gold=LABELS[row["answer"]], stop=["\n\n"], max_tokens=16, tags={"subject": subject})
+            for i, row in enumerate(of_subject)])
     longest = max(map(len, items))
     return [of_subject[i] for i in range(longest) for of_subject in items if i < len(of_subject)][:options.n]
 

@@ -1,8 +1,9 @@
 """Needle in a haystack: a sentence of its own somewhere in a long text, and a question that only it answers.
 
-Method: https://github.com/gkamradt/LLMTest_NeedleInAHaystack (MIT); the magic numbers are worded as in RULER (arXiv 2404.06654,
-Apache 2.0). Text: any, in niah/haystack/*.txt of the data folder; needles: niah/needles.jsonl with id, needle, question, answer.
-Three needles stand in one context, at different depths: a prefill serves three questions, and each depth is asked once a needle.
+Method: https://github.com/gkamradt/LLMTest_NeedleInAHaystack (MIT); the magic numbers are worded as in RULER (arXiv
+2404.06654, Apache 2.0). Text: any, in niah/haystack/*.txt of the data folder; needles: niah/needles.jsonl with id,
+needle, question, answer. Three needles stand in one context, at different depths: a prefill serves three questions, and
+each depth is asked once a needle.
 """
 import random
 from pathlib import Path
@@ -25,7 +26,8 @@ def load(options: Options) -> list[Item]:
     if not 1 <= options["needles"] <= len(needles):
         raise ValueError(f"--needles is 1 to {len(needles)} here, not {options['needles']}")
     per_text = [_of_text(path, needles, depths, options) for path in texts]
-    found = [item for of_round in zip(*per_text) for group in of_round for item in group]  # any beginning has all texts and depths
+    # any beginning has all texts and depths
+    found = [item for of_round in zip(*per_text) for group in of_round for item in group]
     return found[:options.n]
 
 
@@ -43,7 +45,8 @@ def score(item: Item, answer: str) -> bool:
 def haystacks(name: str, options: Options) -> list[Path]:
     """Long texts, wherever they are from."""
     if options.data_dir is None:
-        raise ValueError(f"{name} needs --data-dir, a folder with texts in niah/haystack/*.txt and, for niah, niah/needles.jsonl")
+        raise ValueError(f"{name} needs --data-dir, a folder with texts in niah/haystack/*.txt and, for niah, "
+                         "niah/needles.jsonl")
     texts = sorted((options.data_dir/"niah"/"haystack").glob("*.txt"))
     if not texts:
         raise ValueError(f"{options.data_dir} has no niah/haystack/*.txt")
@@ -80,8 +83,10 @@ def _of_text(path: Path, needles: list[dict], depths: list[float], options: Opti
         context = _insert(text, list(zip(at, (needle["needle"] for needle in chosen))))
         groups.append([Item(
             id=f"{path.stem}/{options['length']}/{i}/{needle['id']}@{depth:g}{others}", context=context + "\n\n",
-            question=f"Question: {needle['question']}\nAnswer briefly, in the words of the text.", query=needle["question"],
-            gold=needle["answer"], max_tokens=MAX_TOKENS, tags={"depth": depth, "length": options["length"], "needle": needle["id"], "text": path.stem})
+            question=f"Question: {needle['question']}\nAnswer briefly, in the words of the text.",
+            query=needle["question"],
+            gold=needle["answer"], max_tokens=MAX_TOKENS,
+            tags={"depth": depth, "length": options["length"], "needle": needle["id"], "text": path.stem})
             for depth, needle in zip(at, chosen)])
     return groups
 
@@ -97,7 +102,8 @@ def _cut(text: str, n_tokens: int, options: Options) -> str:
         else:
             high = middle - 1
     if low == len(ends) or low == 0:
-        raise ValueError(f"a haystack of {options['length']} tokens cannot be cut from this text of {options.count(text)}")
+        raise ValueError(f"a haystack of {options['length']} tokens cannot be cut from this text of "
+                         f"{options.count(text)}")
     return text[:ends[low - 1]].rstrip()
 
 

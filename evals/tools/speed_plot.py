@@ -1,6 +1,6 @@
 """The tables of speed_kvpress.py as a picture.
 
-    python evals/speed_plot.py docs/benchmarks.md docs/benchmarks.png
+    python evals/tools/speed_plot.py docs/benchmarks.md docs/benchmarks.png
 """
 import sys
 from pathlib import Path
@@ -9,7 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-COLOURS = ("#777777", "#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00")  # palette.py's; this file runs without evals
+# palette.py's; this file runs without evals
+COLOURS = ("#777777", "#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00")
 
 HEAD = "| tokens | | prefill t/s |"
 COLUMNS = {"tokens read per second": 2, "tokens written per second": 5}
@@ -36,12 +37,14 @@ def main(source: Path, target: Path) -> None:
     found = tables(source.read_text(encoding="utf-8"))
     if not found:
         sys.exit(f"{source} has no table of speed_kvpress.py")
-    figure, axes = pyplot.subplots(len(found), len(COLUMNS), figsize=(10, 3.2*len(found)), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(len(found), len(COLUMNS), figsize=(10, 3.2*len(found)), squeeze=False,
+                                   layout="constrained")
     for (title, rows), line in zip(found, axes):
         for (name, column), one in zip(COLUMNS.items(), line):
             for i, (row, by_tokens) in enumerate(rows.items()):
                 at = [j + (i - (len(rows) - 1)/2)*0.8/len(rows) for j in range(len(by_tokens))]
-                one.bar(at, [float(cells[column]) for cells in by_tokens.values()], 0.8/len(rows), label=row, color=COLOURS[i % len(COLOURS)])
+                one.bar(at, [float(cells[column]) for cells in by_tokens.values()], 0.8/len(rows), label=row,
+                        color=COLOURS[i % len(COLOURS)])
             one.set_xticks(range(len(by_tokens)), [f"{n:,}" for n in by_tokens])
             one.set(title=title, xlabel="tokens in the prompt", ylabel=name)
             one.spines[["top", "right"]].set_visible(False)

@@ -1,11 +1,14 @@
-"""Builds pykvc for the CUDA device of this machine, runs the tests and the bench on it, and prints a report in Markdown.
+"""Builds pykvc for the CUDA device of this machine, runs the tests and the bench on it, and prints a report in
+Markdown.
 
-    python evals/gpu_report.py [--model MODEL.gguf] [--out report.md]
-    python evals/gpu_report.py --cpu     # the same steps without CUDA and on less, to try the script; the report says so
+    python evals/tools/gpu_report.py [--model MODEL.gguf] [--out report.md]
+python evals/tools/gpu_report.py --cpu     # the same steps without CUDA and on less, to try the script; the report says
+so
 
-Wants nvidia-smi, CUDA's nvcc, a C++ compiler and Python 3.10+; everything else goes into a folder of its own (.build/gpu).
-Each test file is a process, so a device that aborts in one of them does not hide the others. The exit status is 0 if all of
-it went well, 1 if a test or the bench failed or the build does not see the device, 2 if something is missing.
+Wants nvidia-smi, CUDA's nvcc, a C++ compiler and Python 3.10+; everything else goes into a folder of its own
+(.build/gpu). Each test file is a process, so a device that aborts in one of them does not hide the others. The exit
+status is 0 if all of it went well, 1 if a test or the bench failed or the build does not see the device, 2 if something
+is missing.
 """
 import argparse
 import datetime
@@ -21,10 +24,12 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parent.parent
-TOOLS = ["pip>=23.1", "scikit-build-core>=0.11", "pybind11>=2.12", "cmake>=3.24", "ninja"]  # 3.24: CUDA architecture "native"
+REPO = Path(__file__).resolve().parent.parent.parent
+# 3.24: CUDA architecture "native"
+TOOLS = ["pip>=23.1", "scikit-build-core>=0.11", "pybind11>=2.12", "cmake>=3.24", "ninja"]
 CPU_TESTS = ["test_package.py", "test_engine.py", "test_device.py"]
-BENCH = ["-r", "3", "-n", "64", "-p", "4096,16384", "--kv-policy", "snapkv,keydiff,streaming_llm", "--kv-budget", "512,2048"]
+BENCH = ["-r", "3", "-n", "64", "-p", "4096,16384", "--kv-policy", "snapkv,keydiff,streaming_llm", "--kv-budget",
+         "512,2048"]
 CPU_BENCH = ["-r", "1", "-n", "8", "-p", "256,512", "--kv-policy", "snapkv,keydiff", "--kv-budget", "64"]
 
 
@@ -42,21 +47,25 @@ class Tests:
 
     @property
     def good(self) -> bool:
-        return self.end == "ran" and self.counts["passed"] > 0 and not self.counts["failed"] and not self.counts["errors"]
+        bad = self.counts.get("failed", 0) + self.counts.get("errors", 0)
+        return self.end == "ran" and self.counts["passed"] > 0 and not bad
 
 
 def main() -> int:
     args = arguments()
     try:
-        facts = {"machine": f"{platform.platform()}, {os.cpu_count()} CPUs", "commit": commit()}
+        facts = {"machine": f"{platform.platform()}, {os.cpu_count()} CPUs", "commit": versions()}
         if not args.cpu:
             facts |= cuda()
         folder = args.folder.resolve()
         python = build(folder, args.cpu)
-        devices = json.loads(run([python, "-c", "import json; from pykvc import _core; print(json.dumps(_core.devices()))"], cwd=folder))
+        devices = json.loads(run([python, "-c",
+                                  "import json; from pykvc import _core; print(json.dumps(_core.devices()))"],
+                                  cwd=folder))
         facts["devices of the build"] = "; ".join(f"{name} ({what})" for name, what, _ in devices)
         if not args.cpu and "GPU" not in [kind for *_, kind in devices]:
-            raise Stop(f"the build sees no GPU, only {facts['devices of the build']}: the driver may be older than the CUDA toolkit")
+            raise Stop(f"the build sees no GPU, only {facts['devices of the build']}: the driver may be older than the "
+                       "CUDA toolkit")
     except Stop as why:
         print(f"gpu_report: {why}", file=sys.stderr)
         return 2
@@ -71,17 +80,21 @@ def main() -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cpu", action="store_true", help="without CUDA, a few tests and a short bench: tries this script, not a device")
-    parser.add_argument("--model", help="for the bench, as pykvc's -m (default: SmolLM2-135M, which is small for a GPU)")
-    parser.add_argument("--folder", type=Path, default=REPO/".build/gpu", help="for the build, its logs and the environment")
+    parser.add_argument("--cpu", action="store_true",
+                        help="without CUDA, a few tests and a short bench: tries this script, not a device")
+    parser.add_argument("--model",
+                        help="for the bench, as pykvc's -m (default: SmolLM2-135M, which is small for a GPU)")
+    parser.add_argument("--folder", type=Path, default=REPO/".build/gpu",
+                        help="for the build, its logs and the environment")
     parser.add_argument("--out", type=Path, help="writes the report to a file, too")
     return parser.parse_args()
 
 
-# -- what there is --------------------------------------------------------------------------------------------------------
+# -- what there is --------------------------------------------------------------------------------------------------
 
-def commit() -> str:
-    done = subprocess.run(["git", "-C", REPO, "describe", "--always", "--dirty", "--abbrev=12"], text=True, capture_output=True)
+def versions() -> str:
+    done = subprocess.run(["git", "-C", REPO, "describe", "--always", "--dirty", "--abbrev=12"], text=True,
+                          capture_output=True)
     pin = json.loads((REPO/"third_party/llama_cpp.json").read_text())["commit"]
     return f"{done.stdout.strip() or 'unknown (no git)'}, llama.cpp {pin[:12]}"
 
@@ -94,13 +107,14 @@ def cuda() -> dict[str, str]:
     if not lines:
         raise Stop("nvidia-smi lists no GPU")
     if not shutil.which("nvcc"):
-        raise Stop("no nvcc in PATH: install the CUDA toolkit, of a version that the driver supports (nvidia-smi shows it), "
-                   "or add its bin folder to PATH")
+        raise Stop("no nvcc in PATH: install the CUDA toolkit, of a version that the driver supports (nvidia-smi shows "
+                   "it), or add its bin folder to PATH")
     release = re.search(r"release ([\d.]+)", run(["nvcc", "--version"]))
-    return {"GPU (memory, compute capability, driver)": "; ".join(lines), "CUDA toolkit": release[1] if release else "unknown"}
+    return {"GPU (memory, compute capability, driver)": "; ".join(lines),
+            "CUDA toolkit": release[1] if release else "unknown"}
 
 
-# -- build ------------------------------------------------------------------------------------------------------------------
+# -- build ----------------------------------------------------------------------------------------------------------
 
 def build(folder: Path, cpu: bool) -> Path:
     """The Python of an environment that has pykvc; beside it the reference of the exactness tests."""
@@ -113,10 +127,12 @@ def build(folder: Path, cpu: bool) -> Path:
     run([*pip, *TOOLS])
     environment = {**os.environ, "PATH": f"{folder/'venv/bin'}{os.pathsep}{os.environ['PATH']}"}
     step("building (CUDA takes its time)" if not cpu else "building", folder/"build.log",
-         [*pip, "--no-build-isolation", "-C", f"build-dir={folder/'pykvc'}", *[x for d in defines for x in ("-C", f"cmake.define.{d}")], f"{REPO}[test]"],
+         [*pip, "--no-build-isolation", "-C", f"build-dir={folder/'pykvc'}",
+          *[x for d in defines for x in ("-C", f"cmake.define.{d}")], f"{REPO}[test]"],
          environment)
     if not cpu:
-        step("building the reference", folder/"stock.log", ["cmake", "-S", REPO/"tests/stock", "-B", folder/"stock", "-G", "Ninja",
+        step("building the reference", folder/"stock.log",
+             ["cmake", "-S", REPO/"tests/stock", "-B", folder/"stock", "-G", "Ninja",
              f"-DPython_EXECUTABLE={python}", *[f"-D{d}" for d in defines]], environment)
         step("building the reference", folder/"stock.log", ["cmake", "--build", folder/"stock"], environment)
     return python
@@ -125,7 +141,8 @@ def build(folder: Path, cpu: bool) -> Path:
 def step(what: str, log: Path, command: list, environment: dict) -> None:
     print(f"{what}: {log}", file=sys.stderr)
     with open(log, "w") as out:
-        if subprocess.run([str(x) for x in command], env=environment, cwd=log.parent, stdout=out, stderr=subprocess.STDOUT).returncode:
+        if subprocess.run([str(x) for x in command], env=environment, cwd=log.parent, stdout=out,
+                          stderr=subprocess.STDOUT).returncode:
             raise Stop(f"{what} failed; the end of {log}:\n" + "\n".join(log.read_text().splitlines()[-15:]))
 
 
@@ -136,7 +153,7 @@ def run(command: list, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-# -- measure ----------------------------------------------------------------------------------------------------------------
+# -- measure --------------------------------------------------------------------------------------------------------
 
 def test_files(cpu: bool) -> list[str]:
     return CPU_TESTS if cpu else sorted(path.name for path in (REPO/"tests").glob("test_*.py"))
@@ -148,7 +165,8 @@ def run_tests(folder: Path, python: Path, name: str, cpu: bool) -> Tests:
     xml.unlink(missing_ok=True)
     environment = {**os.environ, "PYKVC_TEST_NGL": "0" if cpu else "99", "PYKVC_STOCK": str(folder/"stock/stock")}
     with open(log, "w") as out:
-        code = subprocess.run([python.with_name("pytest"), "-q", REPO/"tests"/name, f"--junitxml={xml}"], env=environment, cwd=folder,
+        code = subprocess.run([python.with_name("pytest"), "-q", REPO/"tests"/name, f"--junitxml={xml}"],
+                              env=environment, cwd=folder,
                               stdout=out, stderr=subprocess.STDOUT).returncode
     tests = Tests(name)
     if not xml.exists():
@@ -157,7 +175,8 @@ def run_tests(folder: Path, python: Path, name: str, cpu: bool) -> Tests:
         return tests
     suite = next(ElementTree.parse(xml).iter("testsuite"))
     n = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
-    tests.counts = {"passed": n["tests"] - n["failures"] - n["errors"] - n["skipped"], "failed": n["failures"], "errors": n["errors"], "skipped": n["skipped"]}
+    tests.counts = {"passed": n["tests"] - n["failures"] - n["errors"] - n["skipped"], "failed": n["failures"],
+                    "errors": n["errors"], "skipped": n["skipped"]}
     tests.seconds = float(suite.get("time"))
     for case in suite.iter("testcase"):
         for bad in [*case.iter("failure"), *case.iter("error")]:
@@ -166,7 +185,8 @@ def run_tests(folder: Path, python: Path, name: str, cpu: bool) -> Tests:
 
 
 def run_bench(folder: Path, python: Path, cpu: bool, model: str | None) -> tuple[str, bool]:
-    command = [python.with_name("pykvc"), "bench", *(CPU_BENCH if cpu else BENCH), "-ngl", "0" if cpu else "99", "-o", "md"]
+    command = [python.with_name("pykvc"), "bench", *(CPU_BENCH if cpu else BENCH), "-ngl", "0" if cpu else "99", "-o",
+               "md"]
     command += ["-m", model] if model else []
     print("measuring", file=sys.stderr)
     done = subprocess.run([str(x) for x in command], text=True, capture_output=True, cwd=folder)
@@ -176,7 +196,7 @@ def run_bench(folder: Path, python: Path, cpu: bool, model: str | None) -> tuple
     return f"`{shown}`\n\n{done.stdout.strip()}", True
 
 
-# -- report -----------------------------------------------------------------------------------------------------------------
+# -- report ---------------------------------------------------------------------------------------------------------
 
 def markdown(cpu: bool, facts: dict[str, str], tests: list[Tests], bench: str) -> str:
     lines = ["# pykvc on the CPU, a trial of this script" if cpu else "# pykvc on CUDA", "",
@@ -184,10 +204,12 @@ def markdown(cpu: bool, facts: dict[str, str], tests: list[Tests], bench: str) -
     if cpu:
         lines += ["**No GPU was used: this says nothing about one.**", ""]
     lines += ["| | |", "| --- | --- |"] + [f"| {key} | {value} |" for key, value in facts.items()]
-    lines += ["", "## Tests", "", "| file | passed | failed | errors | skipped | s | |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines += ["", "## Tests", "", "| file | passed | failed | errors | skipped | s | |",
+              "| --- | --- | --- | --- | --- | --- | --- |"]
     for t in tests:
         numbers = [str(t.counts.get(key, "")) for key in ("passed", "failed", "errors", "skipped")]
-        lines.append(f"| {t.file} | {' | '.join(numbers)} | {t.seconds:.0f} | {'' if t.good else 'FAILED' if t.end == 'ran' else t.end} |")
+        end = "" if t.good else "FAILED" if t.end == "ran" else t.end
+        lines.append(f"| {t.file} | {' | '.join(numbers)} | {t.seconds:.0f} | {end} |")
     for t in tests:
         lines += [f"- {t.file}: `{failure}`" for failure in t.failures]
     lines += ["", "## Bench", "", bench, ""]

@@ -1,10 +1,11 @@
-"""Do pykvc's kvzip and kvpress 0.5.5's KVzipPress score and keep the same tokens? A check by hand, not in CI: it needs torch.
+"""Do pykvc's kvzip and kvpress 0.5.5's KVzipPress score and keep the same tokens? A check by hand, not in CI: it needs
+torch.
 
     pip install '.[kvpress]'
-    python evals/compare_kvzip.py --model smollm2-135m.gguf --tokens 2000 --removed 0.5,0.75
+    python evals/tools/compare_kvzip.py --model smollm2-135m.gguf --tokens 2000 --removed 0.5,0.75
 
-One GGUF, as compare_kvpress.py has it: an F32 GGUF for pykvc, a float32 transformers model for kvpress. Both read the same
-tokens and repeat them in the same chunks, behind the same request and the same turn markers. Compared:
+One GGUF, as compare_kvpress.py has it: an F32 GGUF for pykvc, a float32 transformers model for kvpress. Both read the
+same tokens and repeat them in the same chunks, behind the same request and the same turn markers. Compared:
 
 - share=head with the best of their scores in each head (kvpress has no such share),
 - share=layer with layerwise=True, share=all with their default,
@@ -40,7 +41,8 @@ class Words:
 
 
 def torch_half(path: Path, tokens: np.ndarray, removed: list[float], chunk: int) -> dict[str, np.ndarray]:
-    """scores|PLUS F32 [n_layer, n_head_kv, n] and, by plus, share and ratio, the mask of what is kept, of that shape."""
+    """scores|PLUS F32 [n_layer, n_head_kv, n] and, by plus, share and ratio, the mask of what is kept, of that
+    shape."""
     import kvpress.presses.kvzip_press as theirs
     import torch
     from transformers import DynamicCache
@@ -81,11 +83,13 @@ def best(scores: np.ndarray, n_keep: int) -> list[list[np.ndarray]]:
 def compare(f32_path: Path, tokens: np.ndarray, saved: dict[str, np.ndarray], removed: list[float], chunk: int) -> None:
     import pykvc
     from pykvc import _core
-    print("| method | share | removed | equal kept positions, % | lowest head, % | scores: median relative difference |")
+    print("| method | share | removed | equal kept positions, % | lowest head, % "
+          "| scores: median relative difference |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     for plus in (0, 1):
         spec = f"kvzip:chunk={chunk},plus={plus},recent=0,sinks=4"
-        with pykvc.LLM(f32_path, kv_policy=f"{spec},share=all", kv_budget=0.5, n_ctx=len(tokens) + chunk + 128, type_k="f32", type_v="f32",
+        with pykvc.LLM(f32_path, kv_policy=f"{spec},share=all", kv_budget=0.5,
+                       n_ctx=len(tokens) + chunk + 128, type_k="f32", type_v="f32",
                        flash_attn=False) as llm:
             llm.prefill(tokens=tokens.tolist())
             llm._session.ask()
@@ -103,10 +107,12 @@ def compare(f32_path: Path, tokens: np.ndarray, saved: dict[str, np.ndarray], re
                 if layerwise is None:
                     others = best(theirs, n_keep)
                 else:
-                    others = [[np.flatnonzero(head) for head in layer] for layer in saved[f"kept|{plus}|{layerwise}|{ratio}"]]
+                    others = [[np.flatnonzero(head) for head in layer]
+                              for layer in saved[f"kept|{plus}|{layerwise}|{ratio}"]]
                 same = sum(len(np.intersect1d(a, b)) for x, y in zip(kept, others) for a, b in zip(x, y))
                 most = max(sum(len(a) for x in some for a in x) for some in (kept, others))
-                print(f"| kvzip{':plus=1'*plus} | {share} | {ratio} | {100*same/most:.3f} | {100*min(overlap(kept, others)):.2f} | {difference:.1e} |", flush=True)
+                print(f"| kvzip{':plus=1'*plus} | {share} | {ratio} | {100*same/most:.3f} "
+                      f"| {100*min(overlap(kept, others)):.2f} | {difference:.1e} |", flush=True)
 
 
 def main() -> None:
@@ -116,7 +122,8 @@ def main() -> None:
     cli.add_argument("--removed", default="0.5,0.75", help="shares of the cache that are removed, with commas")
     cli.add_argument("--chunk", type=int, default=2048, help="tokens that are repeated at once")
     cli.add_argument("--text", type=Path, help="read the context from this file instead of made-up prose")
-    cli.add_argument("--work", type=Path, default=Path(tempfile.gettempdir())/"compare_kvpress", help="folder of the F32 GGUF")
+    cli.add_argument("--work", type=Path, default=Path(tempfile.gettempdir())/"compare_kvpress",
+                     help="folder of the F32 GGUF")
     args = cli.parse_args()
     removed = [float(r) for r in args.removed.split(",")]
     if not all(0 < r < 1 for r in removed):

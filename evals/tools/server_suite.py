@@ -1,14 +1,18 @@
-"""llama-server's own tests (tools/server/tests of the pinned llama.cpp) on local models, and a comparison of what two servers made of them.
+"""llama-server's own tests (tools/server/tests of the pinned llama.cpp) on local models, and a comparison of what two
+servers made of them.
 
-    pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36          # unpacked, its vendor/llama.cpp is SOURCE
+pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36          # unpacked, its vendor/llama.cpp is SOURCE
     pip install -r SOURCE/tools/server/tests/requirements.txt gguf pytest-timeout
-    python evals/server_suite.py prepare SOURCE WORK                           # a copy of the tests, and models in place of theirs
-    python evals/server_suite.py run WORK LLAMA_SERVER ours.xml [PYTEST_ARG ...]     # under LLAMA_ARG_KV_POLICY and the like, if set
-    python evals/server_suite.py compare stock.xml ours.xml                    # counts, and each test that ended differently
+python evals/tools/server_suite.py prepare SOURCE WORK                           # a copy of the tests, and models in
+place of theirs
+python evals/tools/server_suite.py run WORK LLAMA_SERVER ours.xml [PYTEST_ARG ...]     # under LLAMA_ARG_KV_POLICY and
+the like, if set
+python evals/tools/server_suite.py compare stock.xml ours.xml                    # counts, and each test that ended
+differently
 
-The tests name models of Hugging Face. `prepare` writes a cache as llama-server keeps it, with stand-ins under those names: random weights,
-and SmolLM2 and Qwen2.5-Coder of pykvc's own cache. Tests that ask for the words or numbers of tokens of a certain model fail on them, so
-`compare` compares their messages, too. Nothing is downloaded.
+The tests name models of Hugging Face. `prepare` writes a cache as llama-server keeps it, with stand-ins under those
+names: random weights, and SmolLM2 and Qwen2.5-Coder of pykvc's own cache. Tests that ask for the words or numbers of
+tokens of a certain model fail on them, so `compare` compares their messages, too. Nothing is downloaded.
 """
 import os
 import re
@@ -21,9 +25,10 @@ from pathlib import Path
 
 import gguf
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # run as a file, so that ./pykvc, without its compiled half, is not first
+ROOT = Path(__file__).resolve().parents[2]
+sys.path += [str(ROOT), str(ROOT/"tests")]  # last: ./pykvc has no compiled half
 
-from evals import server_models as models  # noqa: E402
+from evals.tools import server_models as models  # noqa: E402
 
 CACHE = Path(os.environ.get("PYKVC_CACHE") or Path.home()/".cache/pykvc")/"models"
 COMMIT = "0"*40
@@ -78,13 +83,16 @@ def run(work: Path, server: Path, report: Path, args: list[str]) -> int:
         port = s.getsockname()[1]
     env = {**os.environ, "LLAMA_SERVER_BIN_PATH": str(server.resolve()), "LLAMA_CACHE": str((work/"cache").resolve()),
            "LLAMA_ARG_OFFLINE": "1", "PORT": str(port)}
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow", "--timeout=120",
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow",
+                           "--timeout=120",
                            f"--junitxml={report.resolve()}", *args], cwd=work/"tools/server/tests", env=env).returncode
 
 
 def outcomes(report: Path) -> dict[str, tuple[str, str]]:
     """Of each test: passed, failure, error or skipped, and the message without what differs from run to run."""
-    found, varying = {}, r"0x[0-9a-f]+|port=\d+|:\d{4,5}\b|chatcmpl-\w+|resp_\w+|(?:created|completed)_at=[\d.]+|ins\.\.\..*"
+    varying = (r"0x[0-9a-f]+|port=\d+|:\d{4,5}\b|chatcmpl-\w+|resp_\w+|(?:created|completed)_at=[\d.]+"
+               r"|ins\.\.\..*")
+    found = {}
     for case in xml.parse(report).iter("testcase"):
         bad = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         message = "" if bad is None else re.sub(varying, "_", bad.get("message") or "")
@@ -96,7 +104,8 @@ def compare(first: Path, *others: Path) -> None:
     base = outcomes(first)
     for report in (first, *others):
         results = outcomes(report)
-        print(report.name, {kind: sum(r[0] == kind for r in results.values()) for kind in ("passed", "failure", "error", "skipped")})
+        print(report.name, {kind: sum(r[0] == kind for r in results.values())
+                            for kind in ("passed", "failure", "error", "skipped")})
         for test in sorted({*base, *results}):
             was, now = base.get(test, ("absent", "")), results.get(test, ("absent", ""))
             if was != now:

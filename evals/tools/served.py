@@ -17,9 +17,11 @@ class Server:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         self.log = log
-        command = [*([program] if program else [Path(sys.executable).parent/"pykvc", "serve"]), "--port", self.port, "--host", "127.0.0.1", "--no-warmup", "-t", 2, *args]
+        command = [*([program] if program else [Path(sys.executable).parent/"pykvc", "serve"]), "--port", self.port,
+                   "--host", "127.0.0.1", "--no-warmup", "-t", 2, *args]
         with open(log, "wb") as out:
-            self.process = subprocess.Popen([str(arg) for arg in command], stdout=out, stderr=out, env={**os.environ, **(env or {})})
+            self.process = subprocess.Popen([str(arg) for arg in command], stdout=out, stderr=out,
+                                            env={**os.environ, **(env or {})})
 
     def wait(self) -> "Server":
         for _ in range(600):
@@ -47,7 +49,8 @@ class Server:
 
     def post(self, path: str, body) -> tuple[int, dict]:
         """(status, reply). body: JSON, or raw bytes."""
-        connection, response = self.request("POST", path, body if isinstance(body, bytes) else json.dumps(body).encode())
+        connection, response = self.request("POST", path,
+                                            body if isinstance(body, bytes) else json.dumps(body).encode())
         text = response.read().decode()
         connection.close()
         return response.status, json.loads(text)

@@ -1,13 +1,11 @@
-"""Stand-ins for the models that llama-server's own tests download: random weights of the same kinds, with the real tokenizers' tokens."""
-import sys
+"""Stand-ins for the models that llama-server's own tests download: random weights of the same kinds, with the real
+tokenizers' tokens."""
 from pathlib import Path
 
 import gguf
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parent.parent/"tests"))  # whose modules find each other by their names
-
-import tiny  # noqa: E402
+import tiny  # of tests/, which server_suite puts on the path
 
 
 def text(path: Path, vocab: Path, arch: str = "llama") -> None:
@@ -27,7 +25,8 @@ def encoder(path: Path, vocab: Path, pooling: gguf.PoolingType, n: int = 64, n_c
     w.add_layer_norm_eps(1e-12)
     w.add_causal_attention(False)
     w.add_pooling_type(pooling)
-    shapes = {"token_embd": (len(tokens(vocab)), n), "position_embd": (n_ctx, n), "token_types": (2, n), "token_embd_norm": (n,)}
+    shapes = {"token_embd": (len(tokens(vocab)), n), "position_embd": (n_ctx, n), "token_types": (2, n),
+              "token_embd_norm": (n,)}
     for i in range(2):
         shapes |= {f"blk.{i}.{name}": (n, n) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
         shapes |= {f"blk.{i}.ffn_up": (2*n, n), f"blk.{i}.ffn_down": (n, 2*n)}
@@ -60,7 +59,8 @@ def images(path: Path, n: int = 64, side: int = 64, patch: int = 8, n_out: int =
               "mm.input_projection": (n, n_out), "mm.soft_emb_norm": (n,)}
     for i in range(2):
         shapes |= {f"v.blk.{i}.{name}": (n, n) for name in ("attn_q", "attn_k", "attn_v", "attn_out")}
-        shapes |= {f"v.blk.{i}.ffn_up": (2*n, n), f"v.blk.{i}.ffn_down": (n, 2*n), f"v.blk.{i}.ln1": (n,), f"v.blk.{i}.ln2": (n,)}
+        shapes |= {f"v.blk.{i}.ffn_up": (2*n, n), f"v.blk.{i}.ffn_down": (n, 2*n), f"v.blk.{i}.ln1": (n,),
+                   f"v.blk.{i}.ln2": (n,)}
     finish(w, {name + ".weight": shape for name, shape in shapes.items()})
 
 
@@ -105,7 +105,8 @@ def finish(w: gguf.GGUFWriter, shapes: dict[str, tuple[int, ...]]) -> None:
     rng = np.random.default_rng(0)
     for name, shape in shapes.items():
         n_in = np.prod(shape[1:])
-        w.add_tensor(name, np.ones(shape, np.float32) if len(shape) == 1 else (rng.standard_normal(shape)*n_in**-0.5).astype(np.float32))
+        w.add_tensor(name, np.ones(shape, np.float32) if len(shape) == 1
+                     else (rng.standard_normal(shape)*n_in**-0.5).astype(np.float32))
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()

@@ -1,7 +1,7 @@
 """Do pykvc and kvpress 0.5.5 keep the same tokens? A check by hand, not in CI: it needs torch.
 
     pip install '.[kvpress]'       # a virtual environment of its own; its torch may be CUDA's
-    python evals/compare_kvpress.py --model smollm2-135m.gguf --tokens 2000 --budgets 256,512
+    python evals/tools/compare_kvpress.py --model smollm2-135m.gguf --tokens 2000 --budgets 256,512
 
 One GGUF is dequantised twice: to an F32 GGUF for pykvc, and into a float32 transformers LlamaForCausalLM. Both read the
 same tokens; one forward pass with hooks asks every press what it keeps. `--capture` stops after the torch half and
@@ -9,18 +9,19 @@ same tokens; one forward pass with hooks asks every press what it keeps. `--capt
 
 What the table's rows compare, and where kvpress differs from the policy of the same name:
 
-- keydiff, streaming_llm, tova: the same rule.
-- knorm: the same rule. In layer 0 a key's norm depends on the token alone, for rotation keeps it: equal tokens tie but for
+- keydiff, streaming_llm, tova: the same rule. - knorm: the same rule. In layer 0 a key's norm depends on the token
+alone, for rotation keeps it: equal tokens tie but for
   the last bit, and which of them stay is a matter of rounding there.
-- snapkv: the same rule with kvpress' parameters, window 64 and kernel 5.
-- pyramidkv: the selection only. kvpress' budgets take b = B where the authors (and pykvc) take b = B - w, put the window
-  inside the pyramid, and fall back to SnapKV unless the last layer keeps at least the window: at b / beta >= 64 or where
+- snapkv: the same rule with kvpress' parameters, window 64 and kernel 5. - pyramidkv: the selection only. kvpress'
+budgets take b = B where the authors (and pykvc) take b = B - w, put the window
+inside the pyramid, and fall back to SnapKV unless the last layer keeps at least the window: at b / beta >= 64 or where
   the longest layer is capped. So the press gets pykvc's budgets, and "own budgets" shows what it would have kept.
 - chunkkv: chunks of 20. As published, kvpress scores pooled attention, lays chunks over the window too (with 64 = 3.2
   chunks, the chunk on the border lives with the window) and keeps a share of the chunks, so the number of tokens is not
   exact: the overlap may be below 100 % by rule. "aligned" uses window 60, and token counts and budgets that are
   multiples of 20: there both rules agree.
-- expected_attention: the same rule with a window as long as the prompt, for kvpress fits the queries of all of it but the sinks.
+- expected_attention: the same rule with a window as long as the prompt, for kvpress fits the queries of all of it but
+the sinks.
 """
 import argparse
 import sys
@@ -67,7 +68,8 @@ def write_f32(src: Path, dst: Path) -> None:
 
 
 def load_hf(path: Path):
-    """transformers' Llama or Qwen2 in float32. llama.cpp stores Llama's Q and K with the two halves of each rotary pair interleaved."""
+    """transformers' Llama or Qwen2 in float32. llama.cpp stores Llama's Q and K with the two halves of each rotary pair
+    interleaved."""
     import gguf
     import torch
     import transformers
@@ -76,7 +78,8 @@ def load_hf(path: Path):
     meta = {k.removeprefix(f"{arch}."): f.contents() for k, f in reader.fields.items() if k.startswith(f"{arch}.")}
     if arch not in ("llama", "qwen2") or any("rope.scaling" in k for k in meta):
         sys.exit("compare_kvpress: only plain llama and qwen2 models, without rope scaling.")
-    weight = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).astype(np.float32)) for t in reader.tensors}
+    weight = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).astype(np.float32))
+              for t in reader.tensors}
     n_head, n_head_kv = meta["attention.head_count"], meta["attention.head_count_kv"]
     name = {"llama": "Llama", "qwen2": "Qwen2"}[arch]
     config = getattr(transformers, f"{name}Config")(
@@ -88,11 +91,14 @@ def load_hf(path: Path):
         tie_word_embeddings="output.weight" not in weight, bos_token_id=None, eos_token_id=None)
 
     def halves(w, heads):
-        return w.reshape(heads, w.shape[0] // heads // 2, 2, -1).swapaxes(1, 2).reshape(w.shape) if arch == "llama" else w
+        return w.reshape(heads, w.shape[0] // heads // 2, 2,
+                         -1).swapaxes(1, 2).reshape(w.shape) if arch == "llama" else w
 
-    state = {"model.embed_tokens.weight": weight["token_embd.weight"], "model.norm.weight": weight["output_norm.weight"],
+    state = {"model.embed_tokens.weight": weight["token_embd.weight"],
+             "model.norm.weight": weight["output_norm.weight"],
              "lm_head.weight": weight.get("output.weight", weight["token_embd.weight"])}
-    names = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    names = {"attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
+             "attn_v": "self_attn.v_proj",
              "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
              "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
     heads = {"attn_q": n_head, "attn_k": n_head_kv}
@@ -108,7 +114,7 @@ def load_hf(path: Path):
 
 def read_tokens(path: Path, n: int, text: Path | None) -> np.ndarray:
     """Real text in the model's vocabulary; pykvc tokenises it where it is there, else gguf's vocabulary, greedily."""
-    raw = text.read_text() if text else prose(n)
+    raw = text.read_text() if text else made_up(n)
     try:
         from pykvc import _core
         tokens = _core.Model(str(path), vocab_only=True).tokenize(raw.encode())
@@ -119,15 +125,19 @@ def read_tokens(path: Path, n: int, text: Path | None) -> np.ndarray:
     return np.array(tokens[:n], dtype=np.int32)
 
 
-def prose(n: int) -> str:
+def made_up(n: int) -> str:
     """Sentences that repeat their shape and not their facts."""
     rng = np.random.default_rng(0)
-    who = ["The harbour master", "A gardener", "My aunt", "The clerk of the court", "An old sailor", "The baker", "Our teacher"]
+    who = ["The harbour master", "A gardener", "My aunt", "The clerk of the court", "An old sailor", "The baker",
+           "Our teacher"]
     did = ["counted", "hid", "repaired", "described", "sold", "drew", "forgot", "borrowed"]
-    what = ["letters", "lanterns", "copper kettles", "maps of the coast", "apple trees", "clocks", "ledgers", "wooden boats"]
-    when = ["before the storm", "on a cold morning", "in the year of the flood", "while nobody looked", "after the fair"]
+    what = ["letters", "lanterns", "copper kettles", "maps of the coast", "apple trees", "clocks", "ledgers",
+            "wooden boats"]
+    when = ["before the storm", "on a cold morning", "in the year of the flood", "while nobody looked",
+            "after the fair"]
     pick = lambda xs: xs[rng.integers(len(xs))]
-    return " ".join(f"{pick(who)} {pick(did)} {rng.integers(2, 400)} {pick(what)} {pick(when)}, and said so to number {rng.integers(1, 99)}."
+    return " ".join(f"{pick(who)} {pick(did)} {rng.integers(2, 400)} {pick(what)} {pick(when)}, "
+                    f"and said so to number {rng.integers(1, 99)}."
                     for _ in range(n // 10))
 
 
@@ -166,7 +176,8 @@ def pyramid(n: int, w: int, n_layer: int, budget: int) -> list[int]:
 def torch_half(model_path: Path, tokens: np.ndarray, budgets: list[int]) -> dict[str, np.ndarray]:
     """One forward pass; at each layer every press compresses the same keys, and the rows it returns are looked up."""
     import torch
-    from kvpress import (BasePress, ChunkKVPress, ExpectedAttentionPress, KeyDiffPress, KnormPress, PyramidKVPress, SnapKVPress,
+    from kvpress import (BasePress, ChunkKVPress, ExpectedAttentionPress, KeyDiffPress, KnormPress, PyramidKVPress,
+                         SnapKVPress,
                          StreamingLLMPress, TOVAPress)
     from transformers import DynamicCache
     model = load_hf(model_path)
@@ -198,7 +209,8 @@ def torch_half(model_path: Path, tokens: np.ndarray, budgets: list[int]) -> dict
         def compress(self, module, hidden_states, keys, values, attentions, kwargs):
             index = [{row.tobytes(): j for j, row in enumerate(head.numpy())} for head in keys[0]]
             if any(len(rows) != n for rows in index):
-                sys.exit(f"compare_kvpress: layer {module.layer_idx} has two equal keys, kept rows cannot be told apart.")
+                sys.exit(f"compare_kvpress: layer {module.layer_idx} has two equal keys, kept rows cannot be told "
+                         "apart.")
             for budget in budgets:
                 for name, press in presses(budget):
                     kept, _ = press.compress(module, hidden_states, keys, values, attentions, kwargs)
@@ -207,7 +219,8 @@ def torch_half(model_path: Path, tokens: np.ndarray, budgets: list[int]) -> dict
             return keys, values
 
     with torch.no_grad(), Ask()(model):
-        logits = model(torch.from_numpy(tokens[None].astype(np.int64)), past_key_values=DynamicCache(), logits_to_keep=1).logits
+        logits = model(torch.from_numpy(tokens[None].astype(np.int64)), past_key_values=DynamicCache(),
+                       logits_to_keep=1).logits
     save = {"tokens": tokens, "budgets": np.array(budgets), "logits": logits[0, -1].numpy()}
     for key, layers in out.items():  # layers differ in length: one flat array, [layer][head][slot]
         save[key] = np.concatenate([x.ravel() for x in layers])
@@ -224,10 +237,12 @@ def layers_of(saved, name: str, budget: int) -> list[np.ndarray]:
 # -- pykvc and the table ---------------------------------------------------------------------------------------------
 
 def pykvc_half(f32_path: Path, tokens: np.ndarray, spec: str, budgets: list[int]):
-    """One prefill for all budgets: plans from the scores, and the last of them carried out to see that evict() agrees."""
+    """One prefill for all budgets: plans from the scores, and the last of them carried out to see that evict()
+    agrees."""
     from pykvc import _core
     model = _core.Model(str(f32_path))
-    ctx = _core.Context(model, n_ctx=len(tokens) + 64, type_k="f32", type_v="f32", flash_attn="off", policy=spec, budget=str(budgets[-1]))
+    ctx = _core.Context(model, n_ctx=len(tokens) + 64, type_k="f32", type_v="f32", flash_attn="off", policy=spec,
+                        budget=str(budgets[-1]))
     ctx.decode(tokens)
     logits, scores = ctx.logits()[-1].copy(), ctx.scores()
     pos = [np.tile(np.arange(len(tokens), dtype=np.int32), (model.n_head_kv, 1))] * len(scores)
@@ -241,7 +256,8 @@ def pykvc_half(f32_path: Path, tokens: np.ndarray, spec: str, budgets: list[int]
 
 def overlap(ours: list[np.ndarray], theirs: list[np.ndarray]) -> list[float]:
     """A layer and head: the share of positions both keep, of the larger set."""
-    return [len(np.intersect1d(a, b)) / max(len(a), len(b)) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)]
+    return [len(np.intersect1d(a, b)) / max(len(a), len(b)) for x, y in zip(ours, theirs, strict=True)
+            for a, b in zip(x, y, strict=True)]
 
 
 def table(saved, f32_path: Path) -> None:
@@ -254,12 +270,13 @@ def table(saved, f32_path: Path) -> None:
         for budget in budgets:
             theirs = layers_of(saved, name, budget)
             share = np.array(overlap(kept[budget], theirs))
-            print(f"| {name} | {budget} | {100 * share.mean():.3f} | {100 * (share == 1).mean():.1f} | {100 * share.min():.2f} "
-                  f"| {np.mean([x.shape[1] for x in theirs]):.1f} |", flush=True)
+            print(f"| {name} | {budget} | {100 * share.mean():.3f} | {100 * (share == 1).mean():.1f} "
+                  f"| {100 * share.min():.2f} | {np.mean([x.shape[1] for x in theirs]):.1f} |", flush=True)
     print()
     for budget in budgets:
         own = saved[f"pyramidkv own budgets|{budget}|kept"]
-        print(f"kvpress' own pyramid for {budget}: {own.max()} to {own.min()} a layer" + (", which is SnapKV" if len(set(own)) == 1 else ""))
+        print(f"kvpress' own pyramid for {budget}: {own.max()} to {own.min()} a layer"
+              + (", which is SnapKV" if len(set(own)) == 1 else ""))
     print(f"the last token's logits differ by {max(difference):.2e} at most, of {np.abs(saved['logits']).max():.1f}")
 
 
@@ -269,7 +286,8 @@ def main() -> None:
     cli.add_argument("--tokens", type=int, default=2000, help="prompt length; a multiple of 20 for 'chunkkv aligned'")
     cli.add_argument("--budgets", default="256,512", help="tokens kept a layer, with commas")
     cli.add_argument("--text", type=Path, help="read the prompt from this file instead of made-up prose")
-    cli.add_argument("--work", type=Path, default=Path(tempfile.gettempdir())/"compare_kvpress", help="folder of the F32 GGUF and the capture")
+    cli.add_argument("--work", type=Path, default=Path(tempfile.gettempdir())/"compare_kvpress",
+                     help="folder of the F32 GGUF and the capture")
     cli.add_argument("--capture", action="store_true", help="the torch half only")
     cli.add_argument("--resume", action="store_true", help="the pykvc half only, from the capture")
     args = cli.parse_args()
@@ -283,7 +301,8 @@ def main() -> None:
     if not f32_path.exists():
         write_f32(args.model, f32_path)
     if not args.resume:
-        np.savez_compressed(saved_path, **torch_half(args.model, read_tokens(args.model, args.tokens, args.text), budgets))
+        np.savez_compressed(saved_path,
+                            **torch_half(args.model, read_tokens(args.model, args.tokens, args.text), budgets))
         print(f"wrote {saved_path}")
     if not args.capture:
         table(np.load(saved_path), f32_path)

@@ -1,12 +1,16 @@
-"""Many clients at once against a llama-server: does each get its own answer, does memory stay flat, how long does the first token take?
+"""Many clients at once against a llama-server: does each get its own answer, does memory stay flat, how long does the
+first token take?
 
-    python evals/serve_load.py --requests 500                                         # pykvc serve, 4 slots, 25 % of each prompt
-    python evals/serve_load.py --requests 500 --server PATH --flags "-c 32768 -np 4"   # another llama-server
+python evals/tools/serve_load.py --requests 500                                         # pykvc serve, 4 slots, 25 % of
+each prompt
+    python evals/tools/serve_load.py --requests 500 --server PATH --flags "-c 32768 -np 4"   # another llama-server
 
-llama-server keeps past prompts in RAM (--cache-ram, 8 GiB unless told otherwise), so memory is flat once that is full: it is 256 MiB here.
+llama-server keeps past prompts in RAM (--cache-ram, 8 GiB unless told otherwise), so memory is flat once that is full:
+it is 256 MiB here.
 
-Requests have 100 to --longest tokens; of ten, two branch off an earlier prompt, one is cancelled after its first words, one is invalid. A
-grammar makes each answer begin with the number that its prompt has: another number would be another slot's text. One JSON object.
+Requests have 100 to --longest tokens; of ten, two branch off an earlier prompt, one is cancelled after its first words,
+one is invalid. A grammar makes each answer begin with the number that its prompt has: another number would be another
+slot's text. One JSON object.
 """
 import argparse
 import json
@@ -20,9 +24,10 @@ from pathlib import Path
 
 from pykvc import models, prose
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # run as a file, so that ./pykvc, without its compiled half, is not first
+# run as a file: ./pykvc, without its compiled half, is not first
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-from evals.served import Server  # noqa: E402
+from evals.tools.served import Server  # noqa: E402
 
 KINDS = ("new",)*6 + ("branch",)*2 + ("cancel", "invalid")
 
@@ -53,7 +58,8 @@ def prompts(n: int, longest: int, seed: int) -> list[tuple[str, str]]:
 
 def ask(server: Server, i: int, kind: str, prompt: str, n_predict: int, start: float) -> Outcome:
     done = Outcome(kind)
-    body = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "grammar": f'root ::= " {i}." [ a-zA-Z,]*', "ignore_eos": True}
+    body = {"prompt": prompt, "n_predict": n_predict, "temperature": 0, "grammar": f'root ::= " {i}." [ a-zA-Z,]*',
+            "ignore_eos": True}
     try:
         if kind == "invalid":
             status, reply = server.post("/completion", {**body, "n_predict": "many"})
@@ -96,12 +102,14 @@ def percentile(values: list[float], p: float) -> float:
 
 def run(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        with Server(Path(folder)/"log", "-m", models.resolve(args.model), *args.flags.split(), program=args.server) as server:
+        with Server(Path(folder)/"log", "-m", models.resolve(args.model), *args.flags.split(),
+                    program=args.server) as server:
             todo = prompts(args.requests, args.longest, args.seed)
             memory: list[int] = []
             start = time.perf_counter()
             with ThreadPoolExecutor(args.clients) as pool:
-                jobs = [pool.submit(ask, server, i, kind, prompt, args.predict, start) for i, (kind, prompt) in enumerate(todo)]
+                jobs = [pool.submit(ask, server, i, kind, prompt, args.predict, start)
+                        for i, (kind, prompt) in enumerate(todo)]
                 for n, job in enumerate(jobs):
                     job.result()
                     memory.append(resident(server.process.pid))
@@ -112,10 +120,14 @@ def run(args: argparse.Namespace) -> dict:
             metrics = server.get("/metrics")[1] if "--metrics" in args.flags else ""
             status = server.stop()
     half = memory[len(memory)//2:]
-    return {"flags": args.flags, "requests": len(done), "answered": len(answered), "wrong": [d.wrong for d in done if d.wrong],
-            "seconds": round(seconds, 1), "tokens_per_second": round(sum(d.n_prompt + d.n_answer for d in answered)/seconds, 1),
-            "first_token_ms": {"p50": percentile([d.first_ms for d in answered], 0.5), "p95": percentile([d.first_ms for d in answered], 0.95)},
-            "resident_mib": {"first": memory[0], "half": half[0], "most_after": max(half), "last": memory[-1]}, "exit_status": status,
+    return {"flags": args.flags, "requests": len(done), "answered": len(answered),
+            "wrong": [d.wrong for d in done if d.wrong],
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round(sum(d.n_prompt + d.n_answer for d in answered)/seconds, 1),
+            "first_token_ms": {"p50": percentile([d.first_ms for d in answered], 0.5),
+                               "p95": percentile([d.first_ms for d in answered], 0.95)},
+            "resident_mib": {"first": memory[0], "half": half[0], "most_after": max(half), "last": memory[-1]},
+            "exit_status": status,
             "evictions": [line for line in metrics.splitlines() if line.startswith("llamacpp:kv_")]}
 
 
@@ -128,7 +140,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", default=None)
     parser.add_argument("--server", default=None, help="a llama-server; default: pykvc serve")
-    parser.add_argument("--flags", default="-c 32768 -np 4 --kv-policy snapkv --kv-budget 25% --kv-cells 2560 --cache-ram 256 --metrics")
+    parser.add_argument("--flags",
+                        default="-c 32768 -np 4 --kv-policy snapkv --kv-budget 25% --kv-cells 2560 --cache-ram 256 "
+                                "--metrics")
     print(json.dumps(run(parser.parse_args()), indent=2))
 
 

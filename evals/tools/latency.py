@@ -9,17 +9,18 @@ from typing import Any, Callable, Sequence
 from pykvc import bench, report
 from pykvc.race import Case
 
-from . import palette
-from .pictures import use_matplotlib
-from .store import Row
+from .. import palette
+from ..panels import use_matplotlib
+from ..settings import listed, sweep
+from ..store import Row
 
 FILE = "latency.jsonl"
 
 
-def cases_of(blocks: Sequence[Row], model: Path | str | None, policies: Sequence[str] = (), budgets: Sequence[str] = (), n_threads: int | None = None,
+def cases_of(blocks: Sequence[Row], model: Path | str | None, policies: Sequence[str] = (), budgets: Sequence[str] = (),
+             n_threads: int | None = None,
              n_gpu_layers: int = 0, repetitions: int | None = None) -> list[tuple[Case, int]]:
     """(case, repetitions) of every block. policies, budgets: only these. ValueError names what is valid."""
-    from .study import listed, sweep
     found: dict[Case, int] = {}
     for block in blocks:
         for one in sweep(block, ["cache_type"]):
@@ -27,9 +28,11 @@ def cases_of(blocks: Sequence[Row], model: Path | str | None, policies: Sequence
                 one["type_k"] = one["type_v"] = one.pop("cache_type")
             n = repetitions or one.pop("repetitions", 5)
             one.pop("repetitions", None)
-            lists = {name: [str(v) if name in ("kv_budget", "kv_decode_budget", "kv_cells") else v for v in listed(value)] for name, value in one.items()}
+            lists = {name: [str(v) if name in ("kv_budget", "kv_decode_budget", "kv_cells") else v
+                            for v in listed(value)] for name, value in one.items()}
             for case in bench.cases(model=[model], n_threads=[n_threads], n_gpu_layers=[n_gpu_layers], **lists):
-                if not case.evicts or ((not policies or case.kv_policy.partition(":")[0] in policies) and (not budgets or case.kv_budget in budgets)):
+                if not case.evicts or ((not policies or case.kv_policy.partition(":")[0] in policies)
+                                       and (not budgets or case.kv_budget in budgets)):
                     found.setdefault(case, n)
     return list(found.items())
 
@@ -85,13 +88,17 @@ def draw(out: Path) -> list[Path]:
     for model in dict.fromkeys(row["case"]["model"] for row in found):
         of_model = [row for row in found if row["case"]["model"] == model]
         labels = [_label(row) for row in of_model]
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28*len(labels)), layout="constrained", sharey=True)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 1.2 + 0.28*len(labels)), layout="constrained",
+                                             sharey=True)
         values = [row["decode_ratio_full"] for row in of_model]
-        errors = [[v - row["decode_ratio_full_min"] for v, row in zip(values, of_model)], [row["decode_ratio_full_max"] - v for v, row in zip(values, of_model)]]
-        left.barh(labels, values, xerr=errors, color=[palette.look(row["kv_policy"])["color"] for row in of_model], capsize=2)
+        errors = [[v - row["decode_ratio_full_min"] for v, row in zip(values, of_model)],
+                  [row["decode_ratio_full_max"] - v for v, row in zip(values, of_model)]]
+        left.barh(labels, values, xerr=errors, color=[palette.look(row["kv_policy"])["color"] for row in of_model],
+                  capsize=2)
         left.axvline(1, color="grey", linestyle="--")
         left.set_xlabel("decoding, times as fast as with the whole cache (median, range)")
-        right.barh(labels, [row["evict_pct"] for row in of_model], color=[palette.look(row["kv_policy"])["color"] for row in of_model])
+        right.barh(labels, [row["evict_pct"] for row in of_model],
+                   color=[palette.look(row["kv_policy"])["color"] for row in of_model])
         right.set_xlabel("time of the eviction, % of reading the prompt")
         left.invert_yaxis()
         figure.suptitle(Path(model).stem)
@@ -103,6 +110,7 @@ def draw(out: Path) -> list[Path]:
 
 def _label(row: Row) -> str:
     name = row["kv_policy"].partition(":")[0]
-    more: list[Any] = [row["kv_budget"] or "", f"pp{row['n_prompt']}", f"x{row['n_parallel']}" if row["n_parallel"] > 1 else "",
+    more: list[Any] = [row["kv_budget"] or "", f"pp{row['n_prompt']}",
+                       f"x{row['n_parallel']}" if row["n_parallel"] > 1 else "",
                        "" if row["type_k"] == row["type_v"] == "f16" else f"{row['type_k']}/{row['type_v']}"]
     return " ".join([name, *filter(None, more)])

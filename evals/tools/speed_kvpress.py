@@ -1,13 +1,13 @@
 """How fast are llama.cpp, pykvc and kvpress 0.5.5 on the same weights? By hand, not in CI: it needs torch.
 
-    pip install '.[kvpress]' && python evals/speed_kvpress.py --model smollm2-135m.gguf --tokens 2000,4000,7000
+    pip install '.[kvpress]' && python evals/tools/speed_kvpress.py --model smollm2-135m.gguf --tokens 2000,4000,7000
 
-In one process, taking turns, --rounds times: a prompt of --tokens is evaluated, SnapKV (window 64, kernel 5) leaves --budget
-of it, --generate tokens follow. The rows:
+In one process, taking turns, --rounds times: a prompt of --tokens is evaluated, SnapKV (window 64, kernel 5) leaves
+--budget of it, --generate tokens follow. The rows:
 
-- llama.cpp: no policy, and ggml's own attention and matrix products (PYKVC_STOCK_ATTENTION, PYKVC_STOCK_MATRIX): its code, bit for bit.
-- pykvc full: no policy. pykvc: evicts at the prompt's end. pykvc bounded: in --budget + n_ubatch cells.
-- kvpress full, kvpress: transformers in float32, weights dequantised from the same GGUF, attention "sdpa".
+- llama.cpp: no policy, and ggml's own attention and matrix products (PYKVC_STOCK_ATTENTION, PYKVC_STOCK_MATRIX): its
+code, bit for bit. - pykvc full: no policy. pykvc: evicts at the prompt's end. pykvc bounded: in --budget + n_ubatch
+cells. - kvpress full, kvpress: transformers in float32, weights dequantised from the same GGUF, attention "sdpa".
 
 Medians of t/s. The prefill of a row that evicts has the eviction in it: kvpress evicts inside its forward pass.
 """
@@ -26,11 +26,13 @@ N_UBATCH = 512
 STOCK = ("PYKVC_STOCK_ATTENTION", "PYKVC_STOCK_MATRIX")
 
 
-def llama_cpp(path: Path, tokens: np.ndarray, n_gen: int, n_threads: int, stock: bool = False, **policy: str) -> Callable[[], tuple[float, float]]:
+def llama_cpp(path: Path, tokens: np.ndarray, n_gen: int, n_threads: int, stock: bool = False,
+              **policy: str) -> Callable[[], tuple[float, float]]:
     """() -> seconds of the prefill and of n_gen tokens."""
     from pykvc import _core
     model = _core.Model(str(path))
-    ctx = _core.Context(model, n_ctx=len(tokens) + n_gen + 1, n_batch=N_UBATCH, n_ubatch=N_UBATCH, n_threads=n_threads, flash_attn="on", **policy)
+    ctx = _core.Context(model, n_ctx=len(tokens) + n_gen + 1, n_batch=N_UBATCH, n_ubatch=N_UBATCH, n_threads=n_threads,
+                        flash_attn="on", **policy)
 
     def run() -> tuple[float, float]:
         if stock:
@@ -92,20 +94,25 @@ def main() -> None:
     lengths = [int(n) for n in args.tokens.split(",")]
     tokens, hf = read_tokens(args.model, max(lengths), args.text), load_hf(args.model)
     spec = dict(policy=f"snapkv:window={WINDOW},kernel={KERNEL}", budget=str(args.budget))
-    print("| tokens | | prefill t/s | / kvpress | / llama.cpp | decode t/s | / kvpress | / llama.cpp |\n| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| tokens | | prefill t/s | / kvpress | / llama.cpp | decode t/s | / kvpress | / llama.cpp |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for n in lengths:
         how = args.model, tokens[:n], args.generate, args.threads
-        rows = {"llama.cpp": llama_cpp(*how, stock=True), "pykvc full": llama_cpp(*how), "pykvc": llama_cpp(*how, **spec),
+        rows = {"llama.cpp": llama_cpp(*how, stock=True), "pykvc full": llama_cpp(*how),
+                "pykvc": llama_cpp(*how, **spec),
                 "pykvc bounded": llama_cpp(*how, cells=str(args.budget + N_UBATCH), **spec),
-                "kvpress full": kvpress(hf, tokens[:n], args.generate, 0), "kvpress": kvpress(hf, tokens[:n], args.generate, args.budget)}
+                "kvpress full": kvpress(hf, tokens[:n], args.generate, 0),
+                "kvpress": kvpress(hf, tokens[:n], args.generate, args.budget)}
         took: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
         for _ in range(args.rounds):
             for name, run in rows.items():
                 took[name].append(run())
-        prefill, decode = ({name: median(count/seconds[i] for seconds in runs) for name, runs in took.items()} for i, count in enumerate((n, args.generate)))
+        prefill, decode = ({name: median(count/seconds[i] for seconds in runs) for name, runs in took.items()}
+                           for i, count in enumerate((n, args.generate)))
         for name in rows:
-            print(f"| {n} | {name} | {prefill[name]:.1f} | {prefill[name]/prefill['kvpress']:.2f} | {prefill[name]/prefill['llama.cpp']:.2f} "
-                  f"| {decode[name]:.1f} | {decode[name]/decode['kvpress']:.2f} | {decode[name]/decode['llama.cpp']:.2f} |", flush=True)
+            cells = (f"{of[name]:.1f} | {of[name]/of['kvpress']:.2f} | {of[name]/of['llama.cpp']:.2f}"
+                     for of in (prefill, decode))
+            print(f"| {n} | {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
