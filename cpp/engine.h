@@ -41,7 +41,10 @@
 //   state.cpp   what a saved state needs beyond llama.cpp's cells
 //   resident.cpp  what of the cache is in memory
 
+#include "config.h"
+#include "graph.h"
 #include "policy.h"
+#include "signals.h"
 
 #include "ggml-cpp.h"
 #include "llama.h"
@@ -67,30 +70,6 @@ namespace kvc {
 
 struct cache_rows; // gather.h
 
-// What a context's memory is made of, as far as it is ours.
-struct parts {
-    llama_kv_cache         * cache     = nullptr; // a row per token in every layer of it: evicts, or would; null: none of ours
-    llama_kv_cache         * windows   = nullptr; // the layers with sliding windows have one of their own
-    llama_memory_recurrent * recurrent = nullptr; // the state of the other layers, of whatever length the context is
-};
-
-struct config {
-    std::shared_ptr<const policy> pol;
-    std::string spec;              // canonical
-    decode_mode decode = decode_mode::none;
-    bool        layers_differ = false;
-    needs       need;
-    int32_t     interval = 32;     // generated tokens between two evictions
-    budget      prompt_budget;
-    budget      decode_budget;
-    bool        guess = true;      // a caller that knows nothing of us: find the prompt's end from the batches
-    std::string cells_text;        // kv_cells as it was given
-    bool        own_share = true;  // the spec named its share; false: auto
-    bool        pooled    = false; // with kv_cells: layers draw their rows from one pool
-    int32_t     n_cells   = 0;     // cells of the mean layer and a sequence; 0: as many as the context has tokens
-    int32_t     n_reserve = 0;     // of them, those that an eviction of the prompt leaves free: n_ubatch
-};
-
 // Why a sequence is evicted: its prompt ended; its generated tokens are over their budget; the next tokens have no
 // room.
 enum class cause { prompt, decode, room };
@@ -99,53 +78,6 @@ struct stats {
     int64_t n_evictions = 0;
     int64_t n_evicted   = 0;  // slots of the mean layer
     double  score_ms = 0, plan_ms = 0, compact_ms = 0;
-};
-
-// Signals of one layer, host copies. The arrays a policy did not ask for are empty.
-struct layer_signals {
-    int32_t il, n_kv, n_head, n_head_kv, head_dim, n_query, value_dim;
-    std::vector<int32_t> pos;  // I32 [n_head_kv, n_kv]
-    std::vector<float>   attn; // F32 [n_head, n_kv]
-    std::vector<float>   sums; // F32 [n_head_kv, n_kv]
-    std::vector<float>   keys; // F32 [n_head_kv, n_kv, head_dim]
-    std::vector<float>   probed; // F32 [n_head_kv, n_kv]
-    std::vector<float>   q_mean; // F32 [n_head, head_dim]
-    std::vector<float>   q_cov;  // F32 [n_head, head_dim, head_dim]
-    std::vector<float>   v_norm; // F32 [n_head_kv, n_kv]
-    std::vector<float>   o_norm; // F32 [n_head, n_kv]
-    std::vector<float>   attn_rows;  // F32 [n_head, n_query, n_kv]
-    std::vector<float>   value_rows; // F32 [n_head_kv, n_kv, value_dim]
-    std::vector<float>   reduced;    // F32 [n_head_kv, n_out, n_kv] by policy::reduce_keys()
-
-    layer_view view(int32_t n_layer, int32_t budget) const;
-};
-
-// One of the ring of the last queries, and what it counts.
-struct ring_query {
-    llama_pos pos;
-    int32_t   row; // of the ring
-    float     weight;
-};
-
-// Rows of a layer's ring and its KV heads that one graph takes.
-struct ring_part {
-    int32_t row, n_row, head, n_head;
-
-    bool has(const ring_query & q) const { return q.row >= row && q.row < row + n_row; }
-};
-
-// Up to which of n_kv slots each query sees, I32 [n_query]: those of no later position.
-std::vector<int32_t> seen_by(const std::vector<ring_query> & queries, const int32_t * pos, int32_t n_kv);
-
-// How a layer's queries were rotated before they reached attention, read off the model's own graph.
-struct rotation {
-    bool          rope = false;
-    int32_t       params[GGML_MAX_OP_PARAMS/sizeof(int32_t)] = {}; // of ggml_rope_ext
-    ggml_tensor * factors = nullptr; // of its frequencies, or null
-    int32_t       n_hadamard = 0;    // side of the Hadamard matrix that quantized keys are mixed with, 0: none
-
-    bool pairs_apart() const { return params[2] != GGML_ROPE_TYPE_NORMAL; } // the halves of a head, else neighbours
-    static bool find(const ggml_tensor * q, rotation & res); // false: the queries are changed after it
 };
 
 class engine {
@@ -486,21 +418,9 @@ private:
 // Rows of a layer of the cache that is being created: n_cells, or what kv_cells leaves it.
 uint32_t rows_of_layer(uint32_t il, uint32_t n_cells);
 
-// The policy of the next context this thread creates; null: stock whatever the environment says.
-void next_context(std::shared_ptr<const config> cfg);
-void forget_next_context(); // the environment says it again
-
-void check_budgets(const policy & pol, const std::string & name, decode_mode mode, const budget & prompt, const budget & decode);
-std::shared_ptr<const config> make_config(const std::string & spec, const std::string & budget, const std::string & decode_budget,
-        const std::string & cells, bool guess, bool pool = true); // pool: what share=auto may count on, with kv_cells
-std::shared_ptr<const config> make_config(std::shared_ptr<const policy> pol, const std::string & name, decode_mode decode,
-        const std::string & budget, const std::string & decode_budget, const std::string & cells);
-
 // The last sentence an engine of this thread had to say where no exception could pass (llama_decode, state loading).
 std::string & last_error();
 
-parts parts_of(llama_memory_i * mem);
-std::vector<std::string> architectures(); // llama.cpp's own list
 llama_kv_cache * cache_of(llama_context * lctx);
 
 int32_t n_head_kv_of(llama_context * lctx, int32_t ikv); // KV heads of a layer of its cache
@@ -510,19 +430,5 @@ int32_t n_head_kv_of(llama_context * lctx, int32_t ikv); // KV heads of a layer 
 void flush_copies(llama_context * lctx);
 
 bool uses_flash_attn(llama_context * lctx);
-
-ggml_backend_dev_t device_of(const ggml_tensor * t);
-bool can_run(ggml_backend_dev_t dev, const ggml_tensor * op); // but for what pretend_lacking() named
-bool can_run_all(ggml_backend_dev_t dev, ggml_context * graph); // every op of it but views
-
-// Layers that agree on these numbers share an input of a graph: a name for it.
-std::string name_of(const char * what, const std::vector<int64_t> & numbers);
-
-// A small graph of ours, between those of the model: build it, then run it for one result.
-llm_graph_result * begin_graph(llama_context * lctx);
-void run_graph(llama_context * lctx, llm_graph_result * res, ggml_tensor * out, const std::function<void()> & set_inputs);
-
-// Test only: from now on no device runs these ops, by their names in ggml. The ops themselves go on to work.
-void pretend_lacking(const std::vector<std::string> & ops);
 
 } // namespace kvc
