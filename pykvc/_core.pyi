@@ -180,8 +180,9 @@ class Context:
     def signals(self, seq: int = 0) -> list[dict[str, Any]]:
         """a layer: pos, attn, sums, keys, probed, n_query (those the policy needs)"""
     def stats(self) -> dict[str, Any]:
-        """cells_used [n_seq_max], cells_allocated (a sequence), kept [n_layer_kv] (rows, those of the longest head; sequence 0), bytes_allocated, bytes_used, bytes_full
-        (what the evaluated tokens would take), n_evictions, n_evicted (cells of the mean layer), score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
+        """cells_used [n_seq_max], cells_allocated (a sequence), kept [n_layer_kv] (rows, those of the longest head; sequence 0),
+        bytes_allocated (of them bytes_signals, bytes_past), bytes_used, bytes_full (what the evaluated tokens would take),
+        n_evictions, n_evicted (cells of the mean layer), score_ms, plan_ms, compact_ms, prefill_ms, decode_ms."""
     def bytes_resident(self) -> int: """of bytes_allocated, in memory now; it looks at every page"""
     def n_evictions(self, seq: int = 0) -> int: """of the sequence since it was emptied"""
     def seq_stats(self, seq: int = 0) -> dict[str, Any]:
