@@ -164,8 +164,7 @@ def _length(item: Item) -> dict[str, Any]:
 def _figures(answer: pykvc.Generation, n_context: int, n_prompt: int, kept: list[int], n_evictions: int,
              n_cells: int) -> dict[str, Any]:
     return {"n_context": n_context, "n_prompt": n_prompt, "n_predicted": answer.n_predicted, "kept": kept,
-            "evictions": n_evictions,
-            "cells_allocated": n_cells,
+            "evictions": n_evictions, "cells_allocated": n_cells,
             **{name: answer.kv[name] for name in ("bytes_used", "bytes_full", "bytes_allocated")},
             **{name: round(answer.timings[name], 1) for name in ("prefill_ms", "evict_ms", "decode_ms")},
             "stop_reason": answer.stop_reason, "answer": answer.text}

@@ -66,8 +66,7 @@ class Case:
 
     def label(self) -> str:
         parts = [self.policy, self.budget and f"budget {self.budget}",
-                 self.decode_budget and f"decode {self.decode_budget}",
-                 self.cells and f"cells {self.cells}",
+                 self.decode_budget and f"decode {self.decode_budget}", self.cells and f"cells {self.cells}",
                  (self.type_k, self.type_v) != ("f16", "f16") and f"{self.type_k}/{self.type_v}"]
         return ", ".join(part for part in parts if part)
 

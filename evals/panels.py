@@ -22,8 +22,7 @@ from .store import Row, grouped
 MARKERS = "os^Dv*PX"
 NOT_OF_FULL = {*CASE, "method"}
 NAMES = {"ratio": "share of the evictable tokens kept", "n_kept": "tokens kept in each layer",
-         "shots": "worked examples in the prompt",
-         "bytes_used": "cache in use, MiB", "score": "share of right answers",
+         "shots": "worked examples in the prompt", "bytes_used": "cache in use, MiB", "score": "share of right answers",
          "relative": "score, change against the whole cache",
          "difference": "score, difference to the whole cache", "kl": "KL divergence from the whole cache, nats",
          "budget": "budget of the prompt"}
@@ -52,8 +51,7 @@ def label(row: Row) -> str:
     usual = _core.parse_spec(name).partition(":")[2].split(",")
     changed = ",".join(parameter for parameter in given.split(",") if parameter not in usual)
     parts = [f"{name}:{changed}" if changed else name, row["budget"],
-             row["decode_budget"] and f"decode {row['decode_budget']}",
-             row["cells"] and f"{row['cells']} cells",
+             row["decode_budget"] and f"decode {row['decode_budget']}", row["cells"] and f"{row['cells']} cells",
              "" if row["type_k"] == row["type_v"] == "f16" else f"{row['type_k']}/{row['type_v']}"]
     return " ".join(part for part in parts if part)
 
@@ -109,8 +107,7 @@ def picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequenc
     n_across = min(len(panels), 3)
     n_down = -(-len(panels)//n_across)
     figure, axes = plt.subplots(n_down, n_across, figsize=(1.6 + 4.4*n_across, 1 + 3.4*n_down), layout="constrained",
-                                squeeze=False, sharey=True,
-                                sharex=x in ("ratio", "budget", "shots"))
+                                squeeze=False, sharey=True, sharex=x in ("ratio", "budget", "shots"))
     looks: dict[str, palette.Look] = {}
     for at, (name, of_panel) in zip(axes.flat, panels.items()):
         _panel(at, block, x, y, of_panel + full.get(name[0], []), looks)
@@ -197,8 +194,7 @@ def _curves(at: Any, x: str, y: str, curves: dict[str, list[Row]], looks: dict[s
         beside = (i - (len(curves) - 1)/2)*0.008*(max(across) - min(across))  # intervals at one x stand side by side
         points = sorted(points, key=lambda line: _number(line, x))
         at.errorbar([_number(p, x) + beside for p in points], [p[y] for p in points], yerr=_errors(points, y),
-                    label=name,
-                    markersize=5, capsize=2, elinewidth=0.8, alpha=0.85, **looks[name])
+                    label=name, markersize=5, capsize=2, elinewidth=0.8, alpha=0.85, **looks[name])
 
 
 def _front(at: Any, marker: str | None, x: str, y: str, curves: dict[str, list[Row]],

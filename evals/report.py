@@ -109,13 +109,11 @@ def _line(names: Row, rows: list[Row], paired: list[tuple[Row, float]], n_compar
         _, lowest, highest = stats.paired_difference(ours, theirs, stats.corrected(n_comparisons))
         line |= {"n_paired": len(paired), "difference": difference, "difference_low": low, "difference_high": high,
                  "n_comparisons": n_comparisons, "difference_corrected_low": lowest,
-                 "difference_corrected_high": highest,
-                 "relative": difference/_mean(theirs) if any(theirs) else None}
+                 "difference_corrected_high": highest, "relative": difference/_mean(theirs) if any(theirs) else None}
     n_before = [row["n_context"] if row["protocol"] == "question-out" else row["n_prompt"] for row in done]
     kept = [sum(row["kept"])/len(row["kept"]) for row in done]
     line |= {"n_prompt": _mean(row["n_prompt"] for row in done), "n_before": sum(n_before)/len(done),
-             "n_kept": sum(kept)/len(done),
-             "ratio": sum(kept)/sum(n_before) if sum(n_before) else None,
+             "n_kept": sum(kept)/len(done), "ratio": sum(kept)/sum(n_before) if sum(n_before) else None,
              "evictions": _mean(row["evictions"] for row in done)}
     if hasattr(task(names["task"]), "extra"):
         more = [task(names["task"]).extra(row["answer"]) for row in done]
@@ -146,8 +144,7 @@ def _mean(values: Any) -> float:
 
 COLUMNS = (
     ("policy", lambda x: f"`{x['policy']}`"), ("budget", lambda x: x["budget"]),
-    ("decode", lambda x: x["decode_budget"]),
-    ("cells", lambda x: x["cells"]),
+    ("decode", lambda x: x["decode_budget"]), ("cells", lambda x: x["cells"]),
     ("K/V", lambda x: "" if x["type_k"] == x["type_v"] == "f16" else f"{x['type_k']}/{x['type_v']}"),
     ("n", lambda x: str(x["n"])), ("units", lambda x: "" if x.get("n_units", x["n"]) == x["n"] else str(x["n_units"])),
     ("failed", lambda x: str(x["n_failed"] or "")),
@@ -157,8 +154,7 @@ COLUMNS = (
     ("relative", lambda x: _percent(x, "relative", "+")), ("KL", lambda x: f"{x['kl']:.4f}" if "kl" in x else ""),
     ("95 % of KL", lambda x: f"{x['kl_low']:.4f} to {nats(x['kl_high'], 4)}" if "kl_low" in x else ""),
     ("tokens", lambda x: _whole(x, "n_before")), ("kept", lambda x: _whole(x, "n_kept")),
-    ("ratio", lambda x: _percent(x, "ratio")),
-    ("evictions", lambda x: _whole(x, "evictions")),
+    ("ratio", lambda x: _percent(x, "ratio")), ("evictions", lambda x: _whole(x, "evictions")),
     ("KV used", lambda x: mebibytes(x["bytes_used"]) if "bytes_used" in x else ""),
     ("of", lambda x: mebibytes(x["bytes_full"]) if "bytes_full" in x else ""),
     ("allocated", lambda x: mebibytes(x["bytes_allocated"]) if "bytes_allocated" in x else ""))

@@ -31,14 +31,12 @@ else:
 FOLDER = Path(__file__).parent/"studies"
 
 LISTS = {"policy": ["full"], "budget": ["none"], "decode_budget": ["none"], "cells": ["none"],
-         "protocol": ["question-out"],
-         "type_k": ["f16"], "type_v": ["f16"]}
+         "protocol": ["question-out"], "type_k": ["f16"], "type_v": ["f16"]}
 SINGLE = {"n": int, "seed": int, "n_ctx": int, "n_ubatch": int, "plain": bool}
 BLOCKS = {
     "run": {"task", "cache_type", *LISTS, *SINGLE, *SETTINGS},
     "bench": {"n_prompt", "n_gen", "n_depth", "n_parallel", "kv_policy", "kv_budget", "kv_decode_budget", "kv_cells",
-              "type_k", "type_v", "cache_type",
-              "repetitions"},
+              "type_k", "type_v", "cache_type", "repetitions"},
     "attention": {"task", "n", "policy", "budget", "seed", "plain", *SETTINGS},
     "picture": {"name", "x", "y", "panel", "line", "file", "marker", "front", "only"}}
 TOP = {"title", "model", "n", "n_models", *BLOCKS}
@@ -117,8 +115,7 @@ class Only:
 
 
 def plans(study: Study, out: Path, data_dir: Path | None = None, n: int | None = None, only: Only = Only(),
-          chat: bool = True,
-          unsafe_code: bool = False, **more: Any) -> list[Plan]:
+          chat: bool = True, unsafe_code: bool = False, **more: Any) -> list[Plan]:
     """Of all runs, in the order of the file. n, chat: what the command line says. more: further fields of Plan.
     ValueError for every mistake that can be seen without the data."""
     for name in only.tasks:
@@ -148,8 +145,7 @@ def _with_settings(study: Study, given: Sequence[str]) -> list[Block]:
 
 
 def _plan(study: Study, block: Block, out: Path, data_dir: Path | None, n: int | None, only: Only, chat: bool,
-          unsafe_code: bool,
-          more: Block) -> list[Plan]:
+          unsafe_code: bool, more: Block) -> list[Plan]:
     where = f"[[run]] of {study.name}"
     if "task" not in block:
         raise ValueError(f"{where} names no task: valid are {', '.join(TASKS)}")

@@ -180,8 +180,7 @@ def key_row(plan: Plan, name: str, item: Item, protocol: str, case: Case) -> Row
     return {"task": name, "item": item.id, "protocol": protocol, "policy": case.policy, "budget": case.budget,
             "decode_budget": case.decode_budget,
             "cells": case.cells, "type_k": case.type_k, "type_v": case.type_v, "n_ubatch": plan.n_ubatch,
-            "chat": plan.chat and item.chat,
-            "seed": plan.seed}
+            "chat": plan.chat and item.chat, "seed": plan.seed}
 
 
 def weight(asked: Asked, subject: Subject) -> int:

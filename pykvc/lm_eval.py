@@ -126,6 +126,8 @@ class PykvcLM(TemplateLM):
         fitting = self._fit(ids, n_more)
         n_cut = len(ids) - len(fitting)
         n_left = max(0, n_head - n_cut)
+        if self.hold_back >= len(fitting) - n_left:  # some of the examples are held back, too
+            n_left, head = 0, ""
         return Prompt("" if n_cut else head, fitting[:n_left], fitting[n_left:], text[begin:].strip())
 
     def _split(self, head: str, ids: list[int]) -> tuple[str, int]:

@@ -107,7 +107,7 @@ def _expected(llm, context, continuation, hold_back=0):
     return total, greedy
 
 
-@pytest.mark.parametrize("how", [{}, SNAPKV, dict(SNAPKV, hold_back=4), dict(kv_policy="h2o", kv_budget=24),
+@pytest.mark.parametrize("how", [{}, SNAPKV, dict(SNAPKV, hold_back=4), dict(SNAPKV, hold_back=40), dict(kv_policy="h2o", kv_budget=24),
                                  dict(kv_policy="streaming_llm:interval=2", kv_budget=24, kv_decode_budget=2)], ids=str)
 def test_loglikelihood(model_path, how):
     context = FACTS + "Fay has"
@@ -204,6 +204,14 @@ def test_where_the_question_begins(model_path):
     written = lm.apply_chat_template([*turns, {"role": "user", "content": "How many has Dan?"}])
     found = split(written)
     assert lm.llm.detokenize(found.question).startswith("How many has Dan?<|im_end|>") and SHOTS[3].split("\nA:")[1].strip() in found.text
+
+
+def test_more_than_the_question_can_be_held_back(model_path):
+    lm = PykvcLM(str(model_path), n_ctx=512, **{**SNAPKV, "hold_back": 40})
+    context = of("Dan")
+    got = lm.loglikelihood(asked("loglikelihood", (context, " Dan has 9.")), disable_tqdm=True)
+    with pykvc.LLM(model_path, n_ctx=512, **SNAPKV) as llm:
+        assert got == [pytest.approx(_expected(llm, context, " Dan has 9.", 40), abs=0.2)]
 
 
 def test_mistakes_of_a_protocol(model_path, capsys):

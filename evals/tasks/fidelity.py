@@ -69,8 +69,7 @@ def _chunks(text: str, name: str, options: Options) -> Iterator[Item]:
             tokens, begin = 0, b
         if len(parts) == 3:
             yield Item(id=f"{name}/{options['length']}/{options['tokens']}/{begin}", context=parts[0],
-                       question=parts[1], query="", chat=False,
-                       gold=parts[2], max_tokens=options["tokens"] + SPARE)
+                       question=parts[1], query="", chat=False, gold=parts[2], max_tokens=options["tokens"] + SPARE)
             parts = []
 
 

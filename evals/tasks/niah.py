@@ -84,8 +84,7 @@ def _of_text(path: Path, needles: list[dict], depths: list[float], options: Opti
         groups.append([Item(
             id=f"{path.stem}/{options['length']}/{i}/{needle['id']}@{depth:g}{others}", context=context + "\n\n",
             question=f"Question: {needle['question']}\nAnswer briefly, in the words of the text.",
-            query=needle["question"],
-            gold=needle["answer"], max_tokens=MAX_TOKENS,
+            query=needle["question"], gold=needle["answer"], max_tokens=MAX_TOKENS,
             tags={"depth": depth, "length": options["length"], "needle": needle["id"], "text": path.stem})
             for depth, needle in zip(at, chosen)])
     return groups

@@ -4,8 +4,7 @@ from types import ModuleType
 from typing import Any
 
 from . import (commonsense_qa, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu, niah,
-               ruler,
-               safety)
+               ruler, safety)
 
 PLAIN: dict[str, ModuleType] = {
     "niah": niah, "gsm8k": gsm8k, "mmlu": mmlu, "commonsense_qa": commonsense_qa, "humaneval": humaneval,

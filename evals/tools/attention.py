@@ -71,8 +71,7 @@ def views(blocks: Sequence[Row], subject: Subject, data_dir: Path | None, n: int
                 settings = {**task(name).SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),
                             **given[name]}
                 items = task(name).load(Options(lambda text: count(subject.vocabulary, text), data_dir,
-                                                n or one.get("n") or usual or N_DEFAULT, seed,
-                                                in_chat, settings))
+                                                n or one.get("n") or usual or N_DEFAULT, seed, in_chat, settings))
                 found += [View(name, item, settings, chosen, seed, in_chat) for item in items]
     return found
 
@@ -98,8 +97,7 @@ def run(todo: Sequence[View], model: str | None, out: Path, n_threads: int | Non
                 path = out/"attention"/f"{subject.name}-{view.task}-{len(rows.rows)}.npz"
                 path.parent.mkdir(exist_ok=True)
                 np.savez_compressed(path, **arrays)
-                rows.append({**view.key_row(), **identity, "settings": view.settings, "tags": view.item.tags,
-                             **figures,
+                rows.append({**view.key_row(), **identity, "settings": view.settings, "tags": view.item.tags, **figures,
                              "arrays": str(path.relative_to(out))})
             watch(1, f"attention: {view.task}")
             problems += _not_evicted(view, rows.rows[key(view.key_row())])

@@ -148,8 +148,7 @@ def _heat_map(path: Path, heading: str, row: Row, arrays: dict[str, np.ndarray])
     wide = heat[:, :n//max(1, n//400)*max(1, n//400)].reshape(len(heat), -1, max(1, n//400)).max(axis=2)
     figure, axes = plt.subplots(figsize=(7.5, 6.2), layout="constrained")
     image = axes.imshow(np.where(wide > 0, wide, np.nan), norm=LogNorm(1e-5, 0.3), cmap="magma", aspect="auto",
-                        interpolation="nearest",
-                        extent=(0, n, len(heat)*row["step"], 0))
+                        interpolation="nearest", extent=(0, n, len(heat)*row["step"], 0))
     axes.set(ylim=(n, 0), xlabel="token that is looked at", ylabel=f"token that looks ({row['step']} in a row)")
     axes.set_title(heading + ": attention, mean over layers and heads", pad=18, fontsize=10)
     _marks(axes, row, both=True)

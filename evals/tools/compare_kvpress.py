@@ -177,8 +177,7 @@ def torch_half(model_path: Path, tokens: np.ndarray, budgets: list[int]) -> dict
     """One forward pass; at each layer every press compresses the same keys, and the rows it returns are looked up."""
     import torch
     from kvpress import (BasePress, ChunkKVPress, ExpectedAttentionPress, KeyDiffPress, KnormPress, PyramidKVPress,
-                         SnapKVPress,
-                         StreamingLLMPress, TOVAPress)
+                         SnapKVPress, StreamingLLMPress, TOVAPress)
     from transformers import DynamicCache
     model = load_hf(model_path)
     n, n_layer = len(tokens), model.config.num_hidden_layers

@@ -89,8 +89,7 @@ def compare(f32_path: Path, tokens: np.ndarray, saved: dict[str, np.ndarray], re
     for plus in (0, 1):
         spec = f"kvzip:chunk={chunk},plus={plus},recent=0,sinks=4"
         with pykvc.LLM(f32_path, kv_policy=f"{spec},share=all", kv_budget=0.5,
-                       n_ctx=len(tokens) + chunk + 128, type_k="f32", type_v="f32",
-                       flash_attn=False) as llm:
+                       n_ctx=len(tokens) + chunk + 128, type_k="f32", type_v="f32", flash_attn=False) as llm:
             llm.prefill(tokens=tokens.tolist())
             llm._session.ask()
             scores = llm._session.ctx.scores()

@@ -166,8 +166,7 @@ def run_tests(folder: Path, python: Path, name: str, cpu: bool) -> Tests:
     environment = {**os.environ, "PYKVC_TEST_NGL": "0" if cpu else "99", "PYKVC_STOCK": str(folder/"stock/stock")}
     with open(log, "w") as out:
         code = subprocess.run([python.with_name("pytest"), "-q", REPO/"tests"/name, f"--junitxml={xml}"],
-                              env=environment, cwd=folder,
-                              stdout=out, stderr=subprocess.STDOUT).returncode
+                              env=environment, cwd=folder, stdout=out, stderr=subprocess.STDOUT).returncode
     tests = Tests(name)
     if not xml.exists():
         tests.end = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"

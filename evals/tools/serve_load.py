@@ -121,8 +121,7 @@ def run(args: argparse.Namespace) -> dict:
             status = server.stop()
     half = memory[len(memory)//2:]
     return {"flags": args.flags, "requests": len(done), "answered": len(answered),
-            "wrong": [d.wrong for d in done if d.wrong],
-            "seconds": round(seconds, 1),
+            "wrong": [d.wrong for d in done if d.wrong], "seconds": round(seconds, 1),
             "tokens_per_second": round(sum(d.n_prompt + d.n_answer for d in answered)/seconds, 1),
             "first_token_ms": {"p50": percentile([d.first_ms for d in answered], 0.5),
                                "p95": percentile([d.first_ms for d in answered], 0.95)},
