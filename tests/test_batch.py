@@ -42,6 +42,20 @@ def test_as_if_alone(llm, alone):
     assert llm.generate(PROMPTS[0], max_tokens=12).tokens == batch[0].tokens  # and the conversation works as before
 
 
+@pytest.mark.parametrize("cells", [None, 256])
+@pytest.mark.parametrize("policy", ["keydiff", "keydiff:share=all", "adakv:window=16"])
+def test_lengths_of_their_own_as_if_alone(policy, cells):
+    """Layers and heads of different lengths, four prompts at once; with kv_cells longer than the cells, so that all evict in
+    mid-prompt, too."""
+    how = dict(n_ctx=1024, n_threads=1, n_ubatch=64, kv_policy=policy, kv_budget=100, kv_cells=cells)
+    prompts = [" ".join(WORDS[5*i:5*i + n]) for i, n in enumerate((300, 420, 240, 360))]
+    with pykvc.LLM(n_seq_max=4, **how) as llm, pykvc.LLM(**how) as alone:
+        for p, b in zip(prompts, llm.generate_batch(prompts, max_tokens=10)):
+            a = alone.generate(p, max_tokens=10)
+            assert b.tokens == a.tokens and b.kv["kept"] == a.kv["kept"] and b.kv["evictions"] == a.kv["evictions"] > (1 if cells else 0)
+            assert b.kv["bytes_used"] == a.kv["bytes_used"] and len(set(b.kv["kept"])) > 1
+
+
 @pytest.mark.parametrize("policy, budget", [("full", ""), ("snapkv", "200")])
 def test_same_bits_alone(model_path, policy, budget):
     """With one thread, long sequences too. With several, flash attention divides the cells of a lone token among them, and the

@@ -13,6 +13,7 @@ import pytest
 
 import pykvc
 from pykvc import prompts, serve
+from pykvc.prose import prose
 from evals.tools.served import Server
 from test_spans import TEXTS
 
@@ -487,6 +488,28 @@ def test_without_a_policy_and_sigterm(model_path, tmp_path):
         assert waiting.result()[0] == 503
     *_, last = events  # a token in flight may be the last, before the error can be said
     assert not last.get("stop") and last.get("error", {"code": 503})["code"] == 503
+
+
+@pytest.mark.parametrize("cells", [None, 384])
+@pytest.mark.parametrize("policy", ["keydiff", "keydiff:share=all"])
+def test_four_slots_whose_layers_differ(model_path, tmp_path, policy, cells):
+    """Each sequence has rows of its own, with kv_cells from a pool of its own, and answers as if alone. One prompt comes
+    after the other, so that products have the same shapes; then four other answers are generated at once."""
+    prompts = [prose(60)[50*i:2400 + 150*i] for i in range(4)]
+    bounds = ["--kv-cells", cells] if cells else []
+    server = Server(tmp_path/"log", "-m", model_path, "-c", 4*2048, "-np", 4, "-ub", 128, "-b", 128, "-t", 1, "--kv-policy", policy, "--kv-budget", 200,
+                    *bounds).wait()
+    with server, pykvc.LLM(model_path, n_ctx=2048, n_threads=1, n_batch=128, n_ubatch=128, kv_policy=policy, kv_budget=200, kv_cells=cells) as llm:
+        assert "share=" in llm.policy and "share=head" not in llm.policy
+        for slot, prompt in enumerate(prompts):
+            alone, reply = llm.generate(prompt, max_tokens=8), server.ok("/completion", ask(prompt, 8, id_slot=slot))
+            assert reply["tokens"] == alone.tokens and reply["kv"]["n_evictions"] == alone.kv["evictions"] > (1 if cells else 0)
+            assert reply["kv"]["bytes"] == alone.kv["bytes_used"]
+        with ThreadPoolExecutor(4) as pool:
+            replies = list(pool.map(lambda slot: server.ok("/completion", ask(prompts[slot] + " And then?", 40, id_slot=slot, ignore_eos=True)), range(4)))
+        for slot, reply in zip(server.ok("/slots"), replies):
+            assert len(reply["tokens"]) == 40 and reply["kv"]["n_evictions"] > 0
+            assert reply["kv"]["bytes"] == slot["kv"]["bytes"] <= (cells or 250)*alone.kv["bytes_full"]/alone.n_prompt
 
 
 def test_sigterm_with_a_policy(model_path, tmp_path):
