@@ -147,16 +147,23 @@ ggml_tensor * engine::store(ggml_context * ctx, int32_t ikv, ggml_tensor * cur, 
 }
 
 void engine::set_cache_rows(ggml_tensor * rows, const llama_ubatch * ubatch, int32_t ikv, bool trans) const {
+    struct start { int64_t row, step; }; // of a head: where position 0 would be, and from a channel to the next
     const int64_t n_each = rows->ne[0]/ubatch->n_tokens, n_dim = trans ? model.hparams.n_embd_head_v(kv.layers[ikv].il) : 1;
     std::vector<int64_t> data(n_each*ubatch->n_tokens);
-    for (int64_t i = 0; i < (int64_t) ubatch->n_tokens; ++i) {
-        const uint32_t s = kv.seq_to_stream[ubatch->seq_id[i][0]];
+    std::vector<start> heads;
+    for (int64_t i = 0, of = -1; i < (int64_t) ubatch->n_tokens; ++i) {
+        const int64_t s = kv.seq_to_stream[ubatch->seq_id[i][0]];
+        if (s != of) {
+            heads.clear();
+            for (int32_t h = 0; h < n_hkv; ++h) {
+                const place p = place_of(s, ikv, h, trans);
+                heads.push_back({ (int64_t) (p.offset/p.row) + row_of_origin(s, ikv, h), (int64_t) (p.channel/p.row) });
+            }
+            of = s;
+        }
         for (int64_t j = 0; j < n_each; ++j) {
-            const int32_t h = (int32_t) std::min<int64_t>(j/n_dim, n_hkv - 1); // channels may be padded
-            const place   p = place_of(s, ikv, by_head() ? h : 0, trans);
-            const int64_t n = (int64_t) (p.offset/p.row) + row_of_origin(s, ikv, h) + ubatch->pos[i];
-            const int64_t first = trans && by_head() ? h*n_dim : 0; // channel of p
-            data[i*n_each + j] = trans ? n + (j - first)*(int64_t) (p.channel/p.row) : n;
+            const int64_t h = std::min<int64_t>(j/n_dim, n_hkv - 1); // channels may be padded
+            data[i*n_each + j] = heads[h].row + (j - h*n_dim)*heads[h].step + ubatch->pos[i];
         }
     }
     ggml_backend_tensor_set(rows, data.data(), 0, ggml_nbytes(rows));

@@ -229,7 +229,7 @@ def test_environment_is_not_read(path, monkeypatch):  # or a row would not be wh
 @pytest.mark.parametrize("args, says", [
     (["-o", "xml"], "md, csv, json, jsonl"), (["-r", 0], "repetitions"), (["-p", "12,x"], "n_prompt"), (["-p", ""], "n_prompt"),
     (["--random", "-f", "text"], "not both"), (["-f", "nowhere.txt"], "nowhere.txt"), (["--kv-policy", "snapkv"], "kv_budget"),
-    (["--kv-policy", "adakv:window=8", "--kv-budget", 40, "-np", 2, "--random", "-n", 2], "heads different budgets"),
+    (["--kv-policy", "h2o", "--kv-budget", 40, "-ctv", "q8_0", "--random", "-n", 2], "quantized V"),
     (["--kv-policy", "full,snapkv:windows=3", "--kv-budget", 9], "window"), (["-fa", "perhaps"], "flash_attn")])
 @pytest.mark.parametrize("output", ["md", "json"])
 def test_mistakes_are_one_sentence(path, output, args, says):
@@ -239,7 +239,7 @@ def test_mistakes_are_one_sentence(path, output, args, says):
 
 
 def test_rows_before_a_mistake_can_be_read(path):
-    result = cli("-m", path, "-p", 40, "-n", 2, "-r", 1, "--random", "-o", "json", "-np", 2, "--kv-policy", "full,adakv:window=8", "--kv-budget", 20)
+    result = cli("-m", path, "-p", 40, "-n", 2, "-r", 1, "--random", "-o", "json", "-ctv", "q8_0", "--kv-policy", "full,h2o", "--kv-budget", 20)
     assert result.exit_code == 2 and [row["kv_policy"] for row in json.loads(result.stdout)] == ["full"]
 
 

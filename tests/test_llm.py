@@ -422,7 +422,7 @@ def test_save_and_load(half, tmp_path, pending):
 
 
 def test_heads_that_differ(full, model_path, tmp_path):
-    """adakv: a head of a layer keeps the budget on average, the layer's memory is its longest head's, and all goes on from there."""
+    """adakv: a head of a layer keeps the budget on average, takes the memory of what it keeps, and all goes on from there."""
     how = dict(n_ctx=1024, kv_policy="adakv:window=16", kv_budget=0.5)
     with pykvc.LLM(model_path, **how) as llm, pykvc.LLM(model_path, n_ctx=1024, kv_policy="snapkv:window=16", kv_budget=0.5) as even:
         answer, same = llm.generate(PROMPT, max_tokens=8), even.generate(PROMPT, max_tokens=1)
@@ -431,7 +431,7 @@ def test_heads_that_differ(full, model_path, tmp_path):
         llm.truncate(answer.n_prompt)
         assert all((k >= 0).sum() == n*len(k) and k.min() == -1 for k in llm.kept())
         assert [k.shape[1] for k in llm.kept()] == llm.stats()["kept"] == answer.kv["kept"]
-        assert same.kv["bytes_used"] < llm.stats()["bytes_used"] < full.generate(PROMPT, max_tokens=1).kv["bytes_used"]
+        assert same.kv["bytes_used"] == llm.stats()["bytes_used"] < full.generate(PROMPT, max_tokens=1).kv["bytes_used"]
         assert all((np.isneginf(s) == (k < 0)).all() for s, k in zip(llm.scores(), llm.kept()))
         assert not llm.compress()  # it is met
 
