@@ -42,6 +42,20 @@ def load(tmp_path_factory):
 
 
 @pytest.fixture
+def said():
+    """What llama.cpp has logged since it was asked."""
+    lines = []
+    _core.set_log(lambda level, text: lines.append(text))
+
+    def read():
+        text = "".join(lines)
+        lines.clear()
+        return text
+    yield read
+    _core.set_log(None)
+
+
+@pytest.fixture
 def create(lib):
     """create(model, policy="", **how): a context, or None."""
     import llama_cpp as theirs
@@ -81,15 +95,15 @@ def decode(ctx, tokens, h=None, first=0):
         theirs.llama_batch_free(b)
 
 
-def test_a_context_that_reads_anothers_cells(lib, load, create, monkeypatch, capfd):
+def test_a_context_that_reads_anothers_cells(lib, load, create, monkeypatch, said):
     """Asked for a policy it is refused; the environment's is for its target alone, which evicts while the draft reads on."""
     target, draft = load("gemma4"), load("draft")
     own = create(target, SPEC)
-    assert create(draft, SPEC, ctx_other=own) is None and "give it the policy full" in capfd.readouterr().err
+    assert create(draft, SPEC, ctx_other=own) is None and "give it the policy full" in said()
     monkeypatch.setenv("LLAMA_ARG_KV_POLICY", SPEC.decode())
     monkeypatch.setenv("LLAMA_ARG_KV_BUDGET", "40")
     beside = create(draft, ctx_other=own)
-    assert "is ignored here: a draft's context reads another one's cells" in capfd.readouterr().err
+    assert "is ignored here: a draft's context reads another one's cells" in said()
     assert beside and lib.kvc_guess_prompt_end(beside, False) == -1 and b"no eviction policy" in lib.kvc_last_error()
     tokens = np.random.default_rng(0).integers(0, tiny.N_VOCAB, 100)
     decode(own, tokens)
@@ -100,9 +114,9 @@ def test_a_context_that_reads_anothers_cells(lib, load, create, monkeypatch, cap
     assert np.isfinite(decode(own, tokens[:1], first=100)).all() and lib.kvc_kept(own, 0, 0, None) == 41
 
 
-def test_a_models_own_draft_layers(lib, load, create, monkeypatch, capfd):
+def test_a_models_own_draft_layers(lib, load, create, monkeypatch, said):
     model = load("deepseek2:draft")
-    assert create(model, SPEC, ctx_type=MTP) is None and "never evicted" in capfd.readouterr().err
+    assert create(model, SPEC, ctx_type=MTP) is None and "never evicted" in said()
     monkeypatch.setenv("LLAMA_ARG_KV_POLICY", SPEC.decode())
     beside = create(model, ctx_type=MTP)
     assert beside and lib.kvc_guess_prompt_end(beside, False) == -1
