@@ -46,8 +46,9 @@ llama_kv_cache & need_cache(llama_context * ctx, llama_seq_id seq_id) {
 
 size_t row_bytes(const llama_kv_cache & kv) {
     size_t res = 0;
-    for (size_t l = 0; l < kv.get_layer_ids().size(); ++l) {
-        res += engine::row_bytes(kv, (int32_t) l);
+    const int32_t n_layer = (int32_t) kv.get_layer_ids().size();
+    for (int32_t l = 0; l < n_layer; ++l) {
+        res += engine::row_bytes(kv, l);
     }
     return res;
 }
@@ -251,7 +252,6 @@ int64_t kvc_resident_bytes(llama_context * ctx) {
 int32_t kvc_get_seq_usage(llama_context * ctx, llama_seq_id seq_id, kvc_seq_usage * out) {
     return guarded([&]() {
         auto & kv = need_cache(ctx, seq_id);
-        const auto & hp = ctx->get_model().hparams;
         *out = {};
         out->n_tokens   = kv.get_cells(seq_id).seq_pos_max(seq_id) + 1;
         out->bytes_full = out->n_tokens*row_bytes(kv);

@@ -3,7 +3,6 @@
 
 #include "engine.h"
 #include "attn_ops.h"
-#include "select.h"
 
 #include "llama-context.h"
 #include "llama-graph.h"

@@ -1,7 +1,6 @@
 // One engine per cache: what a new one holds, and what its sequences hold.
 
 #include "engine.h"
-#include "select.h"
 
 #include "llama-kv-cache.h"
 #include "llama-model.h"

@@ -58,8 +58,7 @@ static bool holds_frozen(const request & r, const policy & pol) {
 
 // Where only some layers are offloaded, those on the host come by a few rows more.
 int32_t engine::n_block() const {
-    const bool off_host = std::any_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) { return !ggml_backend_buffer_is_host(layer.k->buffer); });
-    return off_host ? 256 : 1;
+    return by_head() ? 1 : 256; // by_head: all of the cache is on the host
 }
 
 // The one place that says what views of the cache are off the host: they begin at whole blocks, and so are whole blocks

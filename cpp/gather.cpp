@@ -11,7 +11,6 @@
 
 #include "gather.h"
 #include "engine.h"
-#include "select.h"
 
 #include "llama-context.h"
 #include "llama-graph.h"

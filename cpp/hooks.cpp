@@ -25,6 +25,7 @@ void engine::on_clear() {
     synchronize();
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         reset(streams[s]);
+        even_out(s);
         give_back_rows(s, true);
     }
     for (auto & it : ctxs_bufs) {
@@ -37,9 +38,6 @@ void engine::on_clear() {
     due.clear();
     mask_only = false;
     stale = true;
-    for (uint32_t s = 0; s < kv.n_stream; ++s) {
-        even_out(s);
-    }
 }
 
 // Changes nothing: memories of several parts ask all of them first.
