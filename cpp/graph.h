@@ -6,10 +6,13 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 struct llama_context;
+struct llama_ubatch;
+class  llm_graph_input_i;
 class  llm_graph_result;
 
 namespace kvc {
@@ -20,6 +23,9 @@ bool can_run_all(ggml_backend_dev_t dev, ggml_context * graph); // every op of i
 
 // Layers that agree on these numbers share an input of a graph: a name for it.
 std::string name_of(const char * what, const std::vector<int64_t> & numbers);
+
+// An input that `fill` writes before each run of its graph, which ubatches of n_tokens may use again; 0: of any number.
+std::unique_ptr<llm_graph_input_i> filled(int64_t n_tokens, std::function<void(const llama_ubatch *)> fill);
 
 // A small graph of ours, between those of the model: build it, then run it for one result.
 llm_graph_result * begin_graph(llama_context * lctx);

@@ -19,46 +19,21 @@ namespace kvc {
 
 namespace {
 
-class rows_input : public llm_graph_input_i {
+class filled_input : public llm_graph_input_i {
 public:
-    rows_input(const engine * e, ggml_tensor * rows, int64_t n_tokens, int32_t ikv, bool trans) :
-        e(e), rows(rows), n_tokens(n_tokens), ikv(ikv), trans(trans) {}
-    void set_input(const llama_ubatch * ubatch) override { e->set_cache_rows(rows, ubatch, ikv, trans); }
-    bool can_reuse(const llm_graph_params & params) override { return params.ubatch.n_tokens == n_tokens; }
+    filled_input(int64_t n_tokens, std::function<void(const llama_ubatch *)> fill) : n_tokens(n_tokens), fill(std::move(fill)) {}
+    void set_input(const llama_ubatch * ubatch) override { fill(ubatch); }
+    bool can_reuse(const llm_graph_params & params) override { return n_tokens == 0 || params.ubatch.n_tokens == n_tokens; }
 private:
-    const engine * e;
-    ggml_tensor  * rows; // I64 [n_tokens], [n_head_kv, n_tokens] where heads differ, or [n_embd_v_gqa, n_tokens] of a transposed V
-    int64_t        n_tokens;
-    int32_t        ikv;
-    bool           trans;
-};
-
-class seen_input : public llm_graph_input_i {
-public:
-    seen_input(const engine * e, ggml_tensor * mask, int64_t n_tokens, int32_t ikv, int32_t h, int64_t i_seq) :
-        e(e), mask(mask), n_tokens(n_tokens), ikv(ikv), h(h), i_seq(i_seq) {}
-    void set_input(const llama_ubatch * ubatch) override { e->set_seen(mask, ubatch, ikv, h, i_seq); }
-    bool can_reuse(const llm_graph_params & params) override { return params.ubatch.n_tokens == n_tokens; }
-private:
-    const engine * e;
-    ggml_tensor  * mask; // F16 or F32, as the mask, [n_rows, n_tokens of a sequence, 1, n_seqs]
-    int64_t        n_tokens;
-    int32_t        ikv, h;
-    int64_t        i_seq; // its first sequence, of those in the batch
-};
-
-class bias_input : public llm_graph_input_i {
-public:
-    bias_input(const engine * e, ggml_tensor * bias, int32_t ikv) : e(e), bias(bias), ikv(ikv) {}
-    void set_input(const llama_ubatch *) override { e->set_bias(bias, ikv); }
-    bool can_reuse(const llm_graph_params &) override { return true; }
-private:
-    const engine * e;
-    ggml_tensor  * bias; // F32 [n_kv, 1, n_head]
-    int32_t        ikv;
+    int64_t n_tokens;
+    std::function<void(const llama_ubatch *)> fill;
 };
 
 } // namespace
+
+std::unique_ptr<llm_graph_input_i> filled(int64_t n_tokens, std::function<void(const llama_ubatch *)> fill) {
+    return std::make_unique<filled_input>(n_tokens, std::move(fill));
+}
 
 // Layers that agree on these numbers share an input: a name for it.
 std::string name_of(const char * what, const std::vector<int64_t> & numbers) {
@@ -117,7 +92,7 @@ void engine::build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, g
             t = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, trans ? v_idxs->ne[0] : n_tokens*n_parts());
             ggml_set_input(t);
             ggml_set_name(t, name.c_str());
-            res->add_input(std::make_unique<rows_input>(this, t, n_tokens, ikv, trans));
+            res->add_input(filled(n_tokens, [=](const llama_ubatch * ubatch) { set_cache_rows(t, ubatch, ikv, trans); }));
         }
         return t;
     };
@@ -194,7 +169,7 @@ ggml_tensor * engine::mask_of_lane(llm_graph_result * res, ggml_tensor * kq_mask
         ggml_build_forward_expand(res->get_gf(), kq_mask); // llama.cpp fills its own, whether a layer uses it or not
         mask = ggml_new_tensor_4d(ctx, kq_mask->type, n, kq_mask->ne[1], kq_mask->ne[2], n_seq);
         ggml_set_input(mask);
-        res->add_input(std::make_unique<seen_input>(this, mask, kq_mask->ne[1]*kq_mask->ne[3], ikv, h, i_seq));
+        res->add_input(filled(kq_mask->ne[1]*kq_mask->ne[3], [=](const llama_ubatch * ubatch) { set_seen(mask, ubatch, ikv, h, i_seq); }));
     }
     ggml_set_name(mask, name.c_str());
     return mask;
@@ -263,7 +238,7 @@ ggml_tensor * engine::build_attn(const llm_graph_context & graph, uint32_t s0, g
     if (mask_only) {
         kq_b = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, kq_mask->ne[0], 1, model.hparams.n_head(il));
         ggml_set_input(kq_b);
-        graph.res->add_input(std::make_unique<bias_input>(this, kq_b, ikv));
+        graph.res->add_input(filled(0, [=](const llama_ubatch *) { set_bias(kq_b, ikv); }));
     }
     const auto attend = [&](uint32_t s, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * mask, ggml_tensor * sinks, const lane & x) {
         auto * bias = kq_b && x.n_head < n_hkv ? ggml_view_3d(ctx, kq_b, kq_b->ne[0], kq_b->ne[1], x.n_head*n_group,

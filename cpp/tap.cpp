@@ -17,23 +17,6 @@
 
 namespace kvc {
 
-namespace {
-
-class window_input : public llm_graph_input_i {
-public:
-    window_input(const engine * e, ggml_tensor * rows, int64_t n_tokens, int32_t i_reader, int32_t n_reader) :
-        e(e), rows(rows), n_tokens(n_tokens), i_reader(i_reader), n_reader(n_reader) {}
-    void set_input(const llama_ubatch * ubatch) override { e->set_window_rows(rows, ubatch, i_reader, n_reader); }
-    bool can_reuse(const llm_graph_params & params) override { return params.ubatch.n_tokens == n_tokens; }
-private:
-    const engine * e;
-    ggml_tensor  * rows; // I64 [n_rows]
-    int64_t        n_tokens;
-    int32_t        i_reader, n_reader;
-};
-
-} // namespace
-
 // What the queries were made from, the input of the attention block: behind the first matrix product on the way back.
 // Quantized keys have queries mixed by a Hadamard matrix, a product of its own.
 static ggml_tensor * input_of(ggml_tensor * q) {
@@ -75,7 +58,7 @@ void engine::tap_queries(llm_graph_result * res, int il, ggml_tensor * q, int64_
             rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_row*n_seqs);
             ggml_set_input(rows);
             ggml_set_name(rows, name.c_str());
-            res->add_input(std::make_unique<window_input>(this, rows, q->ne[2], i_reader, n_reader));
+            res->add_input(filled(q->ne[2], [=](const llama_ubatch * ubatch) { set_window_rows(rows, ubatch, i_reader, n_reader); }));
         }
         if (t.inputs) {
             auto * x = input_of(q);
