@@ -158,7 +158,8 @@ def unpack(folder: Path, kit: Path) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     run([sys.executable, "-m", "venv", "--clear", folder/"venv"])
     python = folder/"venv/bin/python"
-    run([python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", *(kit/"wheels").glob("*.whl")])
+    run([python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index",
+         *(kit/"wheels").glob("*.whl")])
     return python, kit/"stock/stock"
 
 
@@ -237,7 +238,8 @@ def run_tests(folder: Path, python: Path, stock: Path, name: str, cpu: bool, clo
 
 
 def run_bench(folder: Path, python: Path, cpu: bool, model: list[str], clock: Clock) -> tuple[str, bool]:
-    command = [python.with_name("pykvc"), "bench", *(CPU_BENCH if cpu else BENCH), "-ngl", "0" if cpu else "99", "-o", "md"]
+    command = [python.with_name("pykvc"), "bench", *(CPU_BENCH if cpu else BENCH), "-ngl", "0" if cpu else "99", "-o",
+               "md"]
     return measured("measuring", [*command, *model], folder, clock)
 
 
@@ -267,7 +269,8 @@ def measured(what: str, command: list, folder: Path, clock: Clock) -> tuple[str,
 
 # -- report ---------------------------------------------------------------------------------------------------------
 
-def markdown(cpu: bool, facts: dict[str, str], tests: list[Tests], left_out: list[str], bench: str, ruler: str) -> str:
+def markdown(cpu: bool, facts: dict[str, str], tests: list[Tests], left_out: list[str], bench: str,
+             ruler: str) -> str:
     lines = ["# pykvc on the CPU, a trial of this script" if cpu else "# pykvc on CUDA", "",
              f"{datetime.date.today()}, Python {platform.python_version()}", ""]
     if cpu:
