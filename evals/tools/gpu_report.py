@@ -287,7 +287,8 @@ def markdown(cpu: bool, facts: dict[str, str], tests: list[Tests], left_out: lis
     lines += ["", "## Bench", "", bench, "", "## RULER", "", ruler, ""]
     not_run = ["Metal and Vulkan", "several GPUs"]
     if cpu:
-        not_run = ["CUDA: the build, the tests, the bench and RULER", f"tests other than {', '.join(CPU_TESTS)}", *not_run]
+        not_run = ["CUDA: the build, the tests, the bench and RULER", f"tests other than {', '.join(CPU_TESTS)}",
+                   *not_run]
     if left_out:
         not_run = [f"for lack of time: {', '.join(left_out)}", *not_run]
     lines += ["## Not run", "", *[f"- {what}" for what in not_run], ""]
