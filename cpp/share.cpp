@@ -97,6 +97,9 @@ static int32_t n_always(const policy & pol, const request & r, const layer_plan 
 
 static void add_rivals(const policy & pol, const request & r, int32_t il, std::vector<rival> & out) {
     const layer_plan & lp = r.layers[il];
+    if (out.empty()) { // layers are about as long
+        out.reserve(r.layers.size()*r.n_head_kv*lp.n_kv);
+    }
     for (int32_t h = 0; h < r.n_head_kv; ++h) {
         const size_t  at    = (size_t) h*lp.n_kv;
         const int32_t begin = first_slot(lp.pos + at, lp.n_kv) + std::max(pol.n_sink(), lp.n_frozen);
@@ -128,10 +131,23 @@ static void check_least(const policy & pol, const request & r, bool fits) {
     }
 }
 
-// The n best; all if there are no more.
+// The n best; all if there are no more. Of most the leading bits of the key say on which side they are: only those that
+// share theirs with the n-th are compared.
 static void cut_rivals(std::vector<rival> & rivals, int64_t n) {
     n = std::min<int64_t>(std::max<int64_t>(n, 0), (int64_t) rivals.size());
-    std::nth_element(rivals.begin(), rivals.begin() + n, rivals.end());
+    std::vector<int64_t> counts(1 << 16, 0);
+    for (const rival & x : rivals) {
+        counts[x.key >> 48]++;
+    }
+    uint64_t least = counts.size(); // these bits and greater ones are kept
+    for (int64_t n_kept = 0; least > 0 && n_kept + counts[least - 1] <= n; --least) {
+        n_kept += counts[least - 1];
+    }
+    const auto kept = std::partition(rivals.begin(), rivals.end(), [&](const rival & x) { return x.key >> 48 >= least; });
+    const auto last = std::partition(kept, rivals.end(), [&](const rival & x) { return (x.key >> 48) + 1 == least; });
+    if (last != kept) {
+        std::nth_element(kept, rivals.begin() + n, last);
+    }
     rivals.resize(n);
 }
 
