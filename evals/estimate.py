@@ -7,7 +7,8 @@ from pykvc.prose import prose
 
 from .ask import shared, together
 from .prompts import count
-from .store import Row, key, read
+from .stats import mean
+from .store import grouped, read
 from .tasks import task
 from .work import Plan, all_works, open_model, sweeps
 
@@ -19,8 +20,9 @@ def sentence(plans: Sequence[Plan], model: str | None) -> str:
     are there, else as it may be."""
     subject = open_model(model)
     rows = read(plans[0].out/f"{subject.name}.answers.jsonl")
-    lengths = _lengths(rows)
-    works = all_works(plans, subject, {key(row): row for row in rows})
+    of_task = grouped((row for row in rows.values() if "error" not in row), lambda row: row["task"])
+    lengths = {name: mean(row["n_predicted"] for row in of) for name, of in of_task.items()}
+    works = all_works(plans, subject, rows)
     n_rows = n_prefill = 0
     n_decode = {True: 0.0, False: 0.0}  # several questions at once, one after the other
     for sweep in sweeps(works):
@@ -43,15 +45,6 @@ def sentence(plans: Sequence[Plan], model: str | None) -> str:
             f"tokens to evaluate at {1/per_prefill:.0f} t/s and {'about' if lengths else 'at most'} "
             f"{n_decode[True]:.0f} to generate at {1/per_batch:.0f} t/s ({plans[0].n_parallel} questions at once) and "
             f"{n_decode[False]:.0f} at {1/per_decode:.0f} t/s: {hours:.2g} hours")
-
-
-def _lengths(rows: list[Row]) -> dict[str, float]:
-    """Tokens of an answer, by task."""
-    seen: dict[str, list[int]] = {}
-    for row in rows:
-        if "error" not in row:
-            seen.setdefault(row["task"], []).append(row["n_predicted"])
-    return {name: sum(values)/len(values) for name, values in seen.items()}
 
 
 def _rates(plan: Plan, model: str | None, n_parallel: int) -> tuple[float, float]:

@@ -14,15 +14,14 @@ from .tasks import task
 def draw(out: Path, rows: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
     """PNG files, one for each model, task and protocol."""
     use_matplotlib()
-    paths, of_lines = [], grouped(lines, lambda line: tuple(title(line)))
-    for name, of_name in grouped((row for row in rows if row["score"] is not None),
-                                 lambda row: tuple(title(row))).items():
-        path, tag = file_of(out, *name), getattr(task(of_name[0]["task"]), "ACROSS", None)
+    paths, of_lines = [], grouped(lines, title)
+    for name, of_name in grouped((row for row in rows if row["score"] is not None), title).items():
+        path, tag = file_of(out, name), getattr(task(of_name[0]["task"]), "ACROSS", None)
         if tag:
-            _heat_map(path, ", ".join(name), of_name, tag)
-            paths.append(path)
-        elif panels.picture(path, ", ".join(name), {"line": "configuration"}, "n_kept", "score", of_lines[name]):
-            paths.append(path)
+            _heat_map(path, name, of_name, tag)
+        elif not panels.picture(path, name, {"line": "configuration", "x": "n_kept"}, of_lines[name]):
+            continue
+        paths.append(path)
     return paths
 
 

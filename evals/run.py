@@ -8,14 +8,13 @@ from typing import Callable, Iterator, Sequence
 import pykvc
 from pykvc import _core
 
-from . import scorers
 from .ask import Asked, ask, ask_batch, shared, together
 from .cases import exceeds
 from .items import Item
 from .prompts import Prompt
 from .report import changed
 from .store import KEY, Row, Rows, key
-from .tasks import task
+from .tasks import task, verdicts
 from .work import (Plan, Subject, Work, all_works, commit, engine, is_answer, is_done, key_row, open_model, processor,
                    sweeps, weight)
 
@@ -195,7 +194,7 @@ def _score(item: Item, row: Row, scores: Rows) -> None:
     result = {name: row.get(name) for name in (*KEY, "prompt")}
     try:
         result["score"] = float(task(row["task"]).score(item, row["answer"]))
-        if found := scorers.verdicts(item, row):
+        if found := verdicts(row["task"], item, row["answer"]):
             result["verdicts"] = found
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"

@@ -10,7 +10,7 @@ level is 0.95, or corrected(m) where m intervals are read together.
 import math
 from collections import Counter, defaultdict
 from functools import lru_cache
-from typing import Hashable, Sequence
+from typing import Hashable, Iterable, Sequence
 
 import numpy as np
 from scipy.special import chdtri, ndtri, stdtrit
@@ -29,6 +29,11 @@ def unit_means(values: Sequence[float], units: Sequence[Hashable]) -> list[float
     for value, unit in zip(values, units, strict=True):
         found[unit].append(value)
     return [math.fsum(of_unit)/len(of_unit) for of_unit in found.values()]
+
+
+def mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found)/len(found)
 
 
 def corrected(n_comparisons: int) -> float:
@@ -69,7 +74,7 @@ def _variance(parts: Sequence[float], clusters: Sequence[Hashable]) -> float:
 
 
 def widen(middle: float, low: float, high: float, times: float) -> tuple[float, float]:
-    return middle - times*(middle - low), middle + times*(high - middle)
+    return (low, high) if times == 1 else (middle - times*(middle - low), middle + times*(high - middle))
 
 
 def binary(scores: Sequence[float]) -> bool:

@@ -187,7 +187,7 @@ def test_another_prompt_is_asked_again(tmp_path, data, monkeypatch):
     assert run.run(plan(tmp_path, data), None) == []
     first, second = answers(tmp_path)[:2], answers(tmp_path)[2:]
     assert len(second) == 2 and {row["prompt"] for row in first}.isdisjoint(row["prompt"] for row in second)
-    scores = store.read(tmp_path/"smollm2-135m.scores.jsonl")
+    scores = [json.loads(line) for line in (tmp_path/"smollm2-135m.scores.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in scores] == [row["prompt"] for row in first + second]
     assert report.table(report.scored(tmp_path))[0]["n"] == 2  # the later answers
 
@@ -392,7 +392,8 @@ def test_the_table_compares_the_same_items(tmp_path):
     assert (h2o["n"], h2o["n_failed"]) == (0, 1)
     text = report.markdown([full, snapkv, h2o])
     assert "## niah, m, question-out" in text and "| `snapkv` | 200 |" in text and "-75.0 %" in text and " 200 |" in text
-    assert len(store.comma_separated([full, snapkv, h2o]).splitlines()) == 4
+    assert store.write_table(tmp_path, "t", text, [full, snapkv, h2o], "A title") == text
+    assert (tmp_path/"t.md").read_text() == f"# A title\n\n{text}" and len((tmp_path/"t.csv").read_text().splitlines()) == 4
 
 
 def test_the_table_has_the_interval_of_a_divergence():

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import pykvc
 from pykvc import batch
 from evals import ask as asking
-from evals import panels, report, run, study
+from evals import panels, report, run, settings, study
 from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Options
@@ -99,6 +99,20 @@ def test_settings_in_place_of_the_file_s():
 def test_the_smoke_study_has_every_task_with_every_policy():
     pairs = {(name, case.name) for plan in study.plans(study.read("smoke"), Path("out")) for name in plan.tasks for case in plan.cases}
     assert pairs == {(name, policy["name"]) for name in TASKS for policy in pykvc.policies()}
+
+
+def test_run_has_a_flag_for_every_setting(monkeypatch, tmp_path):
+    """A setting of 0 is one, too."""
+    assert sorted(settings.HELP) == settings.SETTINGS
+    planned, chosen = [], {"shots": 0, "order": 0, "depths": "0,50", "unsafe_code": True}
+    monkeypatch.setattr("evals.cli.run", lambda plan, *_: planned.append(plan) or [])
+    flags = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    args = ["run", "--task", "gsm8k,niah,humaneval", "--policy", "snapkv:window=8,kernel=5,full", "--budget", "50%,64", *flags[:-1], "-n", "3", "--plain", "-t", "1"]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 0, result.stderr
+    [plan] = planned
+    assert plan.settings == {"gsm8k": {"shots": 0, "order": 0}, "niah": {"depths": "0,50"}, "humaneval": {"shots": 0, "unsafe_code": True}}
+    assert ([case.budget for case in plan.cases], plan.n, plan.chat, plan.n_threads, plan.n_parallel) == (["0.5", "64", ""], 3, False, 1, 16)
 
 
 def test_same_is_the_budget_of_the_prompt():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from evals import choices, data, references, report, run, sandbox, scorers
+from evals import archive, choices, data, references, report, run, sandbox
 from evals.cases import Case
 from evals.cli import app
 from evals.items import Item, Options
@@ -557,11 +557,13 @@ def test_no_shots_on_a_model(tmp_path, folder, chat, n_parallel):
     assert len(rows) == 2*2*2*2 and all(row["evictions"] == (row["policy"] != "full" and (chat or row["protocol"] == "question-in")) for row in rows)
     assert all(row["score"] is not None and row["n_prompt"] > row["n_context"] for row in rows)
     assert {row["n_context"] > 0 for row in rows if row["protocol"] == "question-out"} == {chat}
-    twice = scorers.each(tmp_path, rows)[len(rows):]
+    twice = report.by_scorer(rows)[len(rows):]
     assert [row["settings"] for row in twice] == ["shots 0, scorer strict"]*8 + ["shots 0, scorer flexible"]*8
     assert [row["score"] for row in twice[8:]] == [row["score"] for row in rows if row["task"] == "gsm8k"]
-    bare = [{name: row[name] for name in row if name not in ("answer", "gold")} for row in rows]  # as an archive is
-    assert [row["score"] for row in scorers.each(tmp_path, bare)[len(rows):]] == [row["score"] for row in twice]
+    archive.pack(tmp_path, tmp_path/"kept")
+    bare = report.scored(tmp_path/"kept")
+    assert not any("answer" in row for row in bare)
+    assert [row["score"] for row in report.by_scorer(bare)[len(rows):]] == [row["score"] for row in twice]
     result = CliRunner().invoke(app, ["report", "--out", str(tmp_path), "--no-pictures"])
     assert result.exit_code == 0 and "## gsm8k, shots 0, scorer strict, smollm2-135m, question-out" in result.output
 

@@ -3,11 +3,12 @@
 A task may also say what its picture lays out (ACROSS) and what its table keeps apart (SPLIT), both of an item's tags;
 put its questions itself (ask, as evals/ask.py); give the report more columns (extra); say which items intervals count
 as one (unit), and which set of examples, of several that were drawn, stands before an item (draw); and have several
-scorers (verdicts, as evals/scorers.py).
+published scorers (verdicts).
 """
 from types import ModuleType
 from typing import Any, Sequence
 
+from ..items import Item
 from . import fidelity, plain
 
 TASKS: dict[str, ModuleType] = {**plain.PLAIN, "fidelity": fidelity}
@@ -33,6 +34,12 @@ def draw(name: str, item: str, tags: dict[str, Any]) -> str:
     """The drawn set of examples that an item follows, whatever their number: "cot-order1" of gsm8k-test-0/8-cot-order1.
     "" where a task draws none: of its examples there is one set, or each item has its own. ValueError: unknown task."""
     return plain.draw(task(name), item, tags)
+
+
+def verdicts(name: str, item: Item, answer: str) -> dict[str, float]:
+    """Of each published scorer, where a task has several; one of them is its score."""
+    found = getattr(task(name), "verdicts", lambda item, answer: {})(item, answer)
+    return {scorer: float(verdict) for scorer, verdict in found.items()}
 
 
 def settings_of(names: Sequence[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
