@@ -23,8 +23,8 @@ PUBLISHED = json.loads((Path(__file__).parent/"published.json").read_text(encodi
 
 def lines(rows: Sequence[Row], harness: Path | None) -> list[Row]:
     """One for each model, task, set and settings of the whole f16 cache: score, score_low, score_high, n of ours;
-    theirs, theirs_low, theirs_high, theirs_n, theirs_shots where the harness has answers; published, source. ValueError: there
-    is none, or a file is none of the harness'."""
+    theirs, theirs_low, theirs_high, theirs_n, theirs_shots where the harness has answers; published, source.
+    ValueError: there is none, or a file is none of the harness'."""
     whole = [row for row in rows if row["policy"] == "full" and row["score"] is not None
              and row["protocol"] == "question-out" and not types(row)]
     if not whole:

@@ -1,10 +1,10 @@
 """The command line: `python -m evals --help`. A mistake ends with exit status 2 and one sentence on stderr."""
 import inspect
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterator, Optional
+from typing import Annotated, Any, Callable, Optional, Sequence
 
 import typer
 
@@ -12,12 +12,12 @@ from pykvc import _core, bench, command, models, options
 from pykvc.command import sentences, takes, values
 from pykvc.flags import flag
 
-from . import archive, baselines, estimate, fetch, harness, leaderboard, pictures, pool, report, study
+from . import baselines, leaderboard, panels, pool, report, study
 from .cases import protocols
-from .run import check_all, run, run_all
-from .settings import HELP, LISTS, kind_of
+from .run import check_all, run
+from .settings import HELP, LISTS, Only, kind_of
 from .tasks import TASKS, task
-from .tools import attention, latency
+from .tools import archive, attention, estimate, fetch, harness, latency
 from .work import open_model
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -55,8 +55,8 @@ def only(
     policy: Annotated[Optional[list[str]], flag("--policy", "--kv-policy", help="Only these, by name.")] = None,
     budget: Annotated[Optional[list[str]], flag("--budget", "--kv-budget", help="Only these.")] = None,
     protocol: Annotated[Optional[list[str]], flag("--protocol", help="Only these.")] = None,
-) -> study.Only:
-    return study.Only(values(tasks), [_name(spec) for spec in values(policy)],
+) -> Only:
+    return Only(values(tasks), [_name(spec) for spec in values(policy)],
                       [options.budget("--budget", value) for value in values(budget)], protocols(values(protocol)))
 
 
@@ -108,13 +108,13 @@ def _tasks(given: list[str] | None) -> list[str]:
     return [name for name in values(given) if task(name)]
 
 
-@contextmanager
-def _bar() -> Iterator[tuple[Callable[[int], None], Callable[[int, str], None]]]:
-    """A bar on stderr with the time left; where that is no terminal, a line whenever something else begins."""
+def _each(parts: Sequence[Callable[..., list[str]]]) -> list[str]:
+    """Each with a bar on stderr and the time left; where that is no terminal, a line whenever something else begins.
+    What went wrong."""
     from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
     columns = TextColumn("{task.description}", markup=False), *Progress.get_default_columns()[1:], TimeElapsedColumn()
-    terminal = sys.stderr.isatty()
+    terminal, problems = sys.stderr.isatty(), []
     with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=terminal,
                   disable=not terminal, speed_estimate_period=1800) as bars:
         bar, last = bars.add_task("loading", total=None), ""
@@ -125,7 +125,10 @@ def _bar() -> Iterator[tuple[Callable[[int], None], Callable[[int, str], None]]]
                 print(what, file=sys.stderr, flush=True)
             last = what
             bars.update(bar, advance=n, description=what)
-        yield lambda n: bars.update(bar, total=n), watch
+        for part in parts:
+            bars.reset(bar)
+            problems += part(lambda n: bars.update(bar, total=n), watch)
+    return problems
 
 
 def _end(problems: list[str]) -> None:
@@ -160,20 +163,17 @@ def run_tasks(
     block = {"task": values(tasks), **{name: values(given) for name, given in lists.items()}, **settings, "seed": seed,
              "n_ctx": n_ctx, "n_ubatch": n_ubatch, "plain": plain, **({} if n is None else {"n": _positive("--n", n)})}
     plan = study.plan_of(block, out, data_dir=_folder("--data-dir", data_dir), **how)
-    problems, names = [], [models.resolve(name) for name in values(model) or [None]]
+    names = [models.resolve(name) for name in values(model) or [None]]
     for name in names[1:]:
         check_all([plan], name)
-    for name in names:
-        with _bar() as (size, watch):
-            problems += run(plan, name, size, watch)
-    _end(problems)
+    _end(_each([partial(run, [plan], name) for name in names]))
 
 
 @app.command("study")
 @sentences
 @takes(only=only, how=how)
 def run_study(
-    only: study.Only,
+    only: Only,
     how: dict[str, Any],
     name: Annotated[str, typer.Argument(help="A study of evals/studies (sensitivity, or 1), or a .toml file.")],
     model: Models = None,
@@ -211,20 +211,13 @@ def run_study(
             if todo:
                 print(f"{one.stem}: {len(todo)} rows of bench, {sum(bench.work(*row) for row in todo)} tokens")
         return
-    problems = []
     for one in names[1:] if plans else []:
         check_all(plans, one)
-    for one in names if plans else []:
-        with _bar() as (size, watch):
-            problems += run_all(plans, one, size, watch)
-    for todo in benches:
-        with _bar() as (size, watch):
-            size(sum(bench.work(*one) for one in todo))
-            problems += latency.run(todo, folder, watch)
-    for one, looks in zip(names, seen):
-        with _bar() as (size, watch):
-            size(len(looks))
-            problems += attention.run(looks, one, folder, threads, layers, how["any_commit"], watch)
+    problems = _each([
+        *(partial(run, plans, one) for one in names if plans),
+        *(partial(latency.run, todo, folder) for todo in benches),
+        *(partial(attention.run, looks, one, folder, threads, layers, how["any_commit"])
+          for one, looks in zip(names, seen))])
     for line in study.report(found, folder):
         print(line)
     _end(problems)
@@ -243,7 +236,7 @@ def show_report(
     """Print the table, and write it to the folder as report.md and report.csv, with pictures."""
     rows = report.scored(out, _tasks(tasks), rescore)
     print(report.write(out, rows))
-    for path in [] if no_pictures else pictures.draw(out, rows, report.table(rows)):
+    for path in [] if no_pictures else panels.draw_report(out, rows, report.table(rows)):
         print(path, file=sys.stderr)
 
 
@@ -270,7 +263,7 @@ def show_leaderboard(out: Answers = OUT, tasks: OnlyTasks = None) -> None:
 @sentences
 @takes(only=only)
 def show_pool(
-    only: study.Only,
+    only: Only,
     out: Answers = OUT,
     by: Annotated[list[str], flag("--by", help=f"A line for each value of these: {', '.join(pool.COLUMNS)}.")] = [
         "task", "set", "settings", "protocol"],
@@ -285,11 +278,11 @@ def show_pool(
     """Print what many cells say together, against one policy on the same items, with intervals over questions."""
     if list(pool.named(against)) == ["policy"]:
         against = _name(pool.named(against)["policy"])
-    policies, columns = only.policies and [*only.policies, against, "full"], values(by)
-    rows = [row for row in report.scored(out, _tasks(only.tasks))
-            if (not policies or row["policy"].partition(":")[0] in policies)
-            and (not only.protocols or row["protocol"] in only.protocols)
-            and (not only.budgets or row["budget"] in ("", *only.budgets))]
+    wanted = replace(only, policies=only.policies and [*only.policies, against, "full"],
+                     budgets=only.budgets and ["", *only.budgets])
+    rows, columns = report.scored(out, _tasks(only.tasks)), values(by)
+    rows = [row for row in rows if wanted.case(row["policy"], row["budget"])
+            and (not only.protocols or row["protocol"] in only.protocols)]
     print(pool.markdown(pool.pool(rows, columns, against, value, _positive("--comparisons", comparisons)), columns,
                         against, across, value))
 

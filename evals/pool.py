@@ -15,6 +15,7 @@ from pykvc.table import grid
 
 from .report import (GROUP, Pair, as_asked, compared, difference, interval, largest_first, nats, pair_of, percent,
                      unit_of)
+from .stats import mean
 from .store import Row, grouped, values
 from .tasks import TASKS
 
@@ -22,8 +23,8 @@ from .tasks import TASKS
 QUARTER = "quarter"
 COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells", QUARTER)
 VALUES = {"score": percent, "kl": nats}             # what a figure is, and how it is shown
-SAME = (*GROUP, "policy", "item", QUARTER)          # of an answer and the one it is compared with, but what is named;
-SAME_BUDGET = ("budget", "decode_budget", "cells")  # and these, unless that is full's
+# what an answer has in common with the one it is compared with, but what is named; and the budgets, unless that is full's
+IN_COMMON, BUDGETS = (*GROUP, "policy", "item", QUARTER), ("budget", "decode_budget", "cells")
 
 
 def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: str = "score",
@@ -45,7 +46,7 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
     if value != "score":
         rows = [one for row in rows for one in _figures(row, value, QUARTER in by)]
     wanted = named(against)
-    reference = _reference([row for row in rows if _has(row, wanted)], wanted, against)
+    reference = _reference(rows, wanted, against)
     groups: dict[tuple, list[Pair]] = {}
     for row in sorted(rows, key=largest_first):  # so are lines and columns
         other = reference.get(_same(row, wanted))
@@ -89,19 +90,19 @@ def _by_unit(wanted: dict[str, str]) -> bool:
 
 def _same(row: Row, wanted: dict[str, str]) -> tuple:
     """What an answer and the one it is compared with have in common."""
-    names = SAME if wanted.get("policy") == "full" else SAME + SAME_BUDGET
+    names = IN_COMMON if wanted.get("policy") == "full" else IN_COMMON + BUDGETS
     different = {*wanted, *(("settings", "item") if _by_unit(wanted) else ())}
     return (unit_of(row), *values(row, [name for name in names if name not in different]))
 
 
 def _reference(rows: Sequence[Row], wanted: dict[str, str], against: str) -> dict[tuple, float]:
-    found = grouped(rows, lambda row: _same(row, wanted))
+    found = grouped((row for row in rows if _has(row, wanted)), lambda row: _same(row, wanted))
     if not found:
         raise ValueError(f"there is no answer of {against} to compare with")
     if not _by_unit(wanted) and any(len(of) > 1 for of in found.values()):
         raise ValueError(f"there are answers of {against} with several parameters to compare with: pool the folder of "
                          "one study, or some of its --task")
-    return {same: sum(row["score"] for row in of)/len(of) for same, of in found.items()}
+    return {same: mean(row["score"] for row in of) for same, of in found.items()}
 
 
 def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str = "", value: str = "score") -> str:
@@ -136,5 +137,6 @@ def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str 
     return grid([[*rest, against, *columns], *table], len(rest)) + text
 
 
-def excludes_0(line: Row, name: str = "corrected") -> bool:
-    return line[f"{name}_low"] is not None and not line[f"{name}_low"] <= 0 <= line[f"{name}_high"]
+def excludes_0(line: Row) -> bool:
+    """The corrected interval."""
+    return line["corrected_low"] is not None and not line["corrected_low"] <= 0 <= line["corrected_high"]

@@ -206,38 +206,40 @@ def with_interval(line: Row, name: str = "score") -> str:
     return f"{percent(line[name])} ({interval(line, name)})"
 
 
-def _share(name: str, sign: str = "") -> Callable[[Row], str]:
-    return lambda line: "" if line.get(name) is None else f"{percent(line[name], sign)} %"
-
-
-def _whole(name: str) -> Callable[[Row], str]:
-    def show(line: Row) -> str:
-        n = line.get(name)
-        return "" if n is None else f"{n:.0f}" if n >= 10 or n == int(n) else f"{n:.1f}"
-    return show
-
-
-def _bytes(name: str) -> Callable[[Row], str]:
-    return lambda line: mebibytes(line[name]) if name in line else ""
-
-
 def types(row: Row) -> str:
     """K/V, of cache types that are not the default."""
     return "" if row["type_k"] == row["type_v"] == "f16" else f"{row['type_k']}/{row['type_v']}"
 
 
+def _if_there(name: str, show: Callable[[Any], str] = str) -> Callable[[Row], str]:
+    return lambda line: "" if line.get(name) is None else show(line[name])
+
+
+def _share(share: float) -> str:
+    return f"{percent(share)} %"
+
+
+def _change(share: float) -> str:
+    return f"{percent(share, '+')} %"
+
+
+def _whole(n: float) -> str:
+    return f"{n:.0f}" if n >= 10 or n == int(n) else f"{n:.1f}"
+
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "policy": lambda x: f"`{x['policy']}`", "budget": lambda x: x["budget"], "decode": lambda x: x["decode_budget"],
-    "cells": lambda x: x["cells"], "K/V": types, "n": lambda x: str(x["n"]),
-    "units": lambda x: "" if x.get("n_units", x["n"]) == x["n"] else str(x["n_units"]),
-    "failed": lambda x: str(x["n_failed"] or ""), "score": _share("score"), "95 %": lambda x: interval(x, "score"),
-    "vs full": _share("difference", "+"), "95 % of it": lambda x: interval(x, "difference", "+"),
-    "corrected": lambda x: interval(x, "difference_corrected", "+") if x.get("n_comparisons", 0) > 1 else "",
-    "relative": _share("relative", "+"), "KL": lambda x: f"{x['kl']:.4f}" if "kl" in x else "",
-    "95 % of KL": lambda x: interval(x, "kl", show=lambda end, sign: nats(end, 4)),
-    "tokens": _whole("n_before"), "kept": _whole("n_kept"), "ratio": _share("ratio"),
-    "evictions": _whole("evictions"), "KV used": _bytes("bytes_used"), "of": _bytes("bytes_full"),
-    "allocated": _bytes("bytes_allocated")}
+    "policy": _if_there("policy", "`{}`".format), "budget": _if_there("budget"), "decode": _if_there("decode_budget"),
+    "cells": _if_there("cells"), "K/V": types, "n": _if_there("n"),
+    "units": lambda line: "" if line.get("n_units", line["n"]) == line["n"] else str(line["n_units"]),
+    "failed": lambda line: str(line["n_failed"] or ""), "score": _if_there("score", _share),
+    "95 %": lambda line: interval(line, "score"), "vs full": _if_there("difference", _change),
+    "95 % of it": lambda line: interval(line, "difference", "+"),
+    "corrected": lambda line: interval(line, "difference_corrected", "+") if line.get("n_comparisons", 0) > 1 else "",
+    "relative": _if_there("relative", _change), "KL": _if_there("kl", "{:.4f}".format),
+    "95 % of KL": lambda line: interval(line, "kl", show=lambda end, sign: nats(end, 4)),
+    "tokens": _if_there("n_before", _whole), "kept": _if_there("n_kept", _whole), "ratio": _if_there("ratio", _share),
+    "evictions": _if_there("evictions", _whole), "KV used": _if_there("bytes_used", mebibytes),
+    "of": _if_there("bytes_full", mebibytes), "allocated": _if_there("bytes_allocated", mebibytes)}
 # where a line of the table has something to say
 OPTIONAL = ("decode", "cells", "K/V", "units", "failed", "corrected", "KL", "95 % of KL")
 

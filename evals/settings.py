@@ -1,5 +1,6 @@
 """What a run is asked for: flags of `run`, keys of a study's [[run]]. A value, or a list of which each is run."""
 import itertools
+from dataclasses import dataclass
 from typing import Any, Sequence
 
 from .tasks import TASKS
@@ -27,6 +28,23 @@ HELP = {
     "unsafe_code": "humaneval: run code where it cannot be locked in."}
 
 Block = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Only:
+    """What the command line wants of a study, or of answers; empty: everything."""
+    tasks: Sequence[str] = ()
+    policies: Sequence[str] = ()    # names; full is always among them
+    budgets: Sequence[str] = ()     # canonical
+    protocols: Sequence[str] = ()
+    settings: Sequence[str] = ()    # "questions=5": of its tasks, in place of the file's
+
+    def case(self, policy: str, budget: str) -> bool:
+        return ((not self.policies or policy.partition(":")[0] in self.policies)
+                and (not self.budgets or budget in self.budgets))
+
+
+EVERYTHING = Only()
 
 
 def kind_of(setting: str) -> type:

@@ -18,7 +18,7 @@ from . import leaderboard, panels
 from . import report as tables
 from .cases import cases, protocols
 from .store import write_table
-from .settings import LISTS, SETTINGS, SINGLE, Block, sweep, texts
+from .settings import EVERYTHING, LISTS, SETTINGS, SINGLE, Block, Only, sweep, texts
 from .tasks import TASKS, settings_of, task
 from .tools import attention_report, latency
 from .work import Plan
@@ -37,6 +37,7 @@ BLOCKS = {
     "attention": {"task", "n", "policy", "budget", "seed", "plain", *SETTINGS},
     "picture": {"name", "x", "y", "panel", "line", "file", "marker", "front", "only"}}
 TOP = {"title", "model", "n", "n_models", *BLOCKS}
+
 
 @dataclass(frozen=True)
 class Study:
@@ -101,17 +102,7 @@ def _kind(where: str, name: str, value: Any, kind: type) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class Only:
-    """What the command line wants of a study; empty: everything."""
-    tasks: Sequence[str] = ()
-    policies: Sequence[str] = ()    # names; full is always among them
-    budgets: Sequence[str] = ()     # canonical
-    protocols: Sequence[str] = ()
-    settings: Sequence[str] = ()    # "questions=5": of its tasks, in place of the file's
-
-
-def plans(study: Study, out: Path, n: int | None = None, only: Only = Only(), **how: Any) -> list[Plan]:
+def plans(study: Study, out: Path, n: int | None = None, only: Only = EVERYTHING, **how: Any) -> list[Plan]:
     """Of all runs, in the order of the file. n: what the command line says. how: of plan_of().
     ValueError for every mistake that can be seen without the data."""
     for name in only.tasks:
@@ -142,7 +133,7 @@ def _with_settings(study: Study, given: Sequence[str]) -> list[Block]:
     return found
 
 
-def plan_of(block: Block, out: Path, where: str = "run", only: Only = Only(), chat: bool = True,
+def plan_of(block: Block, out: Path, where: str = "run", only: Only = EVERYTHING, chat: bool = True,
             unsafe_code: bool = False, **more: Any) -> Plan:
     """Of a block with one value for each setting. chat: False asks all without a template. more: further fields of
     Plan."""
@@ -158,9 +149,8 @@ def plan_of(block: Block, out: Path, where: str = "run", only: Only = Only(), ch
     if unsafe_code and "humaneval" in wanted:
         settings["humaneval"] = {**settings.get("humaneval", {}), "unsafe_code": True}
     asked = protocols(lists.pop("protocol"))
-    chosen = [case for case in cases(**lists) if case.name == "full" or (
-        (not only.policies or case.name in only.policies) and (not only.budgets or case.budget in only.budgets))]
-    return Plan(tasks=[name for name in wanted if not only.tasks or name in only.tasks], cases=chosen,
+    return Plan(tasks=[name for name in wanted if not only.tasks or name in only.tasks],
+                cases=[case for case in cases(**lists) if case.name == "full" or only.case(case.policy, case.budget)],
                 protocols=[name for name in asked if not only.protocols or name in only.protocols], out=out,
                 chat=chat and not plain, settings=settings, **single, **more)
 

@@ -18,12 +18,13 @@ from typer.testing import CliRunner
 import pykvc
 import tiny
 from evals import ask as asking
-from evals import archive, panels, pool, report, run, stats, store, work
+from evals import panels, pool, report, run, stats, store, work
 from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Item, Options
 from evals.prompts import render
 from evals.tasks import TASKS, niah
+from evals.tools import archive
 from evals.work import Plan, open_model
 from pykvc.prose import prose
 
@@ -106,7 +107,7 @@ def test_the_number_is_found_whatever_is_around_it(data):
 def test_a_later_question_is_answered_as_if_asked_alone(subject, data, case):
     items = niah.load(Options(words, data, settings={**niah.SETTINGS, "length": 120}))[:2]
     asked = [(replace(item, max_tokens=6), render(item, subject.vocabulary, True), case) for item in items]
-    together = [list(of) for _, of in itertools.groupby(asked, key=lambda one: asking.shared(*one[:2], "question-out", case))]
+    together = [list(of) for _, of in itertools.groupby(asked, key=lambda one: asking.shared(*one, "question-out"))]
     assert len(together) == (2 if case.name == "finch" else 1)
     with pykvc.LLM(subject.path, n_ctx=512, n_ubatch=128, n_threads=2, **case.settings()) as llm:
         shared = [row for group in together for _, row in asking.ask(llm, group, "question-out")]

@@ -13,19 +13,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 
 import pykvc
 from pykvc.spans import sentence_spans
 
-from ..ask import Jobs, contexts, evict, ms
+from ..ask import Asked, contexts, evict, ms
 from ..items import Item, Options
 from ..references import Reference, References, log_probabilities
-from . import plain
+from . import registry
 from .niah import haystacks
-from .plain import PLAIN
+from .registry import TASKS
 
 SETTINGS = {"length": 2000, "tokens": 64, "of": "prose", "reference": "same"}
 N_QUESTION = 32  # tokens at least
@@ -41,12 +41,12 @@ def load(options: Options) -> list[Item]:
 
 
 def _of_task(options: Options) -> list[Item]:
-    name = options["of"]
-    if name not in PLAIN:
-        raise ValueError(f"--of is prose, or a task: {', '.join(PLAIN)}, not {name!r}")
-    settings = {**PLAIN[name].SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),  # no code is run
+    name, others = options["of"], [name for name in TASKS if name != "fidelity"]
+    if name not in others:
+        raise ValueError(f"--of is prose, or a task: {', '.join(others)}, not {name!r}")
+    settings = {**TASKS[name].SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),  # no code is run
                 **{key: value for key, value in options.settings.items() if key not in SETTINGS}}
-    items = PLAIN[name].load(replace(options, n=options.n or N_DEFAULT, settings=settings))
+    items = TASKS[name].load(replace(options, n=options.n or N_DEFAULT, settings=settings))
     return [replace(item, id=f"{name}:{item.id}/{options['tokens']}", gold="", stop=(),
                     max_tokens=options["tokens"] + SPARE) for item in items]
 
@@ -78,13 +78,13 @@ def unit(item: str, tags: dict) -> str:
     passages that overlap with these, so do not pool several of them in one line."""
     item = item.removesuffix("/f16")
     name, _, asked = item.partition(":")
-    return f"{name}:{plain.unit(PLAIN[name], asked.rpartition('/')[0], tags)}" if name in PLAIN else item
+    return f"{name}:{registry.unit(name, asked.rpartition('/')[0], tags)}" if name in TASKS else item
 
 
 def draw(item: str, tags: dict) -> str:
     """That of the task it asks."""
     name, _, asked = item.removesuffix("/f16").partition(":")
-    return plain.draw(PLAIN[name], asked.rpartition("/")[0], tags) if name in PLAIN else ""
+    return registry.draw(name, asked.rpartition("/")[0], tags) if name in TASKS else ""
 
 
 # -- in place of answers --------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def draw(item: str, tags: dict) -> str:
 REFERENCES = References()
 
 
-def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None,
+def ask(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str, n_threads: int | None,
         out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
     """For each token the KL divergence and whether the first choice is the same, as JSON. As evals/ask.py evaluates and
     evicts. out: what the whole cache answers is kept there, so that a run that goes on, perhaps elsewhere, has the same
@@ -100,8 +100,7 @@ def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None,
     item, _, case = asked[0]
     types = ("f16", "f16") if item.id.endswith("/f16") else (case.type_k, case.type_v)
     # not while ours is timed
-    references = REFERENCES.of(llm, [(item, prompt) for item, prompt, _ in asked], types, item.max_tokens - SPARE,
-                               n_threads, out)
+    references = REFERENCES.of(llm, asked, types, item.max_tokens - SPARE, n_threads, out)
     for case, item, prompt, before in contexts(llm, asked, protocol):
         begin = perf_counter()
         n_prompt, first = before.n_tokens + llm.prefill(prompt.tail, spans=()), llm.logits()

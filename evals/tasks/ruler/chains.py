@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Iterator
 
 from ...items import Options
-from .draft import Draft, longest, rng_of
+from .draft import Draft, different, longest, rng_of
 from .needles import NOISE
 
 NAMES = ("vt",)
@@ -26,7 +26,7 @@ def drafts(name: str, n: int, options: Options) -> Iterator[Draft]:
 
 
 def _draft(name: str, n_letters: int, opening: str, rng: random.Random, options: Options) -> Draft:
-    variables = _variables(n_letters, rng)
+    variables = different(N_VARIABLES, string.ascii_uppercase, n_letters, rng)
     value = str(rng.randrange(10000, 99999))
     chain = [f"VAR {variables[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in zip(variables, variables[1:]))]
     question = f"Question: Find all variables that are assigned the value {value} in the text above."
@@ -42,10 +42,3 @@ def _draft(name: str, n_letters: int, opening: str, rng: random.Random, options:
         text = " ".join(line or next(assignments) for line in lines)
         return Draft(opening, text + "\n", question, prefix, variables, MAX_TOKENS)
     return longest(name, draw, len(chain) + 1, options)
-
-
-def _variables(n_letters: int, rng: random.Random) -> list[str]:
-    found: dict[str, None] = {}
-    while len(found) < N_VARIABLES:
-        found["".join(rng.choices(string.ascii_uppercase, k=n_letters))] = None
-    return list(found)

@@ -5,8 +5,7 @@ import string
 from typing import Iterator
 
 from ...items import Options
-from .draft import Draft, longest, rng_of
-from .words import english
+from .draft import Draft, different, english, longest, rng_of
 
 NAMES = ("cwe", "fwe")
 N_COMMON = 10          # words that cwe asks for
@@ -58,10 +57,8 @@ def _numbered(words: list[str]) -> str:
 
 def _coded(rng: random.Random, options: Options) -> Draft:
     """Word k of n is there n/(k*k*zeta(2)) times; the most frequent one is dots, and is not asked for."""
-    codes: dict[str, None] = {}
-    while len(codes) < max(5, options["length"]//50):
-        codes["".join(rng.choices(string.ascii_lowercase, k=N_LETTERS))] = None
-    words, seed = ["...", *list(codes)[1:]], rng.random()
+    codes = different(max(5, options["length"]//50), string.ascii_lowercase, N_LETTERS, rng)
+    words, seed = ["...", *codes[1:]], rng.random()
 
     def draw(n: int) -> Draft:
         entries = [word for k, word in enumerate(words, 1) for _ in range(int(n/(k*k*math.pi**2/6)))]

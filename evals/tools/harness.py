@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .data import rows
+from ..data import ENDS, rows
 
 # The harness' file, and our file of each of its splits
 SIMPLE = {
@@ -48,7 +48,7 @@ def write(data_dir: Path, out: Path) -> list[str]:
 
 
 def _there(data_dir: Path, name: str) -> bool:
-    return any((data_dir/f"{name}{end}").is_file() for end in (".jsonl", ".jsonl.gz"))
+    return any((data_dir/f"{name}{end}").is_file() for end in ENDS)
 
 
 def _task(out: Path, name: str, original: Path, splits: dict[str, list[Any]]) -> str:

@@ -7,8 +7,8 @@ import json
 import lzma
 from pathlib import Path
 
-from .store import Row, read, scores_of
-from .tasks import task
+from ..store import Row, read, scores_of
+from ..tasks import task
 
 TEXTS = ("answer", "gold")
 
