@@ -196,10 +196,8 @@ def run_study(
     plans = study.plans(found, folder, _positive("--n", n), replace(only, settings=settings or ()), data_dir=where,
                         chat=not plain, unsafe_code=unsafe_code, **how)
     names = [models.resolve(one) for one in models_given]
-    benches = [latency.cases_of(found.blocks["bench"], one, only.policies, only.budgets, threads, layers, n)
-               for one in names]
-    seen = [attention.views(found.blocks["attention"], open_model(one), where, n, found.n, only.tasks, only.policies,
-                            only.budgets, not plain)
+    benches = [latency.cases_of(found.blocks["bench"], one, only, threads, layers, n) for one in names]
+    seen = [attention.views(found.blocks["attention"], open_model(one), only, where, n, found.n, not plain)
             for one in names if found.blocks["attention"]]
     if dry_run:
         for one, looks in zip(names, seen):

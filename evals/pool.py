@@ -23,7 +23,7 @@ from .tasks import TASKS
 QUARTER = "quarter"
 COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells", QUARTER)
 VALUES = {"score": percent, "kl": nats}             # what a figure is, and how it is shown
-# what an answer has in common with the one it is compared with, but what is named; and the budgets, unless that is full's
+# what an answer and the one it is compared with have in common, but what is named; budgets, unless that is full's
 IN_COMMON, BUDGETS = (*GROUP, "policy", "item", QUARTER), ("budget", "decode_budget", "cells")
 
 
