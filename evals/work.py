@@ -2,6 +2,7 @@
 import hashlib
 import itertools
 import platform
+import re
 import subprocess
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
@@ -132,12 +133,9 @@ def engine() -> str:
 
 @cache
 def processor() -> str:
-    try:
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:(.*)$", path.read_text() if path.is_file() else "", re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def all_jobs(plans: Sequence[Plan], subject: Subject) -> list[Job]:

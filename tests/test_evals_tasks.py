@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from evals import choices, data, references, report, run, sandbox
+from evals import choices, data, report, run, sandbox
 from evals.cases import Case
 from evals.cli import app
 from evals.items import Item, Options
@@ -588,5 +588,5 @@ def test_shots_and_fidelity_on_a_model(tmp_path, folder):
 
 def test_log_softmax_sums_to_1():
     x = np.array([1000.0, 999.0, -1000.0], dtype=np.float32)
-    [one] = references.log_probabilities(x, np.empty((0, 3), np.float32))
+    [one] = fidelity.log_probabilities(x, np.empty((0, 3), np.float32))
     assert np.exp(one, dtype=np.float64).sum() == pytest.approx(1) and one.dtype == np.float32 and mmlu.LABELS == "ABCD" and kv_retrieval.ACROSS == "depth"

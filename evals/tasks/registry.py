@@ -1,5 +1,5 @@
-"""All tasks by name, and what is asked of each. fidelity, which asks the others' questions, is added by the package: so
-no import goes round in a circle."""
+"""All tasks by name, and what can be said of their answers. fidelity, which asks the others' questions, is added by the
+package: so no import goes round in a circle."""
 import re
 from types import ModuleType
 from typing import Any
