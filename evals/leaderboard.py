@@ -10,7 +10,7 @@ takes about as many bytes under one another, whatever made it small.
 """
 import math
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 from pykvc import _core
 from pykvc.table import grid, mebibytes
@@ -122,39 +122,29 @@ def _group(found: list[Row]) -> str:
 
 def _shares(found: list[Row], cell: Callable[[Row], str]) -> str:
     """The whole cache first, then the best."""
-    largest = sorted(found, key=lambda line: (not _full(line), largest_first(line)))
-    methods = sorted(_by_method(found), key=lambda of: (not _full(of[0]), -mean(line["score"] for line in of)))
-    return _grid({line["removed"]: line["removed"] for line in largest}, methods, lambda line: line["removed"], cell)
+    columns = [line["removed"] for line in sorted(found, key=lambda line: (not _full(line), largest_first(line)))]
+    best = sorted(grouped(found, _method).values(), key=lambda of: (not _full(of[0]), -mean(x["score"] for x in of)))
+    return _grid(found, [_method(of[0]) for of in best], dict(zip(columns, columns)), lambda x: x["removed"], cell)
 
 
 def _bytes(found: list[Row], cell: Callable[[Row], str]) -> str:
     """Every configuration under that halving of the whole cache (100, 50, 25 % ...) which it is nearest to; of a method
     with several of them there, the nearest."""
-    def halving(line: Row) -> int:
-        return max(0, round(-math.log2(line["share_of_full"])))
-
-    def off(line: Row) -> float:
-        halvings = -math.log2(line["share_of_full"])
-        return abs(halvings - round(halvings))
-    nearest_last = [sorted(of, key=off, reverse=True) for of in _by_method(found)]
-    columns = {column: f"{100/2**column:.3g} %" for column in sorted(map(halving, found))}
-    return _grid(columns, sorted(nearest_last, key=lambda of: not _full(of[0])), halving,
-                 lambda line: f"{cell(line)} at {mebibytes(line['bytes_used'])}")
-
-
-def _by_method(found: Sequence[Row]) -> list[list[Row]]:
-    return list(grouped(found, _method).values())
+    halvings = {id(line): -math.log2(line["share_of_full"]) for line in found}
+    columns = {id(line): max(0, round(halvings[id(line)])) for line in found}
+    nearest_last = sorted(found, key=lambda x: -abs(halvings[id(x)] - round(halvings[id(x)])))
+    return _grid(nearest_last, [_method(line) for line in sorted(found, key=lambda line: not _full(line))],
+                 {column: f"{100/2**column:.3g} %" for column in sorted(columns.values())},
+                 lambda line: columns[id(line)], lambda line: f"{cell(line)} at {mebibytes(line['bytes_used'])}")
 
 
 def _method(line: Row) -> str:
     return f"`{label({**line, 'budget': ''})}`" + ", question-in"*(line["protocol"] == "question-in")
 
 
-def _grid(columns: dict, methods: Sequence[Sequence[Row]], column: Callable[[Row], object],
+def _grid(found: Sequence[Row], methods: Sequence[str], columns: dict[Any, str], column: Callable[[Row], Any],
           cell: Callable[[Row], str]) -> str:
     """columns: what column() says of a line, and its heading. Of several lines in one cell the last counts."""
-    table = [["method", *columns.values()]]
-    for of_method in methods:
-        cells = {column(line): cell(line) for line in of_method}
-        table.append([_method(of_method[0]), *(cells.get(name, "") for name in columns)])
-    return grid(table, 1)
+    cells = {(_method(line), column(line)): cell(line) for line in found}
+    return grid([["method", *columns.values()],
+                 *([name, *(cells.get((name, one), "") for one in columns)] for name in dict.fromkeys(methods))], 1)

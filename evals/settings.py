@@ -10,23 +10,6 @@ LISTS = {"policy": "full", "budget": "none", "decode_budget": "none", "cells": "
          "type_k": "f16", "type_v": "f16"}
 SINGLE = {"n": int, "seed": int, "n_ctx": int, "n_ubatch": int, "plain": bool}
 SETTINGS = sorted({name for module in TASKS.values() for name in module.SETTINGS})
-HELP = {
-    "length": "Tokens of a context (niah, fidelity), and its answer (ruler). longbench: at most.",
-    "of": "fidelity: prose, or the task whose contexts and questions are compared.",
-    "reference": "fidelity: the whole cache of the same types, or of f16.",
-    "depths": "niah: where needles stand, in percent: 0,50,100.",
-    "needles": "niah: needles in one context.",
-    "shots": "Examples before a question, of tasks that have some.",
-    "exemplars": "gsm8k, longgenbench, commonsense_qa: cot, train; auto.",
-    "order": "gsm8k, longgenbench: a seed for another order of the examples; 0: as they are.",
-    "draw": "gsm8k, longgenbench, humaneval, safety: a seed for other examples; 0: the first.",
-    "questions": "longgenbench, longgenbench_mmlu: of one generation; kv_retrieval: of one object.",
-    "sets": "longbench, safety, ruler: parts of it, with commas.",
-    "announce": "ruler: 0: contexts that do not tell what will be asked.",
-    "pairs": "kv_retrieval: pairs of an object.",
-    "tokens": "fidelity: tokens that are compared.",
-    "unsafe_code": "humaneval: run code where it cannot be locked in."}
-
 Block = dict[str, Any]
 
 
@@ -45,10 +28,6 @@ class Only:
 
 
 EVERYTHING = Only()
-
-
-def kind_of(setting: str) -> type:
-    return type(next(module.SETTINGS[setting] for module in TASKS.values() if setting in module.SETTINGS))
 
 
 def listed(value: Any) -> list[Any]:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import pykvc
 from pykvc import batch
 from evals import ask as asking
-from evals import panels, report, run, settings, study
+from evals import flags, panels, report, run, settings, study
 from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Options
@@ -103,11 +103,11 @@ def test_the_smoke_study_has_every_task_with_every_policy():
 
 def test_run_has_a_flag_for_every_setting(monkeypatch, tmp_path):
     """A setting of 0 is one, too."""
-    assert sorted(settings.HELP) == settings.SETTINGS
+    assert sorted(flags.HELP) == settings.SETTINGS
     planned, chosen = [], {"shots": 0, "order": 0, "depths": "0,50", "unsafe_code": True}
     monkeypatch.setattr("evals.cli.run", lambda plans, *_: planned.extend(plans) or [])
-    flags = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    args = ["run", "--task", "gsm8k,niah,humaneval", "--policy", "snapkv:window=8,kernel=5,full", "--budget", "50%,64", *flags[:-1], "-n", "3", "--plain", "-t", "1"]
+    given = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    args = ["run", "--task", "gsm8k,niah,humaneval", "--policy", "snapkv:window=8,kernel=5,full", "--budget", "50%,64", *given[:-1], "-n", "3", "--plain", "-t", "1"]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0, result.stderr
     [plan] = planned

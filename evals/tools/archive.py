@@ -6,7 +6,11 @@ unpacked with xz -d, a run goes on with them.
 import json
 import lzma
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from ..flags import OUT, Answers
 from ..store import Row, read, scores_of
 from ..tasks import task
 
@@ -41,3 +45,12 @@ def _figures(row: Row) -> Row:
 def _write(path: Path, rows: list[Row]) -> Path:
     path.write_bytes(lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), preset=9))
     return path
+
+
+def command(
+    folder: Annotated[Path, typer.Argument(help="Where the archive's files go; `report --out` reads them there.")],
+    out: Answers = OUT,
+) -> None:
+    """Keep the figures and scores of every answer, compressed, without the texts."""
+    for path in pack(out, folder):
+        print(f"{path}: {path.stat().st_size} bytes")
