@@ -97,7 +97,7 @@ def markdown(found: Sequence[Row]) -> str:
 def _group(found: list[Row]) -> str:
     n_sets, n, n_units = (max(line[name] for line in found) for name in ("n_sets", "n", "n_units"))
     first, units = found[0], f" of {n_units} units"*(n_units != n)
-    text = [f"## {listed(first['task'], first['settings'], first['model'], *unusual(first))}",
+    text = [f"## {listed(first['task'], first['settings'], first['model'], unusual(first))}",
             f"Means over {n_sets} sets, {n} items{units}, in percent, with 95 % intervals. Columns: the share of the "
             f"cache that is removed. Intervals are not corrected for how many there are: {len(found)}. To compare two "
             "methods, `pool --against` has paired differences, corrected."]

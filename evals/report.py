@@ -1,7 +1,7 @@
 """Answers -> a table: what each policy scores, with intervals, and against the whole cache on the same items."""
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 from pykvc import _core
 from pykvc.table import grid, mebibytes
@@ -185,8 +185,8 @@ def as_asked(row: Row) -> Row:
 
 # -- as text --------------------------------------------------------------------------------------------------------
 
-def percent(share: float | None, sign: str = "") -> str:
-    return "" if share is None else f"{100*share:{sign}.1f}"
+def percent(share: float | None, sign: str = "", unit: str = "") -> str:
+    return "" if share is None else f"{100*share:{sign}.1f}{unit}"
 
 
 def nats(number: float, digits: int = 3, sign: str = "") -> str:
@@ -211,16 +211,8 @@ def types(row: Row) -> str:
     return "" if row["type_k"] == row["type_v"] == "f16" else f"{row['type_k']}/{row['type_v']}"
 
 
-def _if_there(name: str, show: Callable[[Any], str] = str) -> Callable[[Row], str]:
-    return lambda line: "" if line.get(name) is None else show(line[name])
-
-
-def _share(share: float) -> str:
-    return f"{percent(share)} %"
-
-
-def _change(share: float) -> str:
-    return f"{percent(share, '+')} %"
+def _if_there(name: str, show: Callable[..., str] = str, **how: str) -> Callable[[Row], str]:
+    return lambda line: "" if line.get(name) is None else show(line[name], **how)
 
 
 def _whole(n: float) -> str:
@@ -231,15 +223,16 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "policy": _if_there("policy", "`{}`".format), "budget": _if_there("budget"), "decode": _if_there("decode_budget"),
     "cells": _if_there("cells"), "K/V": types, "n": _if_there("n"),
     "units": lambda line: "" if line.get("n_units", line["n"]) == line["n"] else str(line["n_units"]),
-    "failed": lambda line: str(line["n_failed"] or ""), "score": _if_there("score", _share),
-    "95 %": lambda line: interval(line, "score"), "vs full": _if_there("difference", _change),
+    "failed": lambda line: str(line["n_failed"] or ""), "score": _if_there("score", percent, unit=" %"),
+    "95 %": lambda line: interval(line, "score"), "vs full": _if_there("difference", percent, sign="+", unit=" %"),
     "95 % of it": lambda line: interval(line, "difference", "+"),
     "corrected": lambda line: interval(line, "difference_corrected", "+") if line.get("n_comparisons", 0) > 1 else "",
-    "relative": _if_there("relative", _change), "KL": _if_there("kl", "{:.4f}".format),
+    "relative": _if_there("relative", percent, sign="+", unit=" %"), "KL": _if_there("kl", "{:.4f}".format),
     "95 % of KL": lambda line: interval(line, "kl", show=lambda end, sign: nats(end, 4)),
-    "tokens": _if_there("n_before", _whole), "kept": _if_there("n_kept", _whole), "ratio": _if_there("ratio", _share),
-    "evictions": _if_there("evictions", _whole), "KV used": _if_there("bytes_used", mebibytes),
-    "of": _if_there("bytes_full", mebibytes), "allocated": _if_there("bytes_allocated", mebibytes)}
+    "tokens": _if_there("n_before", _whole), "kept": _if_there("n_kept", _whole),
+    "ratio": _if_there("ratio", percent, unit=" %"), "evictions": _if_there("evictions", _whole),
+    "KV used": _if_there("bytes_used", mebibytes), "of": _if_there("bytes_full", mebibytes),
+    "allocated": _if_there("bytes_allocated", mebibytes)}
 # where a line of the table has something to say
 OPTIONAL = ("decode", "cells", "K/V", "units", "failed", "corrected", "KL", "95 % of KL")
 
@@ -257,17 +250,13 @@ def _table(lines: Sequence[Row]) -> str:
 
 def title(line: Row) -> str:
     """What stands in one table and in one picture: all of GROUP but the cache types, where it is not the default."""
-    return listed(line["task"], line["set"], line["settings"], line["model"], line["protocol"], *unusual(line))
+    return listed(line["task"], line["set"], line["settings"], line["model"], line["protocol"], unusual(line))
 
 
-def unusual(line: Row) -> Iterator[str]:
+def unusual(line: Row) -> str:
     """How it was asked, where that is not the default."""
-    if not line["chat"]:
-        yield "plain"
-    if line["n_ubatch"] != 512:
-        yield f"n_ubatch {line['n_ubatch']}"
-    if line["seed"]:
-        yield f"seed {line['seed']}"
+    return listed("plain"*(not line["chat"]), f"n_ubatch {line['n_ubatch']}"*(line["n_ubatch"] != 512),
+                  f"seed {line['seed']}"*bool(line["seed"]))
 
 
 def listed(*parts: str) -> str:
