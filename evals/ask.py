@@ -11,7 +11,7 @@ import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable, Iterator, Sequence
 
 import pykvc
 from pykvc.context import Context
@@ -20,11 +20,10 @@ from .cases import Case
 from .items import Item
 from .prompts import Prompt
 
-Asked = list[tuple[Item, Prompt]]
-Jobs = list[tuple[Item, Prompt, Case]]
+Asked = tuple[Item, Prompt, Case]
 
 
-def shared(item: Item, prompt: Prompt, protocol: str, case: Case) -> str:
+def shared(item: Item, prompt: Prompt, case: Case, protocol: str) -> str:
     """Questions that have this in common can share an evaluated context."""
     # with few cells, the context is evicted before the question is there
     if case.asks or (protocol == "question-in" and case.cells):
@@ -32,7 +31,7 @@ def shared(item: Item, prompt: Prompt, protocol: str, case: Case) -> str:
     return prompt.head or item.id
 
 
-def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None = None,
+def ask(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str, n_threads: int | None = None,
         out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
     """(item, figures and answer), one after the other, of one context. Cases follow one another; they differ in their
     budgets, with question-out in their shares, too. prefill_ms of the context counts in the first row, evict_ms in the
@@ -40,11 +39,9 @@ def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None = None
     question_in = protocol == "question-in"
     for case, item, prompt, before in contexts(llm, asked, protocol):
         n_before = llm.stats()["n_evictions"]
-        budgets = dict(kv_budget=case.budget or None, kv_decode_budget=case.decode_budget or None)
-        if not question_in and case.compresses:  # its context was compressed to them
-            budgets = {}
-        answer = llm.generate(prompt.tail, spans=(), reset=False, compress=question_in and case.compresses, **budgets,
-                              **_length(item))
+        compressed = not question_in and case.compresses  # its context was, to the budgets
+        answer = llm.generate(prompt.tail, spans=(), reset=False, compress=question_in and case.compresses,
+                              **({} if compressed else case.budgets), **_length(item))
         n_prompt = before.n_tokens + len(llm.tokenize(prompt.tail, add_special=False))
         yield item, _figures(answer, 0 if question_in else before.n_tokens, n_prompt,
                              answer.kv["kept"] if question_in else before.kept,
@@ -61,21 +58,25 @@ class Before:
     evict_ms: float
 
 
-def contexts(llm: pykvc.LLM, asked: Jobs, protocol: str) -> Iterator[tuple[Case, Item, Prompt, Before]]:
+def contexts(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str) -> Iterator[tuple[Case, Item, Prompt, Before]]:
     """For each question leaves `llm` at the end of its context: evaluated once, evicted (question-out) once for each
     case."""
     llm.reset()
-    prompt, begin, start = asked[0][1], perf_counter(), llm.stats()["n_evictions"]
-    n_tokens = llm.prefill(prompt.head, **_spans(prompt), **_query(prompt, asked[0][2])) if prompt.head else 0
+    (_, prompt, case), begin, start = asked[0], perf_counter(), llm.stats()["n_evictions"]
+    spans = dict(spans=prompt.spans, span_unit="chars") if prompt.spans else {}
+    query = dict(kv_query=prompt.query) if case.asks else {}
+    n_tokens = llm.prefill(prompt.head, **spans, **query) if prompt.head else 0
     prefill_ms, n_before = ms(begin), llm.stats()["n_evictions"] - start
     context = Context(llm, n_tokens)
     for k, (case, of_case) in enumerate(itertools.groupby(asked, key=lambda one: one[2])):
-        n_evictions, evict_ms = 0, 0.0
-        if protocol == "question-out" and case.compresses:
-            n_evictions, evict_ms = _compress(llm, context, case)
+        n_evictions, spent = llm.stats()["n_evictions"], _spent_ms(llm)
+        if evicts := protocol == "question-out" and case.compresses:
+            context.compress(case.policy if case.policy != llm.policy else None, case.budget or None,
+                             case.decode_budget or None)
         elif k:
             context.go_back()
-        before = Before(n_tokens, context.kept, n_before + n_evictions, prefill_ms*(k == 0), evict_ms)
+        before = Before(n_tokens, context.kept, n_before + evicts*(llm.stats()["n_evictions"] - n_evictions),
+                        prefill_ms*(k == 0), evicts*round(_spent_ms(llm) - spent, 1))
         for i, (item, prompt, _) in enumerate(of_case):
             if i:
                 context.go_back()
@@ -83,19 +84,11 @@ def contexts(llm: pykvc.LLM, asked: Jobs, protocol: str) -> Iterator[tuple[Case,
             yield case, item, prompt, before
 
 
-def _compress(llm: pykvc.LLM, context: Context, case: Case) -> tuple[int, float]:
-    """(evictions, ms)"""
-    n_before, spent = llm.stats()["n_evictions"], _spent_ms(llm)
-    context.compress(case.policy if case.policy != llm.policy else None, case.budget or None,
-                     case.decode_budget or None)
-    return llm.stats()["n_evictions"] - n_before, round(_spent_ms(llm) - spent, 1)
-
-
 def evict(llm: pykvc.LLM, case: Case) -> tuple[list[int], int, float]:
     """(cells a layer has now, evictions, ms)"""
     begin, before = perf_counter(), llm.stats()["n_evictions"]
     if case.compresses:
-        llm.compress(kv_budget=case.budget or None, kv_decode_budget=case.decode_budget or None)
+        llm.compress(**case.budgets)
     stats = llm.stats()
     return [int(n) for n in stats["kept"]], stats["n_evictions"] - before, ms(begin)
 
@@ -112,16 +105,17 @@ def ms(begin: float) -> float:
 
 def together(cases: Iterable[Case]) -> bool:
     """Can they be asked in one context of several sequences? Its sequences have one policy."""
-    return len({case.policy for case in cases}) == 1 and all(side_by_side(case) for case in cases)
+    several = set(cases)
+    return len({case.policy for case in several}) == 1 and all(map(side_by_side, several))
 
 
 def side_by_side(case: Case) -> bool:
-    """Can a context of several sequences hold it? Not where heads differ, nor a probe, which is evaluated in the first
-    one."""
+    """Not where heads differ, nor a probe, which is evaluated in the first sequence."""
     return not (case.cells or case.heads_differ or case.probes)
 
 
-def ask_batch(llm: pykvc.LLM, asked: Jobs, protocol: str, n_parallel: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def ask_batch(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str,
+              n_parallel: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(index, figures and answer) as ask() of several groups, n_parallel questions at once, in the order in which they
     are done. Cases differ in their budgets alone. Neighbours' contexts are evaluated once, and their time is in no
     row."""
@@ -147,14 +141,6 @@ def ask_batch(llm: pykvc.LLM, asked: Jobs, protocol: str, n_parallel: int) -> It
                                llm.stats()["cells_allocated"])
             yield i + j, {**figures, "bytes_allocated": figures["bytes_allocated"]//n_parallel}
         i += len(part)
-
-
-def _spans(prompt: Prompt) -> dict[str, Any]:
-    return dict(spans=prompt.spans, span_unit="chars") if prompt.spans else {}
-
-
-def _query(prompt: Prompt, case: Case) -> dict[str, str]:
-    return dict(kv_query=prompt.query) if case.asks else {}
 
 
 def _length(item: Item) -> dict[str, Any]:

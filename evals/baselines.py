@@ -11,7 +11,8 @@ from typing import Any, Sequence
 from pykvc.table import grid
 
 from . import stats
-from .report import unit_of
+from .report import by_unit, listed, percent, types, with_interval
+from .stats import mean
 from .store import Row, grouped
 
 # Of the harness: task, or the beginning of its name; metric
@@ -21,22 +22,21 @@ PUBLISHED = json.loads((Path(__file__).parent/"published.json").read_text(encodi
 
 
 def lines(rows: Sequence[Row], harness: Path | None) -> list[Row]:
-    """One for each model, task, set and settings of the whole f16 cache: score, low, high, n of ours; theirs,
-    theirs_low, theirs_high, theirs_n, theirs_shots where the harness has answers; published, source. ValueError: there
-    is none, or a file is none of the harness'."""
+    """One for each model, task, set and settings of the whole f16 cache: score, score_low, score_high, n of ours;
+    theirs, theirs_low, theirs_high, theirs_n, theirs_shots where the harness has answers; published, source.
+    ValueError: there is none, or a file is none of the harness'."""
     whole = [row for row in rows if row["policy"] == "full" and row["score"] is not None
-             and row["protocol"] == "question-out" and row["type_k"] == row["type_v"] == "f16"]
+             and row["protocol"] == "question-out" and not types(row)]
     if not whole:
         raise ValueError("there is no answer of the whole f16 cache, question-out: run --policy full first")
     runs = _runs(harness) if harness else []
     found = []
     for (model, task, set_, settings, chat), of in grouped(whole, ("model", "task", "set", "settings", "chat")).items():
-        scores = stats.unit_means([row["score"] for row in of], [unit_of(row) for row in of])
+        scores = by_unit(of, [row["score"] for row in of])
         low, high = stats.mean_interval(scores)
         published: Row = next((one for one in PUBLISHED if (one["model"], one["task"]) == (model, task)), {})
-        found.append({"model": model, "task": ", ".join(filter(None, (task, set_))), "n": len(of),
-                      "settings": ", ".join(filter(None, (settings, "" if chat else "plain"))),
-                      "n_units": len(scores), "score": sum(scores)/len(scores), "low": low, "high": high,
+        found.append({"model": model, "task": listed(task, set_), "settings": listed(settings, "plain"*(not chat)),
+                      "n": len(of), "n_units": len(scores), "score": mean(scores), "score_low": low, "score_high": high,
                       **_theirs(runs, model, task), "published": published.get("score"),
                       "source": f"{published['how']}: {published['source']}" if published else ""})
     return found
@@ -72,19 +72,14 @@ def _theirs(runs: Sequence[dict[str, Any]], model: str, task: str) -> Row:
 def markdown(found: Sequence[Row]) -> str:
     table = [["model", "task", "settings", "n", "whole cache", "lm-evaluation-harness", "n", "published"]]
     for line in found:
-        theirs = f"{_figure(line, 'theirs', 'theirs_')}, {line['theirs_shots']} shots" if "theirs" in line else ""
-        published = "" if line["published"] is None else f"{100*line['published']:.1f}" + "*"*_outside(line)
-        table.append([line["model"], line["task"], line["settings"], str(line["n"]), _figure(line, "score"), theirs,
-                      str(line.get("theirs_n", "")), published])
+        theirs = f"{with_interval(line, 'theirs')}, {line['theirs_shots']} shots" if "theirs" in line else ""
+        table.append([line["model"], line["task"], line["settings"], str(line["n"]), with_interval(line), theirs,
+                      str(line.get("theirs_n", "")), percent(line["published"]) + "*"*_outside(line)])
     sources = dict.fromkeys(line["source"] for line in found if line["source"])
     star = ["Star: the interval of the whole cache does not hold it."]*any(map(_outside, found))
     return "\n\n".join([grid(table, 3), "In percent, with 95 % intervals.", *star,
                         *(f"Published: {source}." for source in sources)])
 
 
-def _figure(line: Row, name: str, prefix: str = "") -> str:
-    return f"{100*line[name]:.1f} ({100*line[prefix + 'low']:.1f} to {100*line[prefix + 'high']:.1f})"
-
-
 def _outside(line: Row) -> bool:
-    return line["published"] is not None and not line["low"] <= line["published"] <= line["high"]
+    return line["published"] is not None and not line["score_low"] <= line["published"] <= line["score_high"]

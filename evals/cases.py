@@ -32,12 +32,12 @@ class Case:
     @property
     def asks(self) -> bool:
         """Does it have to know the question when the context is evaluated?"""
-        return self._probe == "mean"
+        return options.needs(self.policy)["probe"] == "mean"
 
     @property
     def probes(self) -> bool:
         """Does it have something evaluated after the context, and taken out again?"""
-        return self._probe != "none"
+        return options.needs(self.policy)["probe"] != "none"
 
     def n_probe(self, n_ubatch: int) -> int:
         """Cells to leave behind a context for what is evaluated there. With kv_cells it has room of its own."""
@@ -48,21 +48,18 @@ class Case:
     @property
     def heads_differ(self) -> bool:
         """May heads of a layer keep different numbers?"""
-        return self._line["heads_differ"] or options.parameters(self.policy).get("share") in ("layer", "all")
+        table = {policy["name"]: policy["heads_differ"] for policy in _core.policies()}
+        return table[self.name] or options.parameters(self.policy).get("share") in ("layer", "all")
 
     @property
-    def _probe(self) -> str:
-        return self._line["needs"]["probe"]
-
-    @property
-    def _line(self) -> dict:
-        """Of the policy table."""
-        return next(p for p in _core.policies() if p["name"] == self.name)
+    def budgets(self) -> dict:
+        """Keywords of LLM.generate() and compress()."""
+        return dict(kv_budget=self.budget or None, kv_decode_budget=self.decode_budget or None)
 
     def settings(self) -> dict:
         """Keywords of LLM."""
-        return dict(kv_policy=self.policy, kv_budget=self.budget or None, kv_decode_budget=self.decode_budget or None,
-                    kv_cells=self.cells or None, type_k=self.type_k, type_v=self.type_v)
+        return dict(kv_policy=self.policy, **self.budgets, kv_cells=self.cells or None, type_k=self.type_k,
+                    type_v=self.type_v)
 
     def label(self) -> str:
         parts = [self.policy, self.budget and f"budget {self.budget}",
@@ -75,15 +72,16 @@ def cases(policy: Sequence[str], budget: Sequence[str], decode_budget: Sequence[
           type_k: Sequence[str], type_v: Sequence[str]) -> list[Case]:
     """Every combination, full once. "none" is no budget, or as many cells as tokens; a decode_budget "same" is the
     budget's value. ValueError names what is valid."""
-    budgets = [options.budget("--budget", _none(value)) for value in budget]
-    decode_budgets = [SAME if value == SAME else options.budget("--decode-budget", _none(value))
-                      for value in decode_budget]
+    def none(value: str) -> str | None:
+        return None if value.lower() in ("none", "") else value
+    checked = ([_core.parse_spec(spec) for spec in policy],
+               [options.budget("--budget", none(value)) for value in budget],
+               [SAME if value == SAME else options.budget("--decode-budget", none(value)) for value in decode_budget],
+               [options.cells(none(value)) for value in cells],
+               [options.cache_type("--type-k", value) for value in type_k],
+               [options.cache_type("--type-v", value) for value in type_v])
     found = []
-    for chosen in itertools.product([_core.parse_spec(spec) for spec in policy], budgets, decode_budgets,
-                                    [options.cells(_none(value)) for value in cells],
-                                    [options.cache_type("--type-k", value) for value in type_k],
-                                    [options.cache_type("--type-v", value) for value in type_v]):
-        case = Case(*chosen)
+    for case in itertools.starmap(Case, itertools.product(*checked)):
         if case.decode_budget == SAME:
             case = replace(case, decode_budget=case.budget)
         if case.name == "full":
@@ -106,7 +104,3 @@ def protocols(given: Sequence[str]) -> list[str]:
         if name not in PROTOCOLS:
             raise ValueError(f"--protocol is {' or '.join(PROTOCOLS)}, not {name!r}")
     return list(dict.fromkeys(given))
-
-
-def _none(value: str) -> str | None:
-    return None if value.lower() in ("none", "") else value

@@ -9,6 +9,8 @@ from typing import Iterator, Sequence
 
 from .store import Row
 
+ENDS = ".jsonl", ".jsonl.gz"
+
 
 def rows(data_dir: Path | None, name: str, hub: tuple[str, str | None, str] | None, fields: Sequence[str]) -> list[Row]:
     """name: "gsm8k/test", a file data_dir/gsm8k/test.jsonl or .jsonl.gz. hub: (data set, configuration, split), None if
@@ -17,16 +19,10 @@ def rows(data_dir: Path | None, name: str, hub: tuple[str, str | None, str] | No
         if hub is None:
             raise ValueError(f"{name} is not on Hugging Face: give --data-dir, a folder with {name}.jsonl")
         return _checked(_online(*hub), hub[0], fields)
-    path = find(data_dir, f"{name}.jsonl", f"{name}.jsonl.gz")
+    path = next(filter(Path.is_file, (data_dir/f"{name}{end}" for end in ENDS)), None)
+    if path is None:
+        raise ValueError(f"{data_dir} has no {' and no '.join(f'{name}{end}' for end in ENDS)}")
     return _checked(_lines(path), str(path), fields)
-
-
-def find(data_dir: Path, *names: str) -> Path:
-    """The first of the files that is there."""
-    for name in names:
-        if (data_dir/name).is_file():
-            return data_dir/name
-    raise ValueError(f"{data_dir} has no {' and no '.join(names)}")
 
 
 def _lines(path: Path) -> Iterator[Row]:

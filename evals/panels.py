@@ -1,5 +1,5 @@
-"""Pictures of a study: lines over any column of the table, side by side, with intervals; or points and the front of the
-best.
+"""Pictures of a report: a heat map where a task has something to lay out (niah: depth), else score against budget. Of
+a study: lines over any column of the table, side by side, with intervals; or points and the front of the best.
 
     x, y      columns of the table: ratio, n_kept, budget, shots, bytes_used; score, relative, difference, kl
     panel     columns whose values have a panel each; "method" is the policy without its parameters
@@ -13,11 +13,15 @@ import textwrap
 from pathlib import Path
 from typing import Any, Sequence
 
+import numpy as np
+import pandas as pd
+
 from pykvc import _core
 
 from . import palette
-from .report import CASE, as_asked
+from .report import CASE, as_asked, listed, title, types
 from .store import Row, grouped
+from .tasks import task
 
 MARKERS = "os^Dv*PX"
 NOT_OF_FULL = {*CASE, "method"}
@@ -52,30 +56,37 @@ def label(row: Row) -> str:
     changed = ",".join(parameter for parameter in given.split(",") if parameter not in usual)
     parts = [f"{name}:{changed}" if changed else name, row["budget"],
              row["decode_budget"] and f"decode {row['decode_budget']}", row["cells"] and f"{row['cells']} cells",
-             "" if row["type_k"] == row["type_v"] == "f16" else f"{row['type_k']}/{row['type_v']}"]
-    return " ".join(part for part in parts if part)
+             types(row)]
+    return " ".join(filter(None, parts))
 
 
 def draw(out: Path, blocks: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
     """PNG files of the [[picture]] blocks."""
     use_matplotlib()
     paths = []
-    for i, block in enumerate(blocks):
-        x, y = block.get("x", "ratio"), block.get("y", "score")
-        wanted = [line for line in lines if line.get(y, None) is not None
-                  or (y in ("relative", "difference") and line["policy"] == "full")]
-        wanted = [line for line in wanted if line["n"]
+    for i, block in enumerate(blocks, 1):
+        wanted = [line for line in lines if line.get(block.get("y", "score")) is not None
                   and all(line[name] == value for name, value in block.get("only", {}).items())]
         together = "model" in _names(block, "line", ["policy"])
-        names = _names(block, "file", ["protocol"])
-        files = grouped(wanted, ["model", *names])
-        if together:
-            files = grouped(wanted, names)
+        files = grouped(wanted, [*["model"]*(not together), *_names(block, "file", ["protocol"])])
         for parts, of_file in files.items():
-            parts = [str(part) for part in parts]
-            path = file_of(out, block.get("name", f"picture{i + 1}"), *parts)
-            if picture(path, ", ".join(filter(None, parts)), block, x, y, of_file):
+            path = file_of(out, block.get("name", f"picture{i}"), *map(str, parts))
+            if picture(path, listed(*map(str, parts)), block, of_file):
                 paths.append(path)
+    return paths
+
+
+def draw_report(out: Path, rows: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
+    """PNG files, one for each model, task and protocol."""
+    use_matplotlib()
+    paths, of_lines = [], grouped(lines, title)
+    for name, of_name in grouped((row for row in rows if row["score"] is not None), title).items():
+        path, tag = file_of(out, name), getattr(task(of_name[0]["task"]), "ACROSS", None)
+        if tag:
+            _heat_map(path, name, of_name, tag)
+        elif not picture(path, name, {"line": "configuration", "x": "n_kept"}, of_lines[name]):
+            continue
+        paths.append(path)
     return paths
 
 
@@ -84,24 +95,18 @@ def _names(block: Row, name: str, usual: list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequence[Row]) -> bool:
+def picture(path: Path, heading: str, block: Row, lines: Sequence[Row]) -> bool:
     """One file, a panel for each value of block["panel"]. False: there is nothing to show, and no file."""
     import matplotlib.pyplot as plt
-    of = _names(block, "panel", [])
-    panels: dict[tuple[str, str], list[Row]] = {}  # by what full has, too, and by what only the others have
-    full: dict[str, list[Row]] = {}
-    for line in lines if x != "budget" else map(as_asked, lines):
-        shared = _title(line, [name for name in of if name not in NOT_OF_FULL])
-        if line["policy"] == "full" and NOT_OF_FULL & set(of):
-            full.setdefault(shared, []).append(line)  # stands in every such panel
-        else:
-            own = _title(line, [name for name in of if name in NOT_OF_FULL])
-            panels.setdefault((shared, own), []).append({**line, "decode_budget": ""} if "decode_budget" in of
-                                                        else line)
+    x, y, of = block.get("x", "ratio"), block.get("y", "score"), _names(block, "panel", [])
+    shared, own = [name for name in of if name not in NOT_OF_FULL], [name for name in of if name in NOT_OF_FULL]
+    lines = [as_asked(line) for line in lines] if x == "budget" else lines
+    everywhere = [line for line in lines if own and line["policy"] == "full"]  # in each panel of its other values
+    panels = grouped((line for line in lines if line not in everywhere),
+                     lambda line: (_title(line, shared), _title(line, own)))
     # no panels of full alone beside them
-    if any(_number(line, x) is not None for of_panel in panels.values() for line in of_panel):
-        panels = {name: of_panel for name, of_panel in panels.items()
-                  if any(_number(line, x) is not None for line in of_panel)}
+    panels = {name: of_panel for name, of_panel in panels.items()
+              if any(_number(line, x) is not None for line in of_panel)} or panels
     if not panels:
         return False
     n_across = min(len(panels), 3)
@@ -110,14 +115,16 @@ def picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequenc
                                 squeeze=False, sharey=True, sharex=x in ("ratio", "budget", "shots"))
     looks: dict[str, palette.Look] = {}
     for at, (name, of_panel) in zip(axes.flat, panels.items()):
-        _panel(at, block, x, y, of_panel + full.get(name[0], []), looks)
+        if "decode_budget" in of:  # the title says it
+            of_panel = [{**line, "decode_budget": ""} for line in of_panel]
+        _panel(at, block, x, y, of_panel + [line for line in everywhere if _title(line, shared) == name[0]], looks)
         at.set(xlabel=NAMES.get(x, x))
-        at.set_title(textwrap.fill(", ".join(filter(None, name)), 48), fontsize=10)
+        at.set_title(textwrap.fill(listed(*name), 48), fontsize=10)
         at.tick_params(labelbottom=True)
         at.grid(alpha=0.25)
     for at in axes[:, 0]:
         at.set_ylabel(NAMES.get(y, y))
-    for at in list(axes.flat)[len(panels):]:
+    for at in axes.flat[len(panels):]:
         at.axis("off")
     shown = {text: handle for at in axes.flat for handle, text in zip(*at.get_legend_handles_labels())}
     figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize=8)
@@ -127,13 +134,28 @@ def picture(path: Path, heading: str, block: Row, x: str, y: str, lines: Sequenc
     return True
 
 
+def _heat_map(path: Path, heading: str, rows: Sequence[Row], tag: str) -> None:
+    import matplotlib.pyplot as plt
+    import seaborn
+    scores = pd.DataFrame({"method": [label(row) for row in rows], tag: [row["tags"][tag] for row in rows],
+                           "score": [100*row["score"] for row in rows]})
+    table = scores.pivot_table(index="method", columns=tag, values="score", sort=False).sort_index(axis=1)
+    figure, axes = plt.subplots(figsize=(2.6 + 0.62*table.shape[1], 1.4 + 0.36*len(table)), layout="constrained")
+    seaborn.heatmap(table, vmin=0, vmax=100, cmap="viridis", annot=True, fmt=".0f", annot_kws={"fontsize": 8}, ax=axes,
+                    cbar_kws={"label": "right answers, %"})
+    axes.set(title=heading, xlabel=f"{tag}, %" if tag == "depth" else tag, ylabel="")
+    axes.set_xticklabels([f"{x:g}" if isinstance(x, float) else str(x) for x in table.columns])
+    axes.tick_params(axis="y", rotation=0)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def _title(line: Row, names: list[str]) -> str:
-    line = {**line, "method": line["policy"].partition(":")[0]}
-    texts = {**{name: str(line.get(name, "")) for name in names},
+    texts = {**{name: str(line.get(name, "")) for name in names}, "method": line["policy"].partition(":")[0],
              "policy": label({**line, "budget": "", "type_k": "f16", "type_v": "f16"}),
              "configuration": label({**line, "budget": ""}), "budget": _amount(line["budget"]),
              "decode_budget": _of_answer(line["decode_budget"]), "settings": _settings(str(line["settings"]))}
-    return ", ".join(texts[name] for name in names if texts[name])
+    return listed(*(texts[name] for name in names))
 
 
 def _amount(budget: str) -> str:
@@ -159,27 +181,28 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], looks: dic
     by = _names(block, "line", ["policy"])
     curves: dict[str, list[Row]] = {}
     for line in lines:
-        at_x = _number(line, x)
+        point = {**line, "x": _number(line, x), "y": line[y], "low": line.get(f"{y}_low", line[y]),
+                 "high": line.get(f"{y}_high", line[y])}  # a point may have no interval
         if line["policy"] == "full" and y == "kl" and not block.get("front"):
             continue  # it is what the others diverge from
-        if at_x is None and line["policy"] == "full" and y not in ("relative", "difference") and not block.get("front"):
-            at.axhspan(line.get(f"{y}_low", line[y]), line.get(f"{y}_high", line[y]), color=palette.FULL, alpha=0.12)
-            at.axhline(line[y], color=palette.FULL, linestyle="--", label="full")
-        elif at_x is not None and line.get(y) is not None:
+        if point["x"] is not None:
             name = _title(line, by) or "all"
             looks.setdefault(name, palette.look(line["policy"]) if by[0] in ("policy", "method", "configuration")
                              else palette.nth(len(looks)))
-            curves.setdefault(name, []).append(line)
+            curves.setdefault(name, []).append(point)
+        elif line["policy"] == "full" and not block.get("front"):
+            at.axhspan(point["low"], point["high"], color=palette.FULL, alpha=0.12)
+            at.axhline(line[y], color=palette.FULL, linestyle="--", label="full")
     if block.get("front"):
-        _front(at, block.get("marker"), x, y, curves, looks)
+        _front(at, block.get("marker"), y, curves, looks)
     else:
-        _curves(at, x, y, curves, looks)
+        _curves(at, curves, looks)
     if x == "bytes_used":
         at.set_xscale("log")
         at.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         at.xaxis.set_major_formatter("{x:g}")
         at.xaxis.set_minor_formatter("")
-    elif x == "ratio" or x == "budget" and all(_number(p, x) <= 1 for points in curves.values() for p in points):
+    elif x == "ratio" or x == "budget" and all(point["x"] <= 1 for points in curves.values() for point in points):
         at.xaxis.set_major_formatter(lambda share, _: f"{100*share:g} %")
     if y == "kl":
         at.set_yscale("symlog", linthresh=1e-3)
@@ -188,20 +211,19 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], looks: dic
         at.yaxis.set_major_formatter(lambda share, _: f"{100*share:g} %")
 
 
-def _curves(at: Any, x: str, y: str, curves: dict[str, list[Row]], looks: dict[str, palette.Look]) -> None:
-    across = [_number(p, x) for points in curves.values() for p in points]
+def _curves(at: Any, curves: dict[str, list[Row]], looks: dict[str, palette.Look]) -> None:
+    across = [point["x"] for points in curves.values() for point in points]
     for i, (name, points) in enumerate(curves.items()):
         beside = (i - (len(curves) - 1)/2)*0.008*(max(across) - min(across))  # intervals at one x stand side by side
-        points = sorted(points, key=lambda line: _number(line, x))
-        at.errorbar([_number(p, x) + beside for p in points], [p[y] for p in points], yerr=_errors(points, y),
-                    label=name, markersize=5, capsize=2, elinewidth=0.8, alpha=0.85, **looks[name])
+        xs, ys, lows, highs = np.array(sorted((p["x"], p["y"], p["low"], p["high"]) for p in points)).T
+        arms = np.maximum(0, [ys - lows, highs - ys])
+        at.errorbar(xs + beside, ys, yerr=arms if arms.any() else None, label=name, markersize=5, capsize=2,
+                    elinewidth=0.8, alpha=0.85, **looks[name])
 
 
-def _front(at: Any, marker: str | None, x: str, y: str, curves: dict[str, list[Row]],
-           looks: dict[str, palette.Look]) -> None:
+def _front(at: Any, marker: str | None, y: str, curves: dict[str, list[Row]], looks: dict[str, palette.Look]) -> None:
     """All points, grey; those that none beats joined, in their colours and with their names."""
-    points = [(_number(p, x), p[y], name, str(p[marker]) if marker else "") for name, of_name in curves.items()
-              for p in of_name]
+    points = [(p["x"], p["y"], name, str(p[marker]) if marker else "") for name, of in curves.items() for p in of]
     best = front([point[:2] for point in points], less=y == "kl")
     at.step(*zip(*best), where="post", color="black", linewidth=1, label="none is better with less", zorder=1)
     marks = {kind: MARKERS[i % len(MARKERS)] for i, kind in enumerate(sorted({point[3] for point in points}))}
@@ -209,36 +231,24 @@ def _front(at: Any, marker: str | None, x: str, y: str, curves: dict[str, list[R
         on = (at_x, at_y) in best or name == "full"
         at.plot(at_x, at_y, marks[kind], color=looks[name]["color"] if on else palette.QUIET, markersize=6 if on else 4,
                 zorder=3 if on else 2)
-    before = ""
-    for i, spot in enumerate(best):
-        name = next(name for *where, name, _ in points if tuple(where) == spot)
-        if name != before:  # of neighbours with the same name the first
+    names = [next(name for *where, name, _ in points if tuple(where) == spot) for spot in best]
+    for i, (spot, name) in enumerate(zip(best, names)):
+        if name not in names[max(0, i - 1):i]:  # of neighbours with the same name the first
             at.annotate(name, spot, xytext=(4, -9 if i % 2 else 5), textcoords="offset points", fontsize=7,
                         color=looks[name]["color"])
-        before = name
     for kind, mark in marks.items():
         if kind:
             at.plot([], [], mark, color=palette.FULL, label=f"{kind} cache")
 
 
 def _number(line: Row, name: str) -> float | None:
+    """Where it stands from left to right. None: a line across."""
     if name == "budget":  # as it was asked for
-        if not line["budget"]:
-            return None
-        kind, amount = _core.parse_budget(line["budget"])
-        return amount
-    if line["policy"] == "full" and name in ("ratio", "n_kept"):
-        return None  # a line across
+        return _core.parse_budget(line["budget"])[1] if line["budget"] else None
     value = line.get(name)
-    return None if value is None else value/2**20 if name == "bytes_used" else float(value)
-
-
-def _errors(points: Sequence[Row], y: str) -> list[list[float]] | None:
-    if all(f"{y}_low" not in p for p in points):
+    if value is None or (line["policy"] == "full" and name in ("ratio", "n_kept")):
         return None
-    ends = [(p.get(f"{y}_low", p[y]), p.get(f"{y}_high", p[y])) for p in points]  # a point may have no interval
-    return [[max(0, p[y] - low) for p, (low, _) in zip(points, ends)],
-            [max(0, high - p[y]) for p, (_, high) in zip(points, ends)]]
+    return value/2**20 if name == "bytes_used" else float(value)
 
 
 def front(points: Sequence[tuple[float, float]], less: bool = False) -> list[tuple[float, float]]:

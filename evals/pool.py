@@ -9,37 +9,28 @@ answers.
 Several comparisons in one table are corrected for their number (Bonferroni). Sets of examples that were drawn (gsm8k's
 --order) are a second thing that answers share: stats.widening().
 """
-from typing import Iterator, NamedTuple, Sequence
+from typing import Sequence
 
 from pykvc.table import grid
 
-from . import stats
-from .report import GROUP, as_asked, compared, largest_first, nats, unit_of
+from .report import (GROUP, Pair, as_asked, compared, difference, interval, largest_first, nats, pair_of, percent,
+                     unit_of)
+from .stats import mean
 from .store import Row, grouped, values
-from .tasks import TASKS, draw
+from .tasks import TASKS
 
 # of the tokens of fidelity: does it lose more, the longer an answer?
 QUARTER = "quarter"
 COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells", QUARTER)
-VALUES = ("score", "kl")                            # shares are shown in percent, nats as they are
-SAME = (*GROUP, "policy", "item", QUARTER)          # of an answer and the one it is compared with, but what is named;
-SAME_BUDGET = ("budget", "decode_budget", "cells")  # and these, unless that is full's
-
-
-class Pair(NamedTuple):
-    """An answer, and the one it is compared with."""
-    score: float
-    reference: float
-    unit: tuple[str, str]
-    draw: str                       # the set of examples before it, of those that its task draws; "" of others
+VALUES = {"score": percent, "kl": nats}             # what a figure is, and how it is shown
+# what an answer and the one it is compared with have in common, but what is named; budgets, unless that is full's
+IN_COMMON, BUDGETS = (*GROUP, "policy", "item", QUARTER), ("budget", "decode_budget", "cells")
 
 
 def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: str = "score",
          n_comparisons: int | None = None) -> list[Row]:
-    """A line for each value of the columns `by`, in the order of the answers, budgets from the largest on. score and
-    reference are means over units of a unit's mean, difference is theirs, with its interval: difference_low and
-    difference_high, both None where nothing can be said of a figure (few units, or equal values). corrected_low and
-    corrected_high are corrected for n_comparisons, by default those of the lines. Policies are named without
+    """A line for each value of the columns `by`, in the order of the answers, budgets from the largest on:
+    report.difference() and n_answers. n_comparisons: by default those of the lines. Policies are named without
     parameters, a decode_budget that is the budget is "same". value: "score", or a further figure of a task, "kl" of
     fidelity, for those that have it. against: a policy's name, or "protocol=question-in", "shots=0",
     "type_k=q8_0,type_v=q8_0": answers that have these, and are else the same.
@@ -53,30 +44,28 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
         raise ValueError("--by quarter is for --value kl: a score is of a whole answer")
     rows = [{**row, "policy": row["policy"].partition(":")[0], QUARTER: ""} for row in rows if row["score"] is not None]
     if value != "score":
-        rows = [{**row, QUARTER: quarter, "score": figures[value]} for row in rows
-                if hasattr(TASKS[row["task"]], "extra")
-                for quarter, figures in _figures_of(row, QUARTER in by)]
+        rows = [one for row in rows for one in _figures(row, value, QUARTER in by)]
     wanted = named(against)
-    reference = _reference([row for row in rows if _has(row, wanted)], wanted, against)
+    reference = _reference(rows, wanted, against)
     groups: dict[tuple, list[Pair]] = {}
     for row in sorted(rows, key=largest_first):  # so are lines and columns
         other = reference.get(_same(row, wanted))
         if other is not None and not _has(row, wanted) and not ("policy" in wanted and row["policy"] == "full"):
-            examples = draw(row["task"], row["item"], row.get("tags", {}))
-            groups.setdefault(values(as_asked(row), by), []).append(Pair(row["score"], other, unit_of(row), examples))
-    compare = [pairs for pairs in groups.values() if value == "score" or any(pair.reference for pair in pairs)]
+            groups.setdefault(values(as_asked(row), by), []).append(pair_of(row, other))
     # a KL is not compared with 0
-    n = n_comparisons or sum(_difference(pairs, value)[1] is not None for pairs in compare)
-    return [_line(dict(zip(by, names)), pairs, value, n) for names, pairs in groups.items()]
+    compare = [pairs for pairs in groups.values() if value == "score" or any(pair.reference for pair in pairs)]
+    n = n_comparisons or sum(difference(pairs, 1, value)["difference_low"] is not None for pairs in compare)
+    return [{**dict(zip(by, names)), "n_answers": len(pairs), **difference(pairs, n, value)}
+            for names, pairs in groups.items()]
 
 
-def _figures_of(row: Row, by_quarter: bool) -> Iterator[tuple[str, dict[str, float]]]:
+def _figures(row: Row, value: str, by_quarter: bool) -> list[Row]:
+    """The answer with that figure as its score, whole or in quarters; none of a task without figures."""
     module = TASKS[row["task"]]
-    if not by_quarter:
-        yield "", module.extra(row["answer"])
-        return
-    for k, part in enumerate(module.parts(row["answer"], 4), 1):
-        yield str(k), module.extra(part)
+    if not hasattr(module, "extra"):
+        return []
+    parts = module.parts(row["answer"], 4) if by_quarter else [row["answer"]]
+    return [{**row, QUARTER: str(k)*by_quarter, "score": module.extra(part)[value]} for k, part in enumerate(parts, 1)]
 
 
 def named(against: str) -> dict[str, str]:
@@ -101,56 +90,19 @@ def _by_unit(wanted: dict[str, str]) -> bool:
 
 def _same(row: Row, wanted: dict[str, str]) -> tuple:
     """What an answer and the one it is compared with have in common."""
-    names = SAME if wanted.get("policy") == "full" else SAME + SAME_BUDGET
+    names = IN_COMMON if wanted.get("policy") == "full" else IN_COMMON + BUDGETS
     different = {*wanted, *(("settings", "item") if _by_unit(wanted) else ())}
     return (unit_of(row), *values(row, [name for name in names if name not in different]))
 
 
 def _reference(rows: Sequence[Row], wanted: dict[str, str], against: str) -> dict[tuple, float]:
-    found = grouped(rows, lambda row: _same(row, wanted))
+    found = grouped((row for row in rows if _has(row, wanted)), lambda row: _same(row, wanted))
     if not found:
         raise ValueError(f"there is no answer of {against} to compare with")
     if not _by_unit(wanted) and any(len(of) > 1 for of in found.values()):
         raise ValueError(f"there are answers of {against} with several parameters to compare with: pool the folder of "
                          "one study, or some of its --task")
-    return {same: sum(row["score"] for row in of)/len(of) for same, of in found.items()}
-
-
-def _line(names: Row, pairs: list[Pair], value: str, n_comparisons: int) -> Row:
-    scores, references = _unit_means(pairs)
-    difference, low, high = _difference(pairs, value)
-    _, lowest, highest = _difference(pairs, value, stats.corrected(n_comparisons))
-    return {**names, "n_units": len(scores), "n_answers": len(pairs), "score": sum(scores)/len(scores),
-            "reference": sum(references)/len(references), "difference": difference, "difference_low": low,
-            "difference_high": high, "n_comparisons": n_comparisons, "corrected_low": lowest, "corrected_high": highest}
-
-
-def _unit_means(pairs: Sequence[Pair]) -> tuple[list[float], list[float]]:
-    """Of the answers, and of those they are compared with."""
-    units = [pair.unit for pair in pairs]
-    ours, references = [pair.score for pair in pairs], [pair.reference for pair in pairs]
-    return stats.unit_means(ours, units), stats.unit_means(references, units)
-
-
-def _difference(pairs: Sequence[Pair], value: str,
-                level: float = stats.LEVEL) -> tuple[float, float | None, float | None]:
-    """(difference, low, high)"""
-    interval = stats.paired_difference if value == "score" else stats.figure_difference
-    difference, low, high = interval(*_unit_means(pairs), level)
-    if low is None or high is None:
-        return difference, None, None
-    times = stats.widening([pair.score - pair.reference for pair in pairs], [pair.unit for pair in pairs],
-                           _draws(pairs), level)
-    low, high = stats.widen(difference, low, high, times)
-    return (difference, max(-1.0, low), min(1.0, high)) if value == "score" else (difference, low, high)
-
-
-def _draws(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
-    """Of each, the set of examples; the unit itself where the task has fewer than two of them here."""
-    of_task: dict[str, set[str]] = {}
-    for pair in pairs:
-        of_task.setdefault(pair.unit[0], set()).update({pair.draw} - {""})
-    return [(pair.unit[0], pair.draw) if pair.draw and len(of_task[pair.unit[0]]) > 1 else pair.unit for pair in pairs]
+    return {same: mean(row["score"] for row in of) for same, of in found.items()}
 
 
 def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str = "", value: str = "score") -> str:
@@ -159,38 +111,32 @@ def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str 
     are."""
     if across and across not in by:
         raise ValueError(f"--across is one of --by, {', '.join(by)}, not {across!r}")
-    n = max((line["n_comparisons"] for line in lines), default=0)
+    show, text = VALUES[value], compared(lines)
+    rest = [name for name in by if name != across]
+
+    def names(line: Row) -> tuple[str, ...]:
+        return tuple(f"`{line[name]}`" if name == "policy" else str(line[name]) for name in rest)
+
+    def range_of(line: Row, name: str = "difference") -> str:
+        return interval(line, name, "+", show)
     if not across:
-        header = [*by, "units", "answers", value, against, "difference", "95 %", *["corrected"]*(n > 1)]
-        figures = ([*_names(line, by), str(line["n_units"]), str(line["n_answers"]), _figure(line["score"], value),
-                    _figure(line["reference"], value), _figure(line["difference"], value, "+"), _interval(line, value),
-                    *[_interval(line, value, "corrected")]*(n > 1)] for line in lines)
-        return grid([header, *figures], len(by)) + compared(n)
-    rest, columns = [name for name in by if name != across], list(dict.fromkeys(str(line[across]) for line in lines))
-    table = []
-    for names, of in grouped(lines, lambda line: tuple(_names(line, rest))).items():
-        cells = {str(line[across]): f"{_figure(line['score'], value)} ({_interval(line, value)})"
-                                    + "*"*(n > 0 and excludes_0(line)) for line in of}
+        corrected = ["corrected"]*bool(text)
+        return grid([[*by, "units", "answers", value, against, "difference", "95 %", *corrected], *(
+            [*names(line), str(line["n_units"]), str(line["n_answers"]), show(line["score"]), show(line["reference"]),
+             show(line["difference"], sign="+"), range_of(line), *(range_of(line, name) for name in corrected)]
+            for line in lines)], len(by)) + text
+    columns, table = list(dict.fromkeys(str(line[across]) for line in lines)), []
+    for of_group, of in grouped(lines, names).items():
+        cells = {str(line[across]): f"{show(line['score'])} ({range_of(line)})"
+                                    + "*"*(line["n_comparisons"] > 0 and excludes_0(line)) for line in of}
         # several where a column has other items, or --against is evicted, too
-        references = dict.fromkeys(_figure(line["reference"], value) for line in of)
-        table.append([*names, " / ".join(references), *(cells.get(column, "") for column in columns)])
-    star = (" " if n > 1 else "\n\n")*(n > 0) + "Star: the corrected interval excludes 0."*(n > 0)
-    return grid([[*rest, against, *columns], *table], len(rest)) + compared(n) + star
+        references = dict.fromkeys(show(line["reference"]) for line in of)
+        table.append([*of_group, " / ".join(references), *(cells.get(column, "") for column in columns)])
+    if any(line["n_comparisons"] for line in lines):
+        text += (" " if text else "\n\n") + "Star: the corrected interval excludes 0."
+    return grid([[*rest, against, *columns], *table], len(rest)) + text
 
 
-def excludes_0(line: Row, name: str = "corrected") -> bool:
-    return line[f"{name}_low"] is not None and not line[f"{name}_low"] <= 0 <= line[f"{name}_high"]
-
-
-def _names(line: Row, by: Sequence[str]) -> list[str]:
-    return [f"`{line[name]}`" if name == "policy" else str(line[name]) for name in by]
-
-
-def _figure(number: float, value: str, sign: str = "") -> str:
-    return f"{100*number:{sign}.1f}" if value == "score" else nats(number, 3, sign)
-
-
-def _interval(line: Row, value: str, name: str = "difference") -> str:
-    if line[f"{name}_low"] is None:
-        return "n/a"
-    return f"{_figure(line[f'{name}_low'], value, '+')} to {_figure(line[f'{name}_high'], value, '+')}"
+def excludes_0(line: Row) -> bool:
+    """The corrected interval."""
+    return line["corrected_low"] is not None and not line["corrected_low"] <= 0 <= line["corrected_high"]

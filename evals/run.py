@@ -8,24 +8,16 @@ from typing import Callable, Iterator, Sequence
 import pykvc
 from pykvc import _core
 
-from . import scorers
-from .ask import Asked, ask, ask_batch, shared, together
+from .ask import ask, ask_batch, together
 from .cases import exceeds
 from .items import Item
-from .prompts import Prompt
-from .report import changed
-from .store import KEY, Row, Rows, key
-from .tasks import task
-from .work import (Plan, Subject, Work, all_works, commit, engine, is_answer, is_done, key_row, open_model, processor,
-                   sweeps, weight)
+from .report import changed, listed
+from .stats import mean
+from .store import KEY, Row, Rows, grouped, key
+from .tasks import task, verdicts
+from .work import Job, Plan, Subject, all_jobs, commit, engine, is_done, open_model, processor, sweeps
 
 Watch = Callable[[int, str], None]  # tokens done, what is under way
-
-
-def run(plan: Plan, model: str | None, size: Callable[[int], None] = lambda n: None,
-        watch: Watch = lambda n, what: None) -> list[str]:
-    """run_all() of one plan."""
-    return run_all([plan], model, size, watch)
 
 
 def check_all(plans: Sequence[Plan], model: str | None) -> None:
@@ -35,156 +27,130 @@ def check_all(plans: Sequence[Plan], model: str | None) -> None:
         pass
 
 
-def run_all(plans: Sequence[Plan], model: str | None, size: Callable[[int], None] = lambda n: None,
-            watch: Watch = lambda n, what: None) -> list[str]:
+def run(plans: Plan | Sequence[Plan], model: str | None, size: Callable[[int], None] = lambda n: None,
+        watch: Watch = lambda n, what: None) -> list[str]:
     """Does what is left of the plans, which share an `out`, for one model; returns what went wrong, in sentences.
 
     size: is told how many tokens there are to evaluate; watch: how many were, and what is under way.
     ValueError for every mistake in a plan, before anything is evaluated."""
-    with _ready(plans, model) as (subject, identity, answers, scores, works):
-        size(sum(weight(work.todo, subject) for work in works))
-        for sweep in sweeps(works):
-            _answer(subject, [Record(work, identity, answers, scores) for work in sweep], watch)
-        return [problem for work in works for problem in _problems(work, answers, scores)]
+    with _ready([plans] if isinstance(plans, Plan) else plans, model) as (jobs, book):
+        size(sum(job.weight(book.subject) for job in book.left(jobs)))
+        for sweep in sweeps(jobs):
+            _answer(sweep, book, watch)
+        return list(itertools.chain.from_iterable(
+            _problems(of, book) for of in grouped(jobs, lambda job: job.configuration).values()))
 
 
 @contextmanager
-def _ready(plans: Sequence[Plan], model: str | None) -> Iterator[tuple[Subject, Row, Rows, Rows, list[Work]]]:
-    subject = open_model(model)
+def _ready(plans: Sequence[Plan], model: str | None) -> "Iterator[tuple[list[Job], Book]]":
+    subject, out = open_model(model), plans[0].out
     identity = {"model": subject.name, "model_sha256": subject.sha256, "commit": commit()}
-    with Rows(plans[0].out/f"{subject.name}.answers.jsonl") as answers:
+    with Rows(out/f"{subject.name}.answers.jsonl") as answers:
         answers.check(identity, plans[0].any_commit)
-        with Rows(plans[0].out/f"{subject.name}.scores.jsonl") as scores:
-            works = all_works(plans, subject, answers.rows)
-            if any(work.todo for work in works):
+        with Rows(out/f"{subject.name}.scores.jsonl") as scores:
+            jobs, book = all_jobs(plans, subject), Book(subject, identity, answers, scores)
+            if left := book.left(jobs):
                 subject.hold(plans[0].n_gpu_layers)
-            for work in {_checked_alike(work): work for work in works if work.todo}.values():
-                _check(subject, work)
-            yield subject, identity, answers, scores, works
-
-
-# -- answers --------------------------------------------------------------------------------------------------------
-
-def _open(subject: Subject, work: Work, n_parallel: int = 1) -> pykvc.LLM:
-    plan = work.plan
-    n_ctx = work.n_ctx + work.case.n_probe(plan.n_ubatch)
-    return pykvc.LLM(subject.path, n_ctx=n_ctx, n_batch=plan.n_ubatch, n_ubatch=plan.n_ubatch, n_threads=plan.n_threads,
-                     n_gpu_layers=plan.n_gpu_layers, n_seq_max=n_parallel, seed=plan.seed, **work.case.settings())
-
-
-def _checked_alike(work: Work) -> tuple:
-    """Ratios cannot be too small."""
-    ratios = {name: "25%" for name in ("budget", "decode_budget") if "." in getattr(work.case, name)}
-    return work.task, work.n_ctx, replace(work.case, **ratios)
-
-
-def _check(subject: Subject, work: Work) -> None:
-    """A budget that cannot be, or a question too long to be asked after each chunk, is a mistake now and not in an
-    hour."""
-    with _open(subject, work) as llm:
-        if work.case.asks:
-            llm.prefill("a", kv_query=max((prompt.query for _, prompt in work.asked),
-                                          key=lambda query: len(llm.tokenize(query))))
+            for alike in grouped(left, _checked_alike).values():
+                _check(alike, subject)
+            yield jobs, book
 
 
 @dataclass
-class Record:
-    """What is there of a work's answers, and where more of them go."""
-    work: Work
+class Book:
+    """The answers and scores of a model, and where more of them go."""
+    subject: Subject
     identity: Row
     answers: Rows
     scores: Rows
 
-    def key_row(self, item: Item) -> Row:
-        return key_row(self.work.plan, self.work.task, item, self.work.protocol, self.work.case)
+    def left(self, jobs: Sequence[Job]) -> list[Job]:
+        """What is not answered yet. Whose contexts can be shared stand together, and of these the ones of a case."""
+        left = [job for job in jobs if not job.is_answered(self.answers.rows)]
+        return [job for together in grouped(left, lambda job: job.context).values() for job in together]
 
-    def left(self) -> Asked:
-        """Another plan may have asked some since."""
-        return [(item, prompt) for item, prompt in self.work.asked
-                if not is_answer(self.answers.rows.get(key(self.key_row(item))), prompt)]
-
-    def score_rest(self) -> None:
+    def score_rest(self, jobs: Sequence[Job]) -> None:
         """A run was killed between an answer and its score."""
-        for item, _ in self.work.asked:
-            row = self.answers.rows.get(key(self.key_row(item)))
-            if is_done(row) and self.scores.rows.get(key(row), {}).get("prompt") != row.get("prompt"):
-                _score(item, row, self.scores)
+        for job in jobs:
+            row = self.answers.rows.get(job.key)
+            if is_done(row) and self.scores.rows.get(job.key, {}).get("prompt") != row.get("prompt"):
+                _score(job.item, row, self.scores)
 
-    def save(self, item: Item, prompt: Prompt, figures: Row) -> None:
-        plan = self.work.plan
-        row = {**self.key_row(item), **self.identity, "settings": self.work.settings, "prompt": prompt.digest}
+    def save(self, job: Job, figures: Row) -> None:
+        row = {**job.key_row, **self.identity, "settings": job.settings, "prompt": job.prompt.digest, **figures}
         if "error" not in figures:
-            row |= {"engine": engine(), "processor": processor(), "n_threads": plan.n_threads,
-                    "n_gpu_layers": plan.n_gpu_layers}
-            row |= {"n_ctx": self.work.n_ctx, "gold": item.gold, "tags": item.tags}
-        self.answers.append(row := {**row, **figures})
+            row |= {"engine": engine(), "processor": processor(), "n_threads": job.plan.n_threads,
+                    "n_gpu_layers": job.plan.n_gpu_layers, "n_ctx": job.n_ctx, "gold": job.item.gold,
+                    "tags": job.item.tags}
+        self.answers.append(row)
         if "error" not in figures:
-            _score(item, row, self.scores)
+            _score(job.item, row, self.scores)
 
 
-def _answer(subject: Subject, records: list[Record], watch: Watch) -> None:
-    """Of a sweep."""
-    work = records[0].work
-    for record in records:
-        record.score_rest()
-    if not (todo := _left(records)):
+# -- answers --------------------------------------------------------------------------------------------------------
+
+def _open(subject: Subject, job: Job, n_parallel: int = 1) -> pykvc.LLM:
+    plan = job.plan
+    n_ctx = job.n_ctx + job.case.n_probe(plan.n_ubatch)
+    return pykvc.LLM(subject.path, n_ctx=n_ctx, n_batch=plan.n_ubatch, n_ubatch=plan.n_ubatch, n_threads=plan.n_threads,
+                     n_gpu_layers=plan.n_gpu_layers, n_seq_max=n_parallel, seed=plan.seed, **job.case.settings())
+
+
+def _checked_alike(job: Job) -> tuple:
+    """Ratios cannot be too small."""
+    ratios = {name: "25%" for name in ("budget", "decode_budget") if "." in getattr(job.case, name)}
+    return job.task, job.n_ctx, replace(job.case, **ratios)
+
+
+def _check(jobs: Sequence[Job], subject: Subject) -> None:
+    """A budget that cannot be, or a question too long to be asked after each chunk, is a mistake now and not in an
+    hour."""
+    with _open(subject, jobs[-1]) as llm:
+        if jobs[0].case.asks:
+            queries = {job.prompt.query for job in jobs}
+            llm.prefill("a", kv_query=max(queries, key=lambda query: len(llm.tokenize(query))))
+
+
+def _answer(sweep: list[Job], book: Book, watch: Watch) -> None:
+    book.score_rest(sweep)
+    if not (todo := book.left(sweep)):
         return
-    what = _name(work, records)
+    what = _name(sweep)
     watch(0, what)
-    several = [record.work.case for record, *_ in todo]
-    if work.plan.n_parallel > 1 and len(todo) > 1 and not hasattr(task(work.task), "ask") and together(several):
-        _together(subject, todo, what, watch)
-    _one_by_one(subject, _left(records), what, watch)
+    if todo[0].plan.n_parallel > 1 and len(todo) > 1 and not hasattr(task(todo[0].task), "ask") and together(
+            job.case for job in todo):
+        _together(todo, book, what, watch)
+    _one_by_one(book.left(todo), book, what, watch)
 
 
-def _left(records: list[Record]) -> list[tuple[Record, Item, Prompt]]:
-    """Whose contexts can be shared stand together, and of these the ones of a case."""
-    found: dict[str, list[tuple[Record, Item, Prompt]]] = {}
-    for record in records:
-        for item, prompt in record.left():
-            found.setdefault(shared(item, prompt, record.work.protocol, record.work.case),
-                             []).append((record, item, prompt))
-    return [one for together in found.values() for one in together]
-
-
-def _together(subject: Subject, todo: list[tuple[Record, Item, Prompt]], what: str, watch: Watch) -> None:
+def _together(todo: list[Job], book: Book, what: str, watch: Watch) -> None:
     """What crashes is asked again, alone, to find out which row it is."""
-    work, n_parallel = todo[0][0].work, min(todo[0][0].work.plan.n_parallel, len(todo))
+    n_parallel = min(todo[0].plan.n_parallel, len(todo))
     try:
-        with _open(subject, work, n_parallel) as llm:
-            for i, figures in ask_batch(llm, [(item, prompt, record.work.case) for record, item, prompt in todo],
-                                        work.protocol, n_parallel):
-                record, item, prompt = todo[i]
-                record.save(item, prompt, {**figures, "n_parallel": n_parallel})
-                watch(weight([(item, prompt)], subject), what)
+        with _open(book.subject, todo[0], n_parallel) as llm:
+            for i, figures in ask_batch(llm, [job.asked for job in todo], todo[0].protocol, n_parallel):
+                book.save(todo[i], {**figures, "n_parallel": n_parallel})
+                watch(todo[i].weight(book.subject), what)
     except Exception as error:
         print(f"{what}: {type(error).__name__}: {error}; one by one from here", flush=True)
 
 
-def _one_by_one(subject: Subject, todo: list[tuple[Record, Item, Prompt]], what: str, watch: Watch) -> None:
-    llm, works = None, [record.work for record, *_ in todo]
-    first = next((work for work in works if work.case.heads_differ), None)  # the others are variants of it
+def _one_by_one(todo: list[Job], book: Book, what: str, watch: Watch) -> None:
+    llm, first = None, next((job for job in todo if job.case.heads_differ), None)  # the others are variants of it
     try:
-        def context(one: tuple[Record, Item, Prompt]) -> str:
-            return shared(*one[1:], one[0].work.protocol, one[0].work.case)
-        for _, of_context in itertools.groupby(todo, key=context):
+        for _, of_context in itertools.groupby(todo, key=lambda job: job.context):
             left = list(of_context)
             while left:
-                work = left[0][0].work
+                plan, put = left[0].plan, getattr(task(left[0].task), "ask", ask)
                 try:
-                    llm = llm or _open(subject, first or work)
-                    jobs = [(item, prompt, record.work.case) for record, item, prompt in left]
-                    put = getattr(task(work.task), "ask", ask)
-                    for item, figures in put(llm, jobs, work.protocol, work.plan.n_threads, work.plan.out):
-                        record, _, prompt = left[0]
-                        record.save(item, prompt, figures)
-                        left.pop(0)
-                        watch(weight([(item, prompt)], subject), what)
+                    llm = llm or _open(book.subject, first or left[0])
+                    for _, figures in put(llm, [job.asked for job in left], left[0].protocol, plan.n_threads, plan.out):
+                        book.save(left[0], figures)
+                        watch(left.pop(0).weight(book.subject), what)
                 except Exception as error:  # of one row; the others go on, with a model that knows nothing of it
                     if not left:
                         raise
-                    record, item, prompt = left.pop(0)
-                    record.save(item, prompt, {"error": f"{type(error).__name__}: {error}"})
+                    book.save(left.pop(0), {"error": f"{type(error).__name__}: {error}"})
                     llm = llm and llm.close()
     finally:
         if llm is not None:
@@ -195,7 +161,7 @@ def _score(item: Item, row: Row, scores: Rows) -> None:
     result = {name: row.get(name) for name in (*KEY, "prompt")}
     try:
         result["score"] = float(task(row["task"]).score(item, row["answer"]))
-        if found := scorers.verdicts(item, row):
+        if found := verdicts(row["task"], item, row["answer"]):
             result["verdicts"] = found
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"
@@ -204,23 +170,22 @@ def _score(item: Item, row: Row, scores: Rows) -> None:
 
 # -- what went wrong ------------------------------------------------------------------------------------------------
 
-def _name(work: Work, sweep: Sequence[Record] = ()) -> str:
-    """sweep: the budgets of all of them."""
-    budgets = [record.work.case.budget or record.work.case.decode_budget for record in sweep]
-    case = replace(work.case, budget="/".join(budgets), decode_budget="") if len(budgets) > 1 else work.case
-    return ", ".join(filter(None, [work.task, changed(work.task, work.settings), work.protocol])) + f": {case.label()}"
+def _name(jobs: Sequence[Job]) -> str:
+    """With the budgets of all of them."""
+    case = jobs[0].case
+    if len(budgets := dict.fromkeys(job.case.budget or job.case.decode_budget for job in jobs)) > 1:
+        case = replace(case, budget="/".join(budgets), decode_budget="")
+    return listed(jobs[0].task, changed(jobs[0].task, jobs[0].settings), jobs[0].protocol) + f": {case.label()}"
 
 
-def _problems(work: Work, answers: Rows, scores: Rows) -> list[str]:
-    """Also prints what happened."""
-    plan = work.plan
-    keys = [key(key_row(plan, work.task, item, work.protocol, work.case)) for item, _ in work.asked]
-    rows = [answers.rows[k] for k in keys if k in answers.rows]
+def _problems(jobs: Sequence[Job], book: Book) -> list[str]:
+    """Of one configuration. Also prints what happened."""
+    rows = [book.answers.rows[job.key] for job in jobs if job.key in book.answers.rows]
     done, failed = [row for row in rows if is_done(row)], [row for row in rows if not is_done(row)]
-    n_evictions, name = sum(row["evictions"] for row in done), _name(work)
-    values = [scores.rows[key(row)]["score"] for row in done if "score" in scores.rows.get(key(row), {})]
-    mean = f"{sum(values)/len(values):.3f}" if values else "none"
-    print(f"{name}: {len(done)} answers, {n_evictions} evictions, score {mean}", flush=True)
+    n_evictions, name = sum(row["evictions"] for row in done), _name(jobs)
+    scores = [book.scores.rows[key(row)]["score"] for row in done if "score" in book.scores.rows.get(key(row), {})]
+    print(f"{name}: {len(done)} answers, {n_evictions} evictions, "
+          f"score {f'{mean(scores):.3f}' if scores else 'none'}", flush=True)
     problems = []
     if failed:
         problems.append(f"{name}: {len(failed)} rows failed, the first with {failed[0]['error']}; the next run asks "

@@ -12,6 +12,7 @@ The tests are in a process of their own, which the program can neither see nor t
 arguments of a call and gives a value, and that value is all it has a say in.
 """
 import builtins
+import contextlib
 import ctypes
 import functools
 import json
@@ -25,7 +26,7 @@ import sys
 import sysconfig
 import tempfile
 from dataclasses import astuple, dataclass
-from typing import Any, Callable, TextIO
+from typing import Any, TextIO
 
 SECONDS, MEMORY, FILE_SIZE, PROCESSES = 10, 1 << 30, 1 << 20, 8
 REFUSED = 77  # exit status: it could not be locked in
@@ -79,8 +80,9 @@ def _child(program: str, tests: Tests | None, how: str) -> int:
                 child.communicate(job.encode(), timeout=SECONDS + 2)
             except subprocess.TimeoutExpired:
                 os.killpg(child.pid, signal.SIGKILL)
-        if how == "weak":
-            _end_group(child.pid)
+        if how == "weak":  # what a program left behind; namespaces end with their first process
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
     return child.returncode
 
 
@@ -90,14 +92,6 @@ def readable() -> list[str]:
     paths = {sysconfig.get_path("stdlib"), *(os.path.join(sys.base_prefix, name) for name in ("lib", sys.platlibdir)),
              "/usr/lib", "/usr/lib64", "/lib", "/lib64"}
     return sorted(path for path in paths if os.path.isdir(path))
-
-
-def _end_group(group: int) -> None:
-    """What a program left behind; namespaces end with their first process."""
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _bubblewrap(python: str) -> list[str]:
@@ -122,7 +116,8 @@ def _main(folder: str, how: str) -> None:
                 os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 0xff)
             _prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
             _landlock(folder)
-            _no_capabilities()
+            header, none = (ctypes.c_uint32*2)(0x20080522, 0), (ctypes.c_uint32*6)()  # version 3, this thread
+            _call("capset", ctypes.byref(header), ctypes.byref(none))
         except OSError:
             os._exit(REFUSED)
     for what, limit in ((resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_AS, MEMORY),
@@ -148,12 +143,12 @@ def _serve(program: str, calls: TextIO) -> None:
         exec(compile(program, "program", "exec"), names)
         print(file=calls, flush=True)
         for call in calls:
-            name, args, more = _unpacked(json.loads(call))
+            name, args, more = json.loads(call, object_hook=_unpacked)
             try:
-                said = json.dumps(_packed(("value", names[name](*args, **more))))
+                said = _packed(("value", names[name](*args, **more)))
             except Exception as error:
-                said = json.dumps(_packed(("error", type(error).__name__, str(error))))
-            print(said, file=calls, flush=True)
+                said = _packed(("error", type(error).__name__, str(error)))
+            print(json.dumps(said), file=calls, flush=True)
     except BaseException:  # SystemExit, too: it did not come to its end
         os._exit(1)
 
@@ -168,10 +163,12 @@ def _judge(tests: list[str] | None, calls: TextIO) -> int:
 
     def candidate(*args: Any, **more: Any) -> Any:
         print(json.dumps(_packed((function, args, more))), file=calls, flush=True)
-        kind, *said = _unpacked(json.loads(calls.readline()))
+        kind, *said = json.loads(calls.readline(), object_hook=_unpacked)
         if kind == "value":
             return said[0]
-        raise _exception(said[0])(said[1])
+        found = getattr(builtins, said[0], None)
+        takes_a_text = isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, UnicodeError)
+        raise (found if takes_a_text else Exception)(said[1])
 
     names: dict[str, Any] = {}
     try:
@@ -184,41 +181,31 @@ def _judge(tests: list[str] | None, calls: TextIO) -> int:
     return 0
 
 
-def _exception(name: str) -> Callable[[str], Exception]:
-    found = getattr(builtins, name, None)
-    takes_a_text = isinstance(found, type) and issubclass(found, Exception) and not issubclass(found, UnicodeError)
-    return found if takes_a_text else Exception
+KINDS = {"complex": lambda parts: complex(*parts),
+         **{kind.__name__: kind for kind in (list, tuple, set, frozenset, bytes, dict)}}
 
 
 def _packed(value: Any) -> Any:
-    """As JSON. TypeError: it is of another type than those of passes()."""
+    """As JSON, where an object is a kind and its parts. TypeError: it is of another type than those of passes()."""
     if value is None or isinstance(value, bool):
         return value
     for plain in (int, float, str):
         if isinstance(value, plain):
             return plain.__new__(plain, value)
-    for many in (list, tuple, set, frozenset):
+    for many in (list, tuple, set, frozenset, bytes):
         if isinstance(value, many):
             return {many.__name__: [_packed(one) for one in value]}
     if isinstance(value, dict):
         return {"dict": [[_packed(key), _packed(one)] for key, one in value.items()]}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
-    if isinstance(value, bytes):
-        return {"bytes": list(value)}
     raise TypeError(f"a {type(value).__name__} does not leave the sandbox")
 
 
-def _unpacked(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    [(kind, parts)] = value.items()
-    if kind == "complex":
-        return complex(*parts)
-    if kind == "dict":
-        return {_unpacked(key): _unpacked(one) for key, one in parts}
-    many = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "bytes": bytes}
-    return many[kind](map(_unpacked, parts))
+def _unpacked(packed: dict[str, Any]) -> Any:
+    """Of an object, whose parts are unpacked already."""
+    [(kind, parts)] = packed.items()
+    return KINDS[kind](parts)
 
 
 def _call(function: str, *args: object) -> int:
@@ -264,11 +251,6 @@ def _landlock(folder: str) -> None:
         os.close(beneath.fd)
     _call("syscall", 446, rules, 0)
     os.close(rules)
-
-
-def _no_capabilities() -> None:
-    header, none = (ctypes.c_uint32*2)(0x20080522, 0), (ctypes.c_uint32*6)()  # _LINUX_CAPABILITY_VERSION_3, this thread
-    _call("capset", ctypes.byref(header), ctypes.byref(none))
 
 
 if __name__ == "__main__":

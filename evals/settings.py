@@ -1,12 +1,33 @@
-"""Settings of tasks in a block of a study: a value, or a list of which each is run."""
+"""What a run is asked for: flags of `run`, keys of a study's [[run]]. A value, or a list of which each is run."""
 import itertools
+from dataclasses import dataclass
 from typing import Any, Sequence
 
 from .tasks import TASKS
 
+# what is combined, with what is asked for by default
+LISTS = {"policy": "full", "budget": "none", "decode_budget": "none", "cells": "none", "protocol": "question-out",
+         "type_k": "f16", "type_v": "f16"}
+SINGLE = {"n": int, "seed": int, "n_ctx": int, "n_ubatch": int, "plain": bool}
 SETTINGS = sorted({name for module in TASKS.values() for name in module.SETTINGS})
-
 Block = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Only:
+    """What the command line wants of a study, or of answers; empty: everything."""
+    tasks: Sequence[str] = ()
+    policies: Sequence[str] = ()    # names; full is always among them
+    budgets: Sequence[str] = ()     # canonical
+    protocols: Sequence[str] = ()
+    settings: Sequence[str] = ()    # "questions=5": of its tasks, in place of the file's
+
+    def case(self, policy: str, budget: str) -> bool:
+        return ((not self.policies or policy.partition(":")[0] in self.policies)
+                and (not self.budgets or budget in self.budgets))
+
+
+EVERYTHING = Only()
 
 
 def listed(value: Any) -> list[Any]:

@@ -10,7 +10,7 @@ level is 0.95, or corrected(m) where m intervals are read together.
 import math
 from collections import Counter, defaultdict
 from functools import lru_cache
-from typing import Hashable, Sequence
+from typing import Hashable, Iterable, Sequence
 
 import numpy as np
 from scipy.special import chdtri, ndtri, stdtrit
@@ -29,6 +29,11 @@ def unit_means(values: Sequence[float], units: Sequence[Hashable]) -> list[float
     for value, unit in zip(values, units, strict=True):
         found[unit].append(value)
     return [math.fsum(of_unit)/len(of_unit) for of_unit in found.values()]
+
+
+def mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found)/len(found)
 
 
 def corrected(n_comparisons: int) -> float:
@@ -69,7 +74,7 @@ def _variance(parts: Sequence[float], clusters: Sequence[Hashable]) -> float:
 
 
 def widen(middle: float, low: float, high: float, times: float) -> tuple[float, float]:
-    return middle - times*(middle - low), middle + times*(high - middle)
+    return (low, high) if times == 1 else (middle - times*(middle - low), middle + times*(high - middle))
 
 
 def binary(scores: Sequence[float]) -> bool:
@@ -192,11 +197,6 @@ def _pivots(n: int) -> tuple[np.ndarray, ...]:
     return 1/t11, -t21/(t11*t22), 1/t22, z/math.sqrt(n)
 
 
-def _together(a: float, b: float, r: float) -> float:
-    """The arm of a difference, of one arm of each of its ends and of their correlation."""
-    return math.sqrt(max(0.0, a*a - 2*r*a*b + b*b))
-
-
 def _check(scores: Sequence[float]) -> None:
     if not len(scores):
         raise ValueError("there is no score to take an interval of")
@@ -226,18 +226,15 @@ def _of_equal(value: float, n: int, least: float, most: float, level: float) -> 
 
 
 def _newcombe(ours: Sequence[float], reference: Sequence[float], z: float) -> tuple[float, float, float]:
-    n, pairs = len(ours), list(zip(ours, reference, strict=True))
-    a, b, c, d = (sum(pair == kind for pair in pairs) for kind in ((1, 1), (1, 0), (0, 1), (0, 0)))
-    p1, p2, phi = (a + b)/n, (a + c)/n, _phi(a, b, c, d, n)
-    (l1, u1), (l2, u2) = wilson(a + b, n, z), wilson(a + c, n, z)
-    return p1 - p2, p1 - p2 - _together(p1 - l1, u2 - p2, phi), p1 - p2 + _together(u1 - p1, p2 - l2, phi)
+    n, counts = len(ours), Counter(zip(ours, reference, strict=True))
+    a, b, c, d = (counts[pair] for pair in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    (p1, l1, u1), (p2, l2, u2) = ((k/n, *wilson(k, n, z)) for k in (a + b, a + c))
+    product, cross = (a + b)*(c + d)*(a + c)*(b + d), a*d - b*c
+    if cross > 0:  # the continuity correction of method 10
+        cross = max(cross - n/2, 0)
+    phi = cross/math.sqrt(product) if product else 0.0
 
-
-def _phi(a: int, b: int, c: int, d: int, n: int) -> float:
-    product = (a + b)*(c + d)*(a + c)*(b + d)
-    if not product:
-        return 0.0
-    numerator = a*d - b*c
-    if numerator > 0:  # the continuity correction of method 10
-        numerator = max(numerator - n/2, 0)
-    return numerator/math.sqrt(product)
+    def arm(one: float, other: float) -> float:
+        """Of the difference, of one arm of each of its ends and of their correlation."""
+        return math.sqrt(max(0.0, one*one - 2*phi*one*other + other*other))
+    return p1 - p2, p1 - p2 - arm(p1 - l1, u2 - p2), p1 - p2 + arm(u1 - p1, p2 - l2)

@@ -7,7 +7,7 @@ import fcntl
 import json
 import lzma
 from pathlib import Path
-from typing import Any, Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Hashable, Iterable, Sequence
 
 import pandas as pd
 
@@ -18,12 +18,12 @@ KEY = ("task", "item", "protocol", "policy", "budget", "decode_budget", "cells",
 IDENTITY = ("model_sha256", "commit")  # of all rows of a file
 
 
-def key(row: Row) -> tuple:
-    return values(row, KEY)
-
-
 def values(row: Row, names: Sequence[str]) -> tuple:
     return tuple(row[name] for name in names)
+
+
+def key(row: Row) -> tuple:
+    return values(row, KEY)
 
 
 def grouped(rows: Iterable[Row], by: Sequence[str] | Callable[[Row], Hashable]) -> dict[Any, list[Row]]:
@@ -34,32 +34,43 @@ def grouped(rows: Iterable[Row], by: Sequence[str] | Callable[[Row], Hashable]) 
     return found
 
 
-def comma_separated(lines: Sequence[Row]) -> str:
-    """CSV, with a column for each name that a line has."""
-    return pd.DataFrame(lines, dtype=object).to_csv(index=False)
+def write_table(out: Path, name: str, text: str, lines: Sequence[Row], title: str = "") -> str:
+    """NAME.md, and NAME.csv with a column for each name that a line has, into the folder; the text."""
+    heading = f"# {title}\n\n" if title else ""
+    (out/f"{name}.md").write_text(heading + text, encoding="utf-8")
+    pd.DataFrame(lines, dtype=object).to_csv(out/f"{name}.csv", index=False)
+    return text
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a file, plain or .xz, without a torn last line; none if there is no file. ValueError if another line
-    is damaged."""
-    return [row for row, _ in _lines(path)]
+def files(out: Path, kind: str) -> list[Path]:
+    """OUT/NAME.KIND.jsonl, plain or .xz, of all models."""
+    return sorted([*out.glob(f"*.{kind}.jsonl"), *out.glob(f"*.{kind}.jsonl.xz")])
 
 
-def _lines(path: Path) -> Iterator[tuple[Row, int]]:
-    """(row, bytes up to its end)"""
-    data, end = (path.read_bytes() if path.is_file() else b""), 0
+def scores_of(answers: Path) -> Path:
+    return answers.with_name(answers.name.replace(".answers.", ".scores."))
+
+
+def read(path: Path) -> dict[tuple, Row]:
+    """The rows of a file, plain or .xz, by key(), a later one in place of an earlier one; none if there is no file, and
+    no torn last line. ValueError if another line is damaged."""
+    return _whole_lines(path)[0]
+
+
+def _whole_lines(path: Path) -> tuple[dict[tuple, Row], int]:
+    """(rows, bytes of their lines)"""
+    data = path.read_bytes() if path.is_file() else b""
     if data and path.suffix == ".xz":
         data = lzma.decompress(data)
-    for i, line in enumerate(data.splitlines(keepends=True), 1):
-        end += len(line)
-        if not line.endswith(b"\n"):
-            return
+    data = data[:data.rfind(b"\n") + 1]
+    found = {}
+    for i, line in enumerate(data.splitlines(), 1):
         try:
             row = json.loads(line)
-            key(row)
+            found[key(row)] = row
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"line {i} of {path} is no row of evals: give another --out") from None
-        yield row, end
+    return found, len(data)
 
 
 class Rows:
@@ -76,9 +87,7 @@ class Rows:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{path} is being written by another run: wait for it, or give another --out") from None
-        lines = list(_lines(path))
-        self.rows = {key(row): row for row, _ in lines}  # a later row replaces an earlier one
-        self._whole = lines[-1][1] if lines else 0
+        self.rows, self._whole = _whole_lines(path)
 
     def check(self, identity: Row, any_commit: bool) -> None:
         """ValueError if the file's rows are of another model, or of another commit unless any_commit."""
@@ -98,11 +107,8 @@ class Rows:
         self.file.flush()
         self.rows[key(row)] = row
 
-    def close(self) -> None:
-        self.file.close()
-
     def __enter__(self) -> "Rows":
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.close()
+        self.file.close()

@@ -17,8 +17,8 @@ from typing import Any, Sequence
 from . import leaderboard, panels
 from . import report as tables
 from .cases import cases, protocols
-from .store import comma_separated
-from .settings import SETTINGS, Block, sweep, texts
+from .store import write_table
+from .settings import EVERYTHING, LISTS, SETTINGS, SINGLE, Block, Only, sweep, texts
 from .tasks import TASKS, settings_of, task
 from .tools import attention_report, latency
 from .work import Plan
@@ -30,9 +30,6 @@ else:
 
 FOLDER = Path(__file__).parent/"studies"
 
-LISTS = {"policy": ["full"], "budget": ["none"], "decode_budget": ["none"], "cells": ["none"],
-         "protocol": ["question-out"], "type_k": ["f16"], "type_v": ["f16"]}
-SINGLE = {"n": int, "seed": int, "n_ctx": int, "n_ubatch": int, "plain": bool}
 BLOCKS = {
     "run": {"task", "cache_type", *LISTS, *SINGLE, *SETTINGS},
     "bench": {"n_prompt", "n_gen", "n_depth", "n_parallel", "kv_policy", "kv_budget", "kv_decode_budget", "kv_cells",
@@ -40,6 +37,7 @@ BLOCKS = {
     "attention": {"task", "n", "policy", "budget", "seed", "plain", *SETTINGS},
     "picture": {"name", "x", "y", "panel", "line", "file", "marker", "front", "only"}}
 TOP = {"title", "model", "n", "n_models", *BLOCKS}
+
 
 @dataclass(frozen=True)
 class Study:
@@ -104,24 +102,15 @@ def _kind(where: str, name: str, value: Any, kind: type) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class Only:
-    """What the command line wants of a study; empty: everything."""
-    tasks: Sequence[str] = ()
-    policies: Sequence[str] = ()    # names; full is always among them
-    budgets: Sequence[str] = ()     # canonical
-    protocols: Sequence[str] = ()
-    settings: Sequence[str] = ()    # "questions=5": of its tasks, in place of the file's
-
-
-def plans(study: Study, out: Path, data_dir: Path | None = None, n: int | None = None, only: Only = Only(),
-          chat: bool = True, unsafe_code: bool = False, **more: Any) -> list[Plan]:
-    """Of all runs, in the order of the file. n, chat: what the command line says. more: further fields of Plan.
+def plans(study: Study, out: Path, n: int | None = None, only: Only = EVERYTHING, **how: Any) -> list[Plan]:
+    """Of all runs, in the order of the file. n: what the command line says. how: of plan_of().
     ValueError for every mistake that can be seen without the data."""
     for name in only.tasks:
         task(name)
-    return [plan for block in _with_settings(study, only.settings) for one in sweep(block, [*SETTINGS, "cache_type"])
-            for plan in _plan(study, one, out, data_dir, n, only, chat, unsafe_code, more)]
+    usual, given = ({} if value is None else {"n": value} for value in (study.n, n))
+    found = [plan_of({**usual, **one, **given}, out, f"[[run]] of {study.name}", only, **how)
+             for block in _with_settings(study, only.settings) for one in sweep(block, [*SETTINGS, "cache_type"])]
+    return [plan for plan in found if plan.tasks and plan.protocols]
 
 
 def _with_settings(study: Study, given: Sequence[str]) -> list[Block]:
@@ -144,29 +133,26 @@ def _with_settings(study: Study, given: Sequence[str]) -> list[Block]:
     return found
 
 
-def _plan(study: Study, block: Block, out: Path, data_dir: Path | None, n: int | None, only: Only, chat: bool,
-          unsafe_code: bool, more: Block) -> list[Plan]:
-    where = f"[[run]] of {study.name}"
+def plan_of(block: Block, out: Path, where: str = "run", only: Only = EVERYTHING, chat: bool = True,
+            unsafe_code: bool = False, **more: Any) -> Plan:
+    """Of a block with one value for each setting. chat: False asks all without a template. more: further fields of
+    Plan."""
     if "task" not in block:
         raise ValueError(f"{where} names no task: valid are {', '.join(TASKS)}")
     if "cache_type" in block:
         block = {**block, "type_k": block["cache_type"], "type_v": block["cache_type"]}
     lists = {name: texts(block.get(name, usual)) for name, usual in LISTS.items()}
     single = {name: _kind(where, name, block[name], kind) for name, kind in SINGLE.items() if name in block}
+    plain = single.pop("plain", False)
     wanted = [name for name in texts(block["task"]) if task(name)]
     settings = settings_of(wanted, {name: block[name] for name in SETTINGS if name in block})
     if unsafe_code and "humaneval" in wanted:
         settings["humaneval"] = {**settings.get("humaneval", {}), "unsafe_code": True}
     asked = protocols(lists.pop("protocol"))
-    chosen = [case for case in cases(**lists) if case.name == "full" or (
-        (not only.policies or case.name in only.policies) and (not only.budgets or case.budget in only.budgets))]
-    plan = Plan(tasks=[name for name in wanted if not only.tasks or name in only.tasks], cases=chosen,
+    return Plan(tasks=[name for name in wanted if not only.tasks or name in only.tasks],
+                cases=[case for case in cases(**lists) if case.name == "full" or only.case(case.policy, case.budget)],
                 protocols=[name for name in asked if not only.protocols or name in only.protocols], out=out,
-                data_dir=data_dir,
-                n=n or single.get("n") or study.n, seed=single.get("seed", 0), n_ctx=single.get("n_ctx", 0),
-                n_ubatch=single.get("n_ubatch", 512),
-                chat=chat and not single.get("plain", False), settings=settings, **more)
-    return [plan] if plan.tasks and plan.protocols else []
+                chat=chat and not plain, settings=settings, **single, **more)
 
 
 def report(study: Study, out: Path) -> list[str]:
@@ -181,10 +167,8 @@ def report(study: Study, out: Path) -> list[str]:
             said.append(leaderboard.write(out, of_ruler, study.title))
     if found := attention_report.rows(out):
         lines = attention_report.lines(found)
-        text = attention_report.markdown(lines)
-        (out/"attention.md").write_text(f"# {study.title}\n\n{text}", encoding="utf-8")
-        (out/"attention.csv").write_text(comma_separated(lines), encoding="utf-8")
-        said += [text, *map(str, attention_report.draw(out, found))]
+        said += [write_table(out, "attention", attention_report.markdown(lines), lines, study.title),
+                 *map(str, attention_report.draw(out, found))]
     if study.blocks["bench"] and latency.rows(out):
         text = latency.table(out)
         (out/"latency.md").write_text(f"# {study.title}\n\n{text}", encoding="utf-8")

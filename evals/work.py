@@ -1,19 +1,21 @@
-"""What a run was asked for, and what of it is not answered yet."""
-import functools
+"""What a run was asked for: single questions, each for one configuration."""
 import hashlib
+import itertools
 import platform
+import re
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
 from pykvc import __version__, _core, models, options, weights
 
-from .ask import Asked
+from .ask import Asked, shared
 from .cases import Case
 from .items import Item, Options
 from .prompts import Prompt, count, render
-from .store import Row, key
+from .store import Row, grouped, key
 from .tasks import task
 
 N_SPARE = 16  # cells of n_ctx for BOS, and tokens that differ where texts are joined
@@ -40,16 +42,46 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Work:
-    """The questions of one task for one configuration and protocol."""
+class Job:
+    """One question for one configuration and protocol."""
     plan: Plan
     task: str
     settings: Row                 # of the task, all of them
     case: Case
     protocol: str
     n_ctx: int
-    asked: Asked
-    todo: Asked                   # what is not answered yet
+    item: Item
+    prompt: Prompt
+
+    @cached_property
+    def key_row(self) -> Row:
+        return {"task": self.task, "item": self.item.id, "protocol": self.protocol, **asdict(self.case),
+                "n_ubatch": self.plan.n_ubatch, "chat": self.plan.chat and self.item.chat, "seed": self.plan.seed}
+
+    @cached_property
+    def key(self) -> tuple:
+        return key(self.key_row)
+
+    @property
+    def asked(self) -> Asked:
+        return self.item, self.prompt, self.case
+
+    @property
+    def context(self) -> str:
+        return shared(*self.asked, self.protocol)
+
+    @property
+    def configuration(self) -> tuple:
+        return id(self.plan), self.task, self.protocol, self.case
+
+    def is_answered(self, rows: dict[tuple, Row]) -> bool:
+        """A task or a template may have changed since."""
+        row = rows.get(self.key)
+        return is_done(row) and row.get("prompt") == self.prompt.digest
+
+    def weight(self, subject: "Subject") -> int:
+        """About how long it takes: generated tokens take longer. Contexts are left out."""
+        return count(subject.vocabulary, self.prompt.tail) + 4*self.item.max_tokens
 
 
 @dataclass
@@ -92,51 +124,30 @@ def commit() -> str:
         return "unknown"
 
 
-@functools.cache
+@cache
 def engine() -> str:
     """Version and library that answer, whatever the checkout says: pykvc's, and the beginning of libllama's sha256."""
     library = next(Path(_core.__file__).parent.rglob("libllama.*"), Path(_core.__file__))
     return f"{__version__}-{hashlib.sha256(library.read_bytes()).hexdigest()[:12]}"
 
 
-@functools.cache
+@cache
 def processor() -> str:
-    try:
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:(.*)$", path.read_text() if path.is_file() else "", re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def all_works(plans: Sequence[Plan], subject: Subject, rows: dict[tuple, Row]) -> list[Work]:
-    """Of all plans, without what one before asks already. rows: those there are, by key."""
-    works: dict[tuple, Work] = {}
+def all_jobs(plans: Sequence[Plan], subject: Subject) -> list[Job]:
+    """Of all plans, each question once. ValueError for every mistake that can be seen before a model evaluates."""
+    found: dict[tuple, Job] = {}
     for plan in plans:
-        for name in plan.tasks:
-            for work in _works(plan, subject, name, rows):
-                works.setdefault(tuple(key(key_row(plan, name, item, work.protocol, work.case))
-                                       for item, _ in work.asked), work)
-    return list(works.values())
+        for job in itertools.chain.from_iterable(_jobs(plan, subject, name) for name in plan.tasks):
+            found.setdefault(job.key, job)
+    return list(found.values())
 
 
-def sweeps(works: Sequence[Work]) -> list[list[Work]]:
-    """Works that differ in their budgets alone, so that one model holds them, one evaluated context begins them, and a
-    sequence that is done makes room for the next budget's question. With question-out they may differ in their shares,
-    too; those that others can be variants of come first. With kv_cells the budget counts while a context is evaluated,
-    so every budget has contexts of its own."""
-    found: dict[tuple, list[Work]] = {}
-    for work in works:
-        case, budgets = work.case, (bool(work.case.budget), bool(work.case.decode_budget))
-        if not case.cells:
-            case = replace(case, budget="", decode_budget="" if case.budget else case.decode_budget)
-        if not case.cells and work.case.budget and work.protocol == "question-out":
-            case = replace(case, policy=options.unshared(case.policy))
-        found.setdefault((id(work.plan), work.task, work.protocol, budgets, case), []).append(work)
-    return [sorted(sweep, key=lambda work: not work.case.heads_differ) for sweep in found.values()]
-
-
-def _works(plan: Plan, subject: Subject, name: str, rows: dict[tuple, Row]) -> list[Work]:
+def _jobs(plan: Plan, subject: Subject, name: str) -> Iterator[Job]:
     module, vocabulary = task(name), subject.vocabulary
     settings = {**module.SETTINGS, **(plan.settings or {}).get(name, {})}
     items = _load(name, Options(lambda text: count(vocabulary, text), plan.data_dir, plan.n, plan.seed, plan.chat,
@@ -147,14 +158,23 @@ def _works(plan: Plan, subject: Subject, name: str, rows: dict[tuple, Row]) -> l
     limit, what = (plan.n_ctx, "--n-ctx is") if plan.n_ctx else (subject.n_ctx_train, f"{subject.name} was trained for")
     if needed > limit:
         raise ValueError(f"{name} needs a context of {needed} tokens, {what} {limit}")
-    n_ctx = plan.n_ctx or needed
-    works = []
-    for case in plan.cases:
-        for protocol in plan.protocols:
-            left = [(item, prompt) for item, prompt in asked
-                    if not is_answer(rows.get(key(key_row(plan, name, item, protocol, case))), prompt)]
-            works.append(Work(plan, name, settings, case, protocol, n_ctx, asked, left))
-    return works
+    for case, protocol, one in itertools.product(plan.cases, plan.protocols, asked):
+        yield Job(plan, name, settings, case, protocol, plan.n_ctx or needed, *one)
+
+
+def sweeps(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Questions that differ in their budgets alone, so that one model holds them, one evaluated context begins them,
+    and a sequence that is done makes room for the next budget's question. With question-out they may differ in their
+    shares, too; those that others can be variants of come first. With kv_cells the budget counts while a context is
+    evaluated, so every budget has contexts of its own."""
+    def alike(job: Job) -> tuple:
+        case, budgets = job.case, (bool(job.case.budget), bool(job.case.decode_budget))
+        if not case.cells:
+            case = replace(case, budget="", decode_budget="" if case.budget else case.decode_budget)
+            if budgets[0] and job.protocol == "question-out":
+                case = replace(case, policy=options.unshared(case.policy))
+        return id(job.plan), job.task, job.protocol, budgets, case
+    return [sorted(sweep, key=lambda job: not job.case.heads_differ) for sweep in grouped(jobs, alike).values()]
 
 
 def _load(name: str, options: Options) -> list[Item]:
@@ -169,20 +189,3 @@ def _load(name: str, options: Options) -> list[Item]:
 
 def is_done(row: Row | None) -> bool:
     return row is not None and "error" not in row
-
-
-def is_answer(row: Row | None, prompt: Prompt) -> bool:
-    """Need this prompt not be asked again? A task or a template may have changed since."""
-    return is_done(row) and row.get("prompt") == prompt.digest
-
-
-def key_row(plan: Plan, name: str, item: Item, protocol: str, case: Case) -> Row:
-    return {"task": name, "item": item.id, "protocol": protocol, "policy": case.policy, "budget": case.budget,
-            "decode_budget": case.decode_budget,
-            "cells": case.cells, "type_k": case.type_k, "type_v": case.type_v, "n_ubatch": plan.n_ubatch,
-            "chat": plan.chat and item.chat, "seed": plan.seed}
-
-
-def weight(asked: Asked, subject: Subject) -> int:
-    """About how long it takes: generated tokens take longer. Contexts are left out."""
-    return sum(count(subject.vocabulary, prompt.tail) + 4*item.max_tokens for item, prompt in asked)

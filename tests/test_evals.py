@@ -18,12 +18,13 @@ from typer.testing import CliRunner
 import pykvc
 import tiny
 from evals import ask as asking
-from evals import archive, panels, pool, report, run, stats, store, work
+from evals import panels, pool, report, run, stats, store, work
 from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Item, Options
 from evals.prompts import render
 from evals.tasks import TASKS, niah
+from evals.tools import archive
 from evals.work import Plan, open_model
 from pykvc.prose import prose
 
@@ -106,7 +107,7 @@ def test_the_number_is_found_whatever_is_around_it(data):
 def test_a_later_question_is_answered_as_if_asked_alone(subject, data, case):
     items = niah.load(Options(words, data, settings={**niah.SETTINGS, "length": 120}))[:2]
     asked = [(replace(item, max_tokens=6), render(item, subject.vocabulary, True), case) for item in items]
-    together = [list(of) for _, of in itertools.groupby(asked, key=lambda one: asking.shared(*one[:2], "question-out", case))]
+    together = [list(of) for _, of in itertools.groupby(asked, key=lambda one: asking.shared(*one, "question-out"))]
     assert len(together) == (2 if case.name == "finch" else 1)
     with pykvc.LLM(subject.path, n_ctx=512, n_ubatch=128, n_threads=2, **case.settings()) as llm:
         shared = [row for group in together for _, row in asking.ask(llm, group, "question-out")]
@@ -187,7 +188,7 @@ def test_another_prompt_is_asked_again(tmp_path, data, monkeypatch):
     assert run.run(plan(tmp_path, data), None) == []
     first, second = answers(tmp_path)[:2], answers(tmp_path)[2:]
     assert len(second) == 2 and {row["prompt"] for row in first}.isdisjoint(row["prompt"] for row in second)
-    scores = store.read(tmp_path/"smollm2-135m.scores.jsonl")
+    scores = [json.loads(line) for line in (tmp_path/"smollm2-135m.scores.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in scores] == [row["prompt"] for row in first + second]
     assert report.table(report.scored(tmp_path))[0]["n"] == 2  # the later answers
 
@@ -392,7 +393,8 @@ def test_the_table_compares_the_same_items(tmp_path):
     assert (h2o["n"], h2o["n_failed"]) == (0, 1)
     text = report.markdown([full, snapkv, h2o])
     assert "## niah, m, question-out" in text and "| `snapkv` | 200 |" in text and "-75.0 %" in text and " 200 |" in text
-    assert len(store.comma_separated([full, snapkv, h2o]).splitlines()) == 4
+    assert store.write_table(tmp_path, "t", text, [full, snapkv, h2o], "A title") == text
+    assert (tmp_path/"t.md").read_text() == f"# A title\n\n{text}" and len((tmp_path/"t.csv").read_text().splitlines()) == 4
 
 
 def test_the_table_has_the_interval_of_a_divergence():

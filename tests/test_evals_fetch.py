@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from evals import fetch
+from evals.tools import fetch
 from evals.cli import app
-from evals.fetch import FILES, File
+from evals.tools.fetch import FILES, File
 from pykvc.prose import prose
 
 

@@ -16,7 +16,7 @@ from evals.cli import app
 from evals.items import Item, Options
 from evals.prompts import count
 from evals.tasks import ruler, settings_of
-from evals.tasks.ruler import documents, words
+from evals.tasks.ruler import documents, draft
 from evals.work import open_model
 from pykvc import _core
 from pykvc.prose import prose
@@ -246,7 +246,7 @@ def test_no_answer_in_any_passage_is_refused(load, tmp_path):
 
 
 def test_the_package_of_words_is_named_where_it_is_missing(load, monkeypatch):
-    words.english.cache_clear()
+    draft.english.cache_clear()
     monkeypatch.setitem(sys.modules, "wonderwords", None)
     for name in ("cwe", "niah_single_1"):
         with pytest.raises(ValueError, match="pip install wonderwords"):

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import pykvc
 from pykvc import batch
 from evals import ask as asking
-from evals import panels, report, run, study
+from evals import flags, panels, report, run, settings, study
 from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Options
@@ -78,7 +78,7 @@ def test_the_first_study_covers_what_was_asked():
     for plan in plans:
         assert len({case.name for case in plan.cases}) > 6 and len({case.budget for case in plan.cases if case.budget}) == 9
         assert set(plan.protocols) == {"question-in", "question-out"}
-    only = study.Only(["gsm8k"], ["shotkv"], ["0.5"], ["question-out"])
+    only = settings.Only(["gsm8k"], ["shotkv"], ["0.5"], ["question-out"])
     small, without = study.plans(study.read("1"), Path("out"), n=2, only=only)
     assert without.tasks == ["gsm8k"] and without.settings["gsm8k"] == {"shots": 0} and [case.name for case in without.cases] == ["full"]
     assert [case.label() for case in small.cases] == ["full", f"{pykvc._core.parse_spec('shotkv')}, budget 0.5"] and small.n == 2
@@ -86,19 +86,33 @@ def test_the_first_study_covers_what_was_asked():
 
 
 def test_settings_in_place_of_the_file_s():
-    found = study.plans(study.read("4"), Path("out"), only=study.Only(settings=["questions=5"]))
+    found = study.plans(study.read("4"), Path("out"), only=settings.Only(settings=["questions=5"]))
     assert {plan.settings[name]["questions"] for plan in found for name in plan.tasks} == {5}
     assert len(found) == len(study.plans(study.read("4"), Path("out")))
-    (plan,) = study.plans(study.read("2"), Path("out"), only=study.Only(["fidelity"], settings=["shots=3"]))
+    (plan,) = study.plans(study.read("2"), Path("out"), only=settings.Only(["fidelity"], settings=["shots=3"]))
     assert plan.settings["fidelity"]["shots"] == 3  # a list gives way, too
     for wrong, says in (("questions", "NAME=VALUE"), ("question=5", "questions"), ("depths=0", "no task of 4-long-generation"), ("questions=x", "--questions")):
         with pytest.raises(ValueError, match=says):
-            study.plans(study.read("4"), Path("out"), only=study.Only(settings=[wrong]))
+            study.plans(study.read("4"), Path("out"), only=settings.Only(settings=[wrong]))
 
 
 def test_the_smoke_study_has_every_task_with_every_policy():
     pairs = {(name, case.name) for plan in study.plans(study.read("smoke"), Path("out")) for name in plan.tasks for case in plan.cases}
     assert pairs == {(name, policy["name"]) for name in TASKS for policy in pykvc.policies()}
+
+
+def test_run_has_a_flag_for_every_setting(monkeypatch, tmp_path):
+    """A setting of 0 is one, too."""
+    assert sorted(flags.HELP) == settings.SETTINGS
+    planned, chosen = [], {"shots": 0, "order": 0, "depths": "0,50", "unsafe_code": True}
+    monkeypatch.setattr("evals.cli.run", lambda plans, *_: planned.extend(plans) or [])
+    given = [word for name, value in chosen.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    args = ["run", "--task", "gsm8k,niah,humaneval", "--policy", "snapkv:window=8,kernel=5,full", "--budget", "50%,64", *given[:-1], "-n", "3", "--plain", "-t", "1"]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 0, result.stderr
+    [plan] = planned
+    assert plan.settings == {"gsm8k": {"shots": 0, "order": 0}, "niah": {"depths": "0,50"}, "humaneval": {"shots": 0, "unsafe_code": True}}
+    assert ([case.budget for case in plan.cases], plan.n, plan.chat, plan.n_threads, plan.n_parallel) == (["0.5", "64", ""], 3, False, 1, 16)
 
 
 def test_same_is_the_budget_of_the_prompt():

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from evals import choices, data, references, report, run, sandbox, scorers
+from evals import choices, data, report, run, sandbox
 from evals.cases import Case
 from evals.cli import app
 from evals.items import Item, Options
 from evals.tasks import TASKS, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu, safety, settings_of
+from evals.tools import archive
 from evals.work import Plan
 from pykvc import _core
 from pykvc.prose import prose
@@ -557,11 +558,13 @@ def test_no_shots_on_a_model(tmp_path, folder, chat, n_parallel):
     assert len(rows) == 2*2*2*2 and all(row["evictions"] == (row["policy"] != "full" and (chat or row["protocol"] == "question-in")) for row in rows)
     assert all(row["score"] is not None and row["n_prompt"] > row["n_context"] for row in rows)
     assert {row["n_context"] > 0 for row in rows if row["protocol"] == "question-out"} == {chat}
-    twice = scorers.each(tmp_path, rows)[len(rows):]
+    twice = report.by_scorer(rows)[len(rows):]
     assert [row["settings"] for row in twice] == ["shots 0, scorer strict"]*8 + ["shots 0, scorer flexible"]*8
     assert [row["score"] for row in twice[8:]] == [row["score"] for row in rows if row["task"] == "gsm8k"]
-    bare = [{name: row[name] for name in row if name not in ("answer", "gold")} for row in rows]  # as an archive is
-    assert [row["score"] for row in scorers.each(tmp_path, bare)[len(rows):]] == [row["score"] for row in twice]
+    archive.pack(tmp_path, tmp_path/"kept")
+    bare = report.scored(tmp_path/"kept")
+    assert not any("answer" in row for row in bare)
+    assert [row["score"] for row in report.by_scorer(bare)[len(rows):]] == [row["score"] for row in twice]
     result = CliRunner().invoke(app, ["report", "--out", str(tmp_path), "--no-pictures"])
     assert result.exit_code == 0 and "## gsm8k, shots 0, scorer strict, smollm2-135m, question-out" in result.output
 
@@ -585,4 +588,5 @@ def test_shots_and_fidelity_on_a_model(tmp_path, folder):
 
 def test_log_softmax_sums_to_1():
     x = np.array([1000.0, 999.0, -1000.0], dtype=np.float32)
-    assert np.exp(references.log_softmax(x)).sum() == pytest.approx(1) and mmlu.LABELS == "ABCD" and kv_retrieval.ACROSS == "depth"
+    [one] = fidelity.log_probabilities(x, np.empty((0, 3), np.float32))
+    assert np.exp(one, dtype=np.float64).sum() == pytest.approx(1) and one.dtype == np.float32 and mmlu.LABELS == "ABCD" and kv_retrieval.ACROSS == "depth"

@@ -7,7 +7,7 @@ import matplotlib.figure
 import pytest
 
 import pykvc
-from evals import palette, panels, pictures, report, study
+from evals import palette, panels, report, study
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ def test_pictures_of_the_archived_answers(name, tmp_path, monkeypatch):
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", look_at)
     rows = report.scored(tmp_path/name)
     lines = report.table(rows)
-    assert panels.draw(tmp_path, study.read(name).blocks["picture"], lines) and pictures.draw(tmp_path, rows, lines)
+    assert panels.draw(tmp_path, study.read(name).blocks["picture"], lines) and panels.draw_report(tmp_path, rows, lines)
     known = {policy["name"] for policy in pykvc.policies()}
     named = {(label, colour) for label, colour in drawn if label.partition(" ")[0].partition(":")[0] in known}
     assert len(named) > 4 and {(label, palette.look(label)["color"]) for label, _ in named} == named

@@ -3,36 +3,15 @@
 A task may also say what its picture lays out (ACROSS) and what its table keeps apart (SPLIT), both of an item's tags;
 put its questions itself (ask, as evals/ask.py); give the report more columns (extra); say which items intervals count
 as one (unit), and which set of examples, of several that were drawn, stands before an item (draw); and have several
-scorers (verdicts, as evals/scorers.py).
+published scorers (verdicts).
 """
-from types import ModuleType
 from typing import Any, Sequence
 
-from . import fidelity, plain
+from . import fidelity
+from .registry import TASKS, draw, task, unit, verdicts
 
-TASKS: dict[str, ModuleType] = {**plain.PLAIN, "fidelity": fidelity}
-
-
-def task(name: str) -> ModuleType:
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}: valid are {', '.join(TASKS)}")
-    return TASKS[name]
-
-
-def unit(name: str, item: str, tags: dict[str, Any]) -> str:
-    """What intervals count once, of an item's id and tags: its question, whatever examples stand before it, or the
-    context that it shares with others. ValueError: unknown task.
-
-    gsm8k-test-0/1-cot and gsm8k-test-0/8-cot are one unit. A task says so by a function unit(item, tags); without it an
-    item is its own unit. Old answers are read, too, so the function goes by what ids have always held, and by tags only
-    where they are there."""
-    return plain.unit(task(name), item, tags)
-
-
-def draw(name: str, item: str, tags: dict[str, Any]) -> str:
-    """The drawn set of examples that an item follows, whatever their number: "cot-order1" of gsm8k-test-0/8-cot-order1.
-    "" where a task draws none: of its examples there is one set, or each item has its own. ValueError: unknown task."""
-    return plain.draw(task(name), item, tags)
+__all__ = ["TASKS", "draw", "settings_of", "task", "unit", "verdicts"]
+TASKS["fidelity"] = fidelity
 
 
 def settings_of(names: Sequence[str], given: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -9,23 +9,29 @@ questions of that task, with its settings but for --length, and as the answer wh
 same: the whole cache of the same types; f16: of that, so that the loss by quantized types counts, too. The score is the
 share of equal first choices; KL is in nats, a mean over tokens.
 """
+import itertools
 import json
+import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import numpy as np
+from scipy.special import log_softmax
 
 import pykvc
 from pykvc.spans import sentence_spans
 
-from ..ask import Jobs, contexts, evict, ms
+from .. import store
+from ..ask import Asked, contexts, evict, ms
 from ..items import Item, Options
-from ..references import Reference, References, log_probabilities
-from . import plain
+from ..prompts import Prompt
+from . import registry
 from .niah import haystacks
-from .plain import PLAIN
+from .registry import TASKS
 
 SETTINGS = {"length": 2000, "tokens": 64, "of": "prose", "reference": "same"}
 N_QUESTION = 32  # tokens at least
@@ -41,12 +47,12 @@ def load(options: Options) -> list[Item]:
 
 
 def _of_task(options: Options) -> list[Item]:
-    name = options["of"]
-    if name not in PLAIN:
-        raise ValueError(f"--of is prose, or a task: {', '.join(PLAIN)}, not {name!r}")
-    settings = {**PLAIN[name].SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),  # no code is run
+    name, others = options["of"], [name for name in TASKS if name != "fidelity"]
+    if name not in others:
+        raise ValueError(f"--of is prose, or a task: {', '.join(others)}, not {name!r}")
+    settings = {**TASKS[name].SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),  # no code is run
                 **{key: value for key, value in options.settings.items() if key not in SETTINGS}}
-    items = PLAIN[name].load(replace(options, n=options.n or N_DEFAULT, settings=settings))
+    items = TASKS[name].load(replace(options, n=options.n or N_DEFAULT, settings=settings))
     return [replace(item, id=f"{name}:{item.id}/{options['tokens']}", gold="", stop=(),
                     max_tokens=options["tokens"] + SPARE) for item in items]
 
@@ -78,13 +84,84 @@ def unit(item: str, tags: dict) -> str:
     passages that overlap with these, so do not pool several of them in one line."""
     item = item.removesuffix("/f16")
     name, _, asked = item.partition(":")
-    return f"{name}:{plain.unit(PLAIN[name], asked.rpartition('/')[0], tags)}" if name in PLAIN else item
+    return f"{name}:{registry.unit(name, asked.rpartition('/')[0], tags)}" if name in TASKS else item
 
 
 def draw(item: str, tags: dict) -> str:
     """That of the task it asks."""
     name, _, asked = item.removesuffix("/f16").partition(":")
-    return plain.draw(PLAIN[name], asked.rpartition("/")[0], tags) if name in PLAIN else ""
+    return registry.draw(name, asked.rpartition("/")[0], tags) if name in TASKS else ""
+
+
+# -- what is compared with ---------------------------------------------------------------------------------------
+
+Types = tuple[str, str]                 # of K and V
+# an answer's tokens; log probabilities F32 [max(1, n_tokens), n_vocab], in a file
+Reference = tuple[list[int], np.ndarray]
+N_AT_ONCE = 64                          # rows of a vocabulary: a long answer's are gigabytes as doubles
+
+
+class References:
+    """What the whole cache says, which is compared with: an answer, and before each of its tokens the probabilities of
+    all. As long as this process lives, in files that go with it."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple, Reference] = {}
+
+    @cached_property
+    def folder(self) -> "tempfile.TemporaryDirectory[str]":
+        return tempfile.TemporaryDirectory(prefix="pykvc-fidelity-")
+
+    def of(self, llm: pykvc.LLM, asked: Sequence[Asked], types: Types, n_tokens: int, n_threads: int | None,
+           out: Path | None) -> dict[str, Reference]:
+        """By item. Neighbours with one context evaluate it once. out: answers are kept there, so that a run that goes
+        on has the same."""
+        keys = {item.id: (str(llm.path), item.id, prompt.digest, types) for item, prompt, _ in asked}
+        missing = {item.id: (item, prompt) for item, prompt, _ in asked if keys[item.id] not in self.known}
+        if missing:
+            with pykvc.LLM(llm.path, n_ctx=llm.n_ctx, n_threads=n_threads, type_k=types[0], type_v=types[1]) as full:
+                for head, of_head in itertools.groupby(missing.values(), key=lambda one: one[1].head):
+                    full.reset()
+                    n_head = full.prefill(head) if head else 0
+                    for item, prompt in of_head:
+                        full.truncate(n_head)
+                        full.prefill(prompt.tail)
+                        first, ids = full.logits(), _answer(full, item, prompt, types, n_tokens, out)
+                        self.known[keys[item.id]] = ids, self._saved(first, full.evaluate(ids[:-1]))
+        return {item: self.known[key] for item, key in keys.items()}
+
+    def _saved(self, first: np.ndarray, rest: np.ndarray) -> np.ndarray:
+        path = Path(self.folder.name)/f"{len(self.known)}.npy"
+        array = np.lib.format.open_memmap(path, "w+", np.float32, (1 + len(rest), len(first)))
+        end = 0
+        for part in log_probabilities(first, rest):
+            array[end:(end := end + len(part))] = part
+        array.flush()
+        return np.load(path, mmap_mode="r")
+
+
+def _answer(full: pykvc.LLM, item: Item, prompt: Prompt, types: Types, n: int, out: Path | None) -> list[int]:
+    """From the end of its prompt, and back there."""
+    n_prompt = full.n_tokens
+    if item.gold:
+        return full.tokenize(item.gold, add_special=False)[:n]
+    with store.Rows(out/f"{full.path.stem}.references.jsonl") if out else nullcontext() as kept:
+        row = {**dict.fromkeys(store.KEY, ""), "item": item.id, "type_k": types[0], "type_v": types[1],
+               "prompt": prompt.digest}
+        known = kept.rows.get(store.key(row)) if kept else None
+        if known and known["prompt"] == prompt.digest:
+            return known["tokens"]
+        ids = full.generate(reset=False, max_tokens=n).tokens
+        full.truncate(n_prompt)
+        if kept:
+            kept.append({**row, "tokens": ids})
+        return ids
+
+
+def log_probabilities(first: np.ndarray, rest: np.ndarray) -> Iterator[np.ndarray]:
+    """Of logits [n_vocab] and [n, n_vocab], one after the other, some at once: F32 [<= N_AT_ONCE, n_vocab]."""
+    for part in (first[None], *(rest[a:a + N_AT_ONCE] for a in range(0, len(rest), N_AT_ONCE))):
+        yield log_softmax(part.astype(np.float64), axis=1).astype(np.float32)
 
 
 # -- in place of answers --------------------------------------------------------------------------------------------
@@ -92,7 +169,7 @@ def draw(item: str, tags: dict) -> str:
 REFERENCES = References()
 
 
-def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None,
+def ask(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str, n_threads: int | None,
         out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
     """For each token the KL divergence and whether the first choice is the same, as JSON. As evals/ask.py evaluates and
     evicts. out: what the whole cache answers is kept there, so that a run that goes on, perhaps elsewhere, has the same
@@ -100,8 +177,7 @@ def ask(llm: pykvc.LLM, asked: Jobs, protocol: str, n_threads: int | None,
     item, _, case = asked[0]
     types = ("f16", "f16") if item.id.endswith("/f16") else (case.type_k, case.type_v)
     # not while ours is timed
-    references = REFERENCES.of(llm, [(item, prompt) for item, prompt, _ in asked], types, item.max_tokens - SPARE,
-                               n_threads, out)
+    references = REFERENCES.of(llm, asked, types, item.max_tokens - SPARE, n_threads, out)
     for case, item, prompt, before in contexts(llm, asked, protocol):
         begin = perf_counter()
         n_prompt, first = before.n_tokens + llm.prefill(prompt.tail, spans=()), llm.logits()

@@ -6,7 +6,7 @@ Several keys of one object are asked, at depths that differ from object to objec
 """
 import json
 
-from ..data import rows
+from ..data import rows, take
 from ..items import Item, Options
 
 SETTINGS = {"pairs": 75, "questions": 3}
@@ -22,13 +22,10 @@ def load(options: Options) -> list[Item]:
 
 
 def _of_object(i: int, row: dict, options: Options) -> list[Item]:
-    pairs, n_asked = row["ordered_kv_records"], options["questions"]
-    if not 2 <= options["pairs"] <= len(pairs):
-        raise ValueError(f"--pairs is 2 to {len(pairs)} here, not {options['pairs']}")
+    pairs, n_asked = take("--pairs", row["ordered_kv_records"], options["pairs"], least=2), options["questions"]
     if not 1 <= n_asked <= min(10, options["pairs"]):
         raise ValueError(f"--questions is 1 to {min(10, options['pairs'])} with --pairs {options['pairs']}, "
                          f"not {n_asked}")
-    pairs = pairs[:options["pairs"]]
     shots = [f"{json.dumps(key)}: {json.dumps(value)},\n " for key, value in pairs]
     shots[-1] = shots[-1].replace(",\n ", "}\n\n")
     items: list[Item] = []

@@ -16,7 +16,7 @@ count it; "1,500" is right for 1,500, which theirs looks up as 500.
 import re
 from typing import Any, Callable, Sequence
 
-from ..data import rows
+from ..data import rows, take
 from ..items import Item, Options
 from . import gsm8k
 
@@ -29,8 +29,7 @@ LEAD = ("Answer each question step by step, adhering to the format shown in the 
 def load(options: Options) -> list[Item]:
     (kind, examples), per_item = gsm8k.exemplars(options), options["questions"]
     found = rows(options.data_dir, "gsm8k/test", ("openai/gsm8k", "main", "test"), gsm8k.FIELDS)
-    if not 1 <= per_item <= len(found):
-        raise ValueError(f"--questions is 1 to {len(found)} here, not {per_item}")
+    take("--questions", found, per_item)  # are there so many?
     shown = [(row["question"], gsm8k.worked(row["answer"])) for row in examples]
     return [item(f"{begin}+{per_item}/{kind}", LEAD, shown, [row["question"] for row in asked],
                  [gsm8k.number(row["answer"].split("####")[-1]) for row in asked])

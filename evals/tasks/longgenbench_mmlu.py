@@ -8,7 +8,6 @@ counts, be it the first letter of a word, as there. Choices have a space between
 asked again but wrong.
 """
 import re
-from collections import defaultdict
 
 from ..data import rows, take
 from ..items import Item, Options
@@ -24,11 +23,8 @@ LEAD = ("Answer each question step by step, adhering to the format shown in the 
 def load(options: Options) -> list[Item]:
     examples = {row["subject"]: _examples(row["prompt"])
                 for row in rows(options.data_dir, "mmlu/cot_prompts", None, ("subject", "prompt"))}
-    by_subject = defaultdict(list)
-    for row in rows(options.data_dir, "mmlu/test", ("cais/mmlu", "all", "test"), mmlu.FIELDS):
-        by_subject[row["subject"]].append(row)
     n, items = options["questions"], []
-    for subject, found in by_subject.items():
+    for subject, found in mmlu.by_subject("test", options).items():
         if subject not in examples:
             raise ValueError(f"mmlu/cot_prompts has no {subject}, which mmlu/test asks about")
         shown = take("--shots", examples[subject], options["shots"])

@@ -4,11 +4,12 @@ Paper: Hendrycks et al. 2021, arXiv 2009.03300; data: cais/mmlu (MIT), configura
 which question-in samples before anything was evicted: only question-out says what an eviction does to it. Items go
 round the subjects, so that any beginning is balanced; the questions of a subject share their examples.
 """
-from collections import defaultdict
+import itertools
 
 from .. import choices
 from ..data import rows, take
 from ..items import Item, Options
+from ..store import Row, grouped
 
 SETTINGS = {"shots": 5}
 LABELS = "ABCD"
@@ -16,23 +17,22 @@ FIELDS = ("question", "subject", "choices", "answer")
 
 
 def load(options: Options) -> list[Item]:
-    shown = defaultdict(list)
-    for row in rows(options.data_dir, "mmlu/dev", ("cais/mmlu", "all", "dev"), FIELDS):
-        shown[row["subject"]].append(f"{_block(row)} {LABELS[row['answer']]}\n\n")
-    by_subject = defaultdict(list)
-    for row in rows(options.data_dir, "mmlu/test", ("cais/mmlu", "all", "test"), FIELDS):
-        by_subject[row["subject"]].append(row)
-    items = []
-    for subject, of_subject in by_subject.items():
-        shots = take("--shots", shown[subject], options["shots"], least=0)
+    shown, items = by_subject("dev", options), []
+    for subject, of_subject in by_subject("test", options).items():
+        shots = [f"{_block(row)} {LABELS[row['answer']]}\n\n"
+                 for row in take("--shots", shown.get(subject, []), options["shots"], least=0)]
         items.append([Item(
             id=f"{row.get('id', f'{subject}/{i}')}/{options['shots']}", shots=shots, question=_block(row),
             cue=choices.CUE, query=row["question"].strip(),
             lead=f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n",
             gold=LABELS[row["answer"]], stop=["\n\n"], max_tokens=16, tags={"subject": subject})
             for i, row in enumerate(of_subject)])
-    longest = max(map(len, items))
-    return [of_subject[i] for i in range(longest) for of_subject in items if i < len(of_subject)][:options.n]
+    return [item for of_round in itertools.zip_longest(*items) for item in of_round if item][:options.n]
+
+
+def by_subject(split: str, options: Options) -> dict[str, list[Row]]:
+    return grouped(rows(options.data_dir, f"mmlu/{split}", ("cais/mmlu", "all", split), FIELDS),
+                   lambda row: row["subject"])
 
 
 def unit(item: str, tags: dict) -> str:

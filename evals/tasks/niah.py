@@ -5,13 +5,14 @@ Method: https://github.com/gkamradt/LLMTest_NeedleInAHaystack (MIT); the magic n
 needle, question, answer. Three needles stand in one context, at different depths: a prefill serves three questions, and
 each depth is asked once a needle.
 """
+import bisect
 import random
 from pathlib import Path
 from typing import Any
 
 from pykvc.spans import sentence_spans
 
-from ..data import rows
+from ..data import rows, take
 from ..items import Item, Options
 
 SETTINGS = {"length": 8000, "depths": "0,11,22,33,44,56,67,78,89,100", "needles": 3}
@@ -23,8 +24,7 @@ def load(options: Options) -> list[Item]:
     depths = _depths(options["depths"])
     texts = haystacks("niah", options)
     needles = rows(options.data_dir, "niah/needles", None, ("id", "needle", "question", "answer"))
-    if not 1 <= options["needles"] <= len(needles):
-        raise ValueError(f"--needles is 1 to {len(needles)} here, not {options['needles']}")
+    take("--needles", needles, options["needles"])  # can there be so many?
     per_text = [_of_text(path, needles, depths, options) for path in texts]
     # any beginning has all texts and depths
     found = [item for of_round in zip(*per_text) for group in of_round for item in group]
@@ -93,17 +93,11 @@ def _of_text(path: Path, needles: list[dict], depths: list[float], options: Opti
 def _cut(text: str, n_tokens: int, options: Options) -> str:
     """The longest beginning of whole sentences that has at most n_tokens."""
     ends = [end for _, end in sentence_spans(text)]
-    low, high = 0, len(ends)
-    while low < high:  # the first `low` sentences fit
-        middle = (low + high + 1)//2
-        if options.count(text[:ends[middle - 1]]) <= n_tokens:
-            low = middle
-        else:
-            high = middle - 1
-    if low == len(ends) or low == 0:
+    n = bisect.bisect_right(ends, n_tokens, key=lambda end: options.count(text[:end]))  # sentences that fit
+    if n in (0, len(ends)):
         raise ValueError(f"a haystack of {options['length']} tokens cannot be cut from this text of "
                          f"{options.count(text)}")
-    return text[:ends[low - 1]].rstrip()
+    return text[:ends[n - 1]].rstrip()
 
 
 def _insert(text: str, needles: list[tuple[float, str]]) -> str:

@@ -19,7 +19,7 @@ from pykvc.inspect import N_SINKS, WINDOW, Attention, attention, counts, survivo
 from ..cases import Case, cases, exceeds
 from ..items import Item, Options
 from ..prompts import Prompt, count, render
-from ..settings import SETTINGS, sweep, texts
+from ..settings import SETTINGS, Only, sweep, texts
 from ..store import Row, Rows, key
 from ..tasks import settings_of, task
 from ..work import N_SPARE, Subject, commit, open_model
@@ -49,11 +49,9 @@ class View:
                 "n_ubatch": 512, "chat": self.chat and self.item.chat, "seed": self.seed}
 
 
-def views(blocks: Sequence[Row], subject: Subject, data_dir: Path | None, n: int | None, usual: int | None,
-           tasks: Sequence[str] = (),
-           policies: Sequence[str] = (), budgets: Sequence[str] = (), chat: bool = True) -> list[View]:
-    """Of all blocks. n: what the command line says, usual: the study. tasks, policies, budgets: only these. ValueError
-    names what is valid."""
+def views(blocks: Sequence[Row], subject: Subject, only: Only, data_dir: Path | None, n: int | None, usual: int | None,
+          chat: bool) -> list[View]:
+    """Of all blocks. n: what the command line says, usual: the study. ValueError names what is valid."""
     found = []
     for block in blocks:
         for one in sweep(block, SETTINGS):
@@ -63,10 +61,9 @@ def views(blocks: Sequence[Row], subject: Subject, data_dir: Path | None, n: int
             given = settings_of(names, {name: one[name] for name in SETTINGS if name in one})
             chosen = cases(texts(one.get("policy", ["full"])), texts(one.get("budget", ["none"])), ["none"], ["none"],
                            ["f16"], ["f16"])
-            chosen = [case for case in chosen if case.name != "full" and (not policies or case.name in policies)
-                      and (not budgets or case.budget in budgets)]
+            chosen = [case for case in chosen if case.name != "full" and only.case(case.policy, case.budget)]
             in_chat, seed = chat and not one.get("plain", False), one.get("seed", 0)
-            for name in names if not tasks else [name for name in names if name in tasks]:
+            for name in names if not only.tasks else [name for name in names if name in only.tasks]:
                 # no code is run
                 settings = {**task(name).SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),
                             **given[name]}
@@ -77,9 +74,10 @@ def views(blocks: Sequence[Row], subject: Subject, data_dir: Path | None, n: int
 
 
 def run(todo: Sequence[View], model: str | None, out: Path, n_threads: int | None, n_gpu_layers: int, any_commit: bool,
-        watch: Watch) -> list[str]:
+        size: Callable[[int], None], watch: Watch) -> list[str]:
     """Looks at what the folder does not hold yet; returns what went wrong, in sentences: an item that fails is no other
     item's end."""
+    size(len(todo))
     subject, problems = open_model(model), []
     identity = {"model": subject.name, "model_sha256": subject.sha256, "commit": commit()}
     with Rows(out/f"{subject.name}.attention.jsonl") as rows:

@@ -9,13 +9,13 @@ from pykvc.table import grid
 from .. import palette, stats
 from ..panels import file_of, use_matplotlib
 from ..report import changed, unit_of
-from ..store import Row, grouped, read
+from ..store import Row, files, grouped, read
 
 PARTS = ("system", "shots", "context", "rest", "question")
 
 
 def rows(out: Path) -> list[Row]:
-    return [row for path in sorted(out.glob("*.attention.jsonl")) for row in read(path)]
+    return [row for path in files(out, "attention") for row in read(path).values()]
 
 
 def _groups(found: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:

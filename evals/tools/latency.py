@@ -11,16 +11,15 @@ from pykvc.race import Case
 
 from .. import palette
 from ..panels import use_matplotlib
-from ..settings import listed, sweep
+from ..settings import Only, listed, sweep
 from ..store import Row
 
 FILE = "latency.jsonl"
 
 
-def cases_of(blocks: Sequence[Row], model: Path | str | None, policies: Sequence[str] = (), budgets: Sequence[str] = (),
-             n_threads: int | None = None,
-             n_gpu_layers: int = 0, repetitions: int | None = None) -> list[tuple[Case, int]]:
-    """(case, repetitions) of every block. policies, budgets: only these. ValueError names what is valid."""
+def cases_of(blocks: Sequence[Row], model: Path | str | None, only: Only, n_threads: int | None, n_gpu_layers: int,
+             repetitions: int | None) -> list[tuple[Case, int]]:
+    """(case, repetitions) of every block. ValueError names what is valid."""
     found: dict[Case, int] = {}
     for block in blocks:
         for one in sweep(block, ["cache_type"]):
@@ -31,15 +30,16 @@ def cases_of(blocks: Sequence[Row], model: Path | str | None, policies: Sequence
             lists = {name: [str(v) if name in ("kv_budget", "kv_decode_budget", "kv_cells") else v
                             for v in listed(value)] for name, value in one.items()}
             for case in bench.cases(model=[model], n_threads=[n_threads], n_gpu_layers=[n_gpu_layers], **lists):
-                if not case.evicts or ((not policies or case.kv_policy.partition(":")[0] in policies)
-                                       and (not budgets or case.kv_budget in budgets)):
+                if not case.evicts or only.case(case.kv_policy, case.kv_budget):
                     found.setdefault(case, n)
     return list(found.items())
 
 
-def run(blocks: Sequence[tuple[Case, int]], out: Path, watch: Callable[[int, str], None]) -> list[str]:
+def run(blocks: Sequence[tuple[Case, int]], out: Path, size: Callable[[int], None],
+        watch: Callable[[int, str], None]) -> list[str]:
     """Measures what the folder does not hold yet; returns what went wrong, in sentences: a row that fails is no other
     row's end."""
+    size(sum(bench.work(*one) for one in blocks))
     out.mkdir(parents=True, exist_ok=True)
     done, problems = {_key(row) for row in rows(out)}, []
     for case, repetitions in blocks:

@@ -8,10 +8,10 @@ answer has; for qa_1 and qa_2 whether it has any of it. Essays: any texts in nia
 import re
 
 from ...items import Item, Options
-from . import chains, documents, frequencies, needles
+from . import documents, needles, tracing
 from .draft import Draft
 
-MODULES = {name: module for module in (needles, chains, frequencies, documents) for name in module.NAMES}
+MODULES = {name: module for module in (needles, tracing, documents) for name in module.NAMES}
 SETTINGS = {"sets": ",".join(MODULES), "length": 4096, "announce": 1}
 SPLIT = "set"
 N_DEFAULT = 20  # items of each set

@@ -1,5 +1,6 @@
 """A question of RULER as it is drawn, and how long its text may be."""
 import bisect
+import functools
 import random
 from dataclasses import dataclass, replace
 from typing import Callable
@@ -26,6 +27,25 @@ class Draft:
     def n_tokens(self, options: Options) -> int:
         """With room for the answer, without a chat template."""
         return options.count(self.context) + options.count(f"{self.question} {self.prefix}") + self.max_tokens
+
+
+@functools.cache
+def english(*categories: str) -> list[str]:
+    """All words of these categories (noun, adjective, verb), each once, of the package that RULER takes them from.
+    ValueError: it is missing."""
+    try:
+        from wonderwords import RandomWord
+    except ImportError:
+        raise ValueError("ruler takes its words from a package that is missing: `pip install wonderwords`") from None
+    return sorted(set(RandomWord().filter(include_categories=categories)))
+
+
+def different(n: int, letters: str, length: int, rng: random.Random) -> list[str]:
+    """n words of random letters."""
+    found: dict[str, None] = {}
+    while len(found) < n:
+        found["".join(rng.choices(letters, k=length))] = None
+    return list(found)
 
 
 def rng_of(name: str, i: int, options: Options) -> random.Random:

@@ -8,8 +8,7 @@ from pykvc.spans import sentence_spans
 
 from ...items import Options
 from ..niah import haystacks
-from .draft import Draft, longest, rng_of
-from .words import english
+from .draft import Draft, english, longest, rng_of
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."

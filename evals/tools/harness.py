@@ -9,9 +9,12 @@ import json
 from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from .data import rows
+from pykvc.flags import flag
+
+from ..data import ENDS, rows
+from ..flags import existing
 
 # The harness' file, and our file of each of its splits
 SIMPLE = {
@@ -48,7 +51,7 @@ def write(data_dir: Path, out: Path) -> list[str]:
 
 
 def _there(data_dir: Path, name: str) -> bool:
-    return any((data_dir/f"{name}{end}").is_file() for end in (".jsonl", ".jsonl.gz"))
+    return any((data_dir/f"{name}{end}").is_file() for end in ENDS)
 
 
 def _task(out: Path, name: str, original: Path, splits: dict[str, list[Any]]) -> str:
@@ -61,3 +64,14 @@ def _task(out: Path, name: str, original: Path, splits: dict[str, list[Any]]) ->
             "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}}}
     (out/f"{name}.yaml").write_text(json.dumps(task, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
     return name
+
+
+def command(
+    data_dir: Annotated[Path, flag("--data-dir", help="Folder with TASK/*.jsonl[.gz].")],
+    out: Annotated[Path, flag("--out", "-o",
+                              help="Folder of the tasks' files, for --include_path.")] = Path("lm-eval-tasks"),
+) -> None:
+    """Write tasks of lm-evaluation-harness (gsm8k_cot, commonsense_qa, mmlu) that read their rows from a folder."""
+    existing("--data-dir", data_dir)
+    tasks = dict.fromkeys("mmlu" if name.startswith("mmlu_") else name for name in write(data_dir, out))
+    print(f"python -m pykvc.lm_eval --include_path {out} --tasks {','.join(tasks)}")

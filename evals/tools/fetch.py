@@ -10,7 +10,11 @@ import json
 import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Annotated, Any, Callable, Iterator, NamedTuple, Optional, Sequence
+
+from pykvc.flags import flag
+
+from ..flags import end, existing, known_tasks
 
 Rows = Iterator[dict[str, Any]]
 
@@ -144,3 +148,14 @@ def _content(name: str, file: File, folder: Path | None) -> tuple[bytes, str]:
 
 def _sum(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def command(
+    data_dir: Annotated[Path, flag("--data-dir",
+                                   help="Where the files go, and the other commands read them.")] = Path("evals-data"),
+    folder: Annotated[Optional[Path],
+                      flag("--from", help="A folder that has them already: they are checked and copied.")] = None,
+    tasks: Annotated[Optional[list[str]], flag("--task", help="Only what these need.")] = None,
+) -> None:
+    """Get or make the rows and texts that tasks need, each checked against its sha256."""
+    end(fetch(data_dir, known_tasks(tasks), existing("--from", folder), print))

@@ -5,11 +5,12 @@ from typing import Sequence
 import pykvc
 from pykvc.prose import prose
 
-from .ask import shared, together
-from .prompts import count
-from .store import Row, key, read
-from .tasks import task
-from .work import Plan, all_works, open_model, sweeps
+from ..ask import together
+from ..prompts import count
+from ..stats import mean
+from ..store import grouped, read
+from ..tasks import task
+from ..work import Plan, all_jobs, open_model, sweeps
 
 N_PREFILL, N_DECODE = 512, 24
 
@@ -19,39 +20,29 @@ def sentence(plans: Sequence[Plan], model: str | None) -> str:
     are there, else as it may be."""
     subject = open_model(model)
     rows = read(plans[0].out/f"{subject.name}.answers.jsonl")
-    lengths = _lengths(rows)
-    works = all_works(plans, subject, {key(row): row for row in rows})
-    n_rows = n_prefill = 0
-    n_decode = {True: 0.0, False: 0.0}  # several questions at once, one after the other
-    for sweep in sweeps(works):
-        case, protocol, asks = sweep[0].case, sweep[0].protocol, hasattr(task(sweep[0].task), "ask")
-        todo = [one for work in sweep for one in work.todo]
-        n_rows += len(todo)
-        n_prefill += sum(count(subject.vocabulary, head)
-                         for head in {shared(*one, protocol, case): one[1].head for one in todo}.values())
-        # teacher-forced
-        n_prefill += sum(count(subject.vocabulary, prompt.tail) + item.max_tokens*asks for item, prompt in todo)
-        at_once = plans[0].n_parallel > 1 and together(work.case for work in sweep)
-        n_decode[at_once] += sum(min(item.max_tokens, lengths.get(sweep[0].task, item.max_tokens))
-                                 for item, _ in todo if not asks)
-    if not n_rows:
-        return f"{subject.name}: nothing is left to do of {sum(len(work.asked) for work in works)} rows"
+    of_task = grouped((row for row in rows.values() if "error" not in row), lambda row: row["task"])
+    lengths = {name: mean(row["n_predicted"] for row in of) for name, of in of_task.items()}
+    jobs = all_jobs(plans, subject)
+    left = [job for job in jobs if not job.is_answered(rows)]
+    if not left:
+        return f"{subject.name}: nothing is left to do of {len(jobs)} rows"
+    n_prefill, n_decode = 0, {True: 0.0, False: 0.0}  # several questions at once, one after the other
+    for sweep in sweeps(left):
+        forced = hasattr(task(sweep[0].task), "ask")  # teacher-forced: nothing is generated
+        heads = {job.context: job.prompt.head for job in sweep}
+        n_prefill += sum(count(subject.vocabulary, head) for head in heads.values())
+        n_prefill += sum(count(subject.vocabulary, job.prompt.tail) + job.item.max_tokens*forced for job in sweep)
+        at_once = plans[0].n_parallel > 1 and together(job.case for job in sweep)
+        n_decode[at_once] += sum(min(job.item.max_tokens, lengths.get(job.task, job.item.max_tokens))
+                                 for job in sweep if not forced)
     per_prefill, per_decode = _rates(plans[0], model, 1)
     per_batch = _rates(plans[0], model, plans[0].n_parallel)[1] if n_decode[True] else per_decode
     hours = (n_prefill*per_prefill + n_decode[True]*per_batch + n_decode[False]*per_decode)/3600
-    return (f"{subject.name}: {n_rows} rows in {sum(bool(work.todo) for work in works)} configurations, {n_prefill} "
+    n_configurations = len({job.configuration for job in left})
+    return (f"{subject.name}: {len(left)} rows in {n_configurations} configurations, {n_prefill} "
             f"tokens to evaluate at {1/per_prefill:.0f} t/s and {'about' if lengths else 'at most'} "
             f"{n_decode[True]:.0f} to generate at {1/per_batch:.0f} t/s ({plans[0].n_parallel} questions at once) and "
             f"{n_decode[False]:.0f} at {1/per_decode:.0f} t/s: {hours:.2g} hours")
-
-
-def _lengths(rows: list[Row]) -> dict[str, float]:
-    """Tokens of an answer, by task."""
-    seen: dict[str, list[int]] = {}
-    for row in rows:
-        if "error" not in row:
-            seen.setdefault(row["task"], []).append(row["n_predicted"])
-    return {name: sum(values)/len(values) for name, values in seen.items()}
 
 
 def _rates(plan: Plan, model: str | None, n_parallel: int) -> tuple[float, float]:

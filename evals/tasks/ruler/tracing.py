@@ -1,14 +1,18 @@
-"""cwe and fwe of RULER: which words are the most frequent in a list, and in a text of coded words."""
+"""vt of RULER, variable tracking: a number is assigned to a variable, that to another, five in all, in noise. cwe and
+fwe: which words are the most frequent in a list, and in a text of coded words."""
 import math
 import random
 import string
+from dataclasses import replace
 from typing import Iterator
 
 from ...items import Options
-from .draft import Draft, longest, rng_of
-from .words import english
+from .draft import Draft, different, english, longest, rng_of
+from .needles import NOISE
 
-NAMES = ("cwe", "fwe")
+N_VARIABLES = 5        # a chain of four hops
+N_EXAMPLE = 500        # tokens of the worked example that stands in front
+VT_OPENING = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 N_COMMON = 10          # words that cwe asks for
 SHORT = 4096           # tokens: below, cwe has fewer repetitions
 N_LETTERS = 6          # of a coded word
@@ -26,7 +30,35 @@ FWE_PREFIX = "Answer: According to the coded text above, the three most frequent
 def drafts(name: str, n: int, options: Options) -> Iterator[Draft]:
     """n of them. ValueError: no list of words (cwe), or a length that cannot be had."""
     for i in range(n):
-        yield (_common if name == "cwe" else _coded)(rng_of(name, i, options), options)
+        yield NAMES[name](rng_of(name, i, options), options)
+
+
+# -- vt ----------------------------------------------------------------------------------------------------------------
+
+def _chain(rng: random.Random, options: Options) -> Draft:
+    short = replace(options, settings={**options.settings, "length": N_EXAMPLE, "announce": 1})
+    shown = _chain_behind(VT_OPENING, 3, rng, short)
+    example = f"{shown.context}{shown.question} {shown.prefix} {' '.join(shown.gold)}\n\n\n\n"
+    return _chain_behind(example + VT_OPENING, 5, rng, options)
+
+
+def _chain_behind(opening: str, n_letters: int, rng: random.Random, options: Options) -> Draft:
+    variables = different(N_VARIABLES, string.ascii_uppercase, n_letters, rng)
+    value = str(rng.randrange(10000, 99999))
+    chain = [f"VAR {variables[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in zip(variables, variables[1:]))]
+    question = f"Question: Find all variables that are assigned the value {value} in the text above."
+    prefix = ("Answer: According to the chain(s) of variable assignment in the text above, "
+              f"{len(variables)} variables are assigned the value {value}, they are:")
+    seed = rng.random()
+
+    def draw(n: int) -> Draft:
+        lines = [NOISE + "\n"]*n
+        for at in sorted(random.Random(seed).sample(range(n), len(chain)), reverse=True):
+            lines.insert(at, None)
+        assignments = iter(chain)
+        text = " ".join(line or next(assignments) for line in lines)
+        return Draft(opening, text + "\n", question, prefix, variables, 30)
+    return longest("vt", draw, len(chain) + 1, options)
 
 
 # -- cwe ---------------------------------------------------------------------------------------------------------------
@@ -58,13 +90,14 @@ def _numbered(words: list[str]) -> str:
 
 def _coded(rng: random.Random, options: Options) -> Draft:
     """Word k of n is there n/(k*k*zeta(2)) times; the most frequent one is dots, and is not asked for."""
-    codes: dict[str, None] = {}
-    while len(codes) < max(5, options["length"]//50):
-        codes["".join(rng.choices(string.ascii_lowercase, k=N_LETTERS))] = None
-    words, seed = ["...", *list(codes)[1:]], rng.random()
+    codes = different(max(5, options["length"]//50), string.ascii_lowercase, N_LETTERS, rng)
+    words, seed = ["...", *codes[1:]], rng.random()
 
     def draw(n: int) -> Draft:
         entries = [word for k, word in enumerate(words, 1) for _ in range(int(n/(k*k*math.pi**2/6)))]
         random.Random(seed).shuffle(entries)
         return Draft(FWE_OPENING, " ".join(entries) + "\n", FWE_QUESTION, FWE_PREFIX, words[1:4], 50)
     return longest("fwe", draw, 100, options)  # from 100 on, the fourth word is more frequent than the fifth
+
+
+NAMES = {"vt": _chain, "cwe": _common, "fwe": _coded}
