@@ -123,7 +123,7 @@ void engine::clear_rows(uint32_t s) {
 void engine::state_write_head(llama_io_write_i & io) const {
     io.write(&STATE_TAG,     sizeof(STATE_TAG));
     io.write(&STATE_VERSION, sizeof(STATE_VERSION));
-    io.write_string(cfg->spec);
+    put(io, std::vector<char>(cfg->spec.begin(), cfg->spec.end()));
 }
 
 void engine::state_read_head(llama_io_read_i & io) const {
@@ -132,14 +132,16 @@ void engine::state_read_head(llama_io_read_i & io) const {
     if (tag != STATE_TAG) {
         throw std::runtime_error("the state is of a context without a policy, or of an earlier version");
     }
-    std::string text;
     io.read(&version, sizeof(version));
     if (version != STATE_VERSION) {
         throw std::runtime_error("the state has version " + std::to_string(version) + ", this build reads " + std::to_string(STATE_VERSION));
     }
-    io.read_string(text);
+    std::vector<char> chars;
+    get(io, chars);
+    const std::string text(chars.begin(), chars.end());
     if (text != cfg->spec) {
-        throw std::runtime_error("the state was saved under the policy " + text + ", this context has " + cfg->spec);
+        const bool plain = std::all_of(text.begin(), text.end(), [](char c) { return c >= ' ' && c <= '~'; }); // else it is damaged, or no ASCII
+        throw std::runtime_error("the state was saved under " + (plain ? "the policy " + text : "another policy") + ", this context has " + cfg->spec);
     }
 }
 
