@@ -19,11 +19,12 @@ help:
 	@echo "make lint      ruff and mypy"
 	@echo "make check     lint, and the tests that take no model: under a minute, once .venv is there"
 	@echo "make docs      the pages of docs/ and the reference as a site: .build/site/index.html"
-	@echo "make nightly   test, 40,000 steps of the fuzz test, sanitize with 4,000, an eval without data: hours"
+	@echo "make nightly   test, 40,000 steps of the fuzz test, sanitize with 4,000, an eval, gpu_report.py --cpu: hours"
 	@echo "make dev       editable install: again after a change of C++, which compiles only that"
 	@echo "make webui     llama.cpp's web page for pykvc serve: needs npm, 3 minutes of CPU; later builds keep it"
 	@echo "make wheel     dist/*.whl for every Linux (or macOS) of this architecture; slower to build"
 	@echo "make cuda-wheel CUDA_ARCHS=90-real    the same for GPUs of NVIDIA, on any Linux machine: 40 CPU minutes for each kind"
+	@echo "make gpu-kit CUDA_ARCHS=90-real    that wheel, what it takes and the tests' reference, for a machine without network or compiler"
 	@echo "make sanitize  the tests under the address and undefined-behaviour sanitizers"
 	@echo "make clean     everything that was built (downloads stay in ~/.cache/pykvc)"
 
@@ -86,6 +87,7 @@ nightly: test
 	$(VENV)/bin/python -m evals run --task ruler --sets niah_multikey_2,vt --length 1024 --n 2 --policy full,snapkv,kvzip \
 	    --budget 25% --out .build/nightly
 	$(VENV)/bin/python -m evals report --out .build/nightly
+	$(PYTHON) evals/tools/gpu_report.py --cpu
 
 dev: $(VENV)/tools
 	$(LLAMA_CPP_PYTHON)
@@ -135,6 +137,22 @@ endif
 	cd .build/cuda.raw && wheel pack pykvc-*
 	$(VENV)/bin/auditwheel repair .build/cuda.raw/*.whl --wheel-dir dist $(addprefix --exclude lib,cudart.so.13 cublas.so.13 cublasLt.so.13)
 
+# .build/gpu-kit goes to a machine with such a GPU: evals/tools/gpu_report.py --kit there. make cpu-kit: the same without
+# CUDA, to try it.
+gpu-kit: cuda-wheel
+	$(MAKE) KIT=gpu KIT_WHEEL='dist/pykvc-*+cu*.whl' KIT_DEFINES="$(patsubst cmake.define.%,-D%,$(filter-out -C,$(CUDA_DEFINES)))" kit
+cpu-kit: wheel
+	$(MAKE) KIT=cpu KIT_WHEEL='$$(ls dist/pykvc-*.whl | grep -v +cu)' kit
+kit:
+	rm -rf .build/$(KIT)-kit && mkdir -p .build/$(KIT)-kit/wheels .build/$(KIT)-kit/stock
+	cp $(KIT_WHEEL) .build/$(KIT)-kit/wheels
+	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(VENV)/bin/pip --disable-pip-version-check wheel --quiet --no-build-isolation --wheel-dir .build/$(KIT)-kit/wheels \
+	    "$$(ls .build/$(KIT)-kit/wheels/pykvc-*.whl)[evals,llama-cpp-python]" pytest hypothesis gguf openai
+	CUDACXX=$(CURDIR)/$(CUDA_HOME)/bin/nvcc cmake -S tests/stock -B .build/$(KIT)-stock -G Ninja --log-level=WARNING -DPYKVC_PORTABLE=OFF \
+	    -DPython_EXECUTABLE=$(CURDIR)/$(VENV)/bin/python -DCMAKE_BUILD_RPATH_USE_ORIGIN=ON $(KIT_DEFINES)
+	cmake --build .build/$(KIT)-stock
+	cp .build/$(KIT)-stock/stock .build/$(KIT)-stock/libcounting.so .build/$(KIT)-kit/stock && cp -r .build/$(KIT)-stock/bin .build/$(KIT)-kit/stock
+
 CUDA_DEFINES := $(addprefix -C cmake.define.,CUDAToolkit_ROOT=$(CURDIR)/$(CUDA_HOME) GGML_CUDA=ON GGML_CUDA_NO_VMM=ON GGML_CUDA_NCCL=OFF 'CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHS)')
 
 # Python itself is not instrumented: the sanitizers' libraries have to be loaded before it.
@@ -152,4 +170,4 @@ sanitize: .build/stock/stock
 clean:
 	rm -rf .build $(VENV) $(SAN)
 
-.PHONY: help venv demo test lint check docs nightly dev webui wheel cuda-wheel sanitize clean
+.PHONY: help venv demo test lint check docs nightly dev webui wheel cuda-wheel gpu-kit cpu-kit kit sanitize clean

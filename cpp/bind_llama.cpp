@@ -52,16 +52,6 @@ void begin_call() {
     log_errors.clear();
 }
 
-static std::string kind_of(ggml_backend_dev_t dev) {
-    switch (ggml_backend_dev_type(dev)) {
-        case GGML_BACKEND_DEVICE_TYPE_CPU:   return "CPU";
-        case GGML_BACKEND_DEVICE_TYPE_GPU:   return "GPU";
-        case GGML_BACKEND_DEVICE_TYPE_IGPU:  return "IGPU";
-        case GGML_BACKEND_DEVICE_TYPE_ACCEL: return "ACCEL";
-        default:                             return "other";
-    }
-}
-
 } // namespace kvc
 
 namespace py = pybind11;
@@ -89,29 +79,12 @@ void bind_llama(py::module_ & m) {
     m.def("begin_call", &begin_call, "Forgets what failed before.");
     m.def("why_failed", &why_failed, "what"_a, "what, and why, as llama.cpp or the engine said since begin_call().");
 
-    m.def("devices", []() {
-        std::vector<std::tuple<std::string, std::string, std::string>> res;
-        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-            auto * dev = ggml_backend_dev_get(i);
-            res.emplace_back(ggml_backend_dev_name(dev), ggml_backend_dev_description(dev), kind_of(dev));
-        }
-        return res;
-    }, "Name, description and kind (CPU, GPU, IGPU, ACCEL) of what this build can run on.");
-    m.def("device_memory", []() {
-        std::vector<std::tuple<std::string, std::string, size_t, size_t>> res;
-        for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-            auto * dev = ggml_backend_dev_get(i);
-            size_t free = 0, total = 0;
-            ggml_backend_dev_memory(dev, &free, &total);
-            res.emplace_back(ggml_backend_dev_name(dev), kind_of(dev), free, total);
-        }
-        return res;
-    }, "Name, kind, free and total bytes of each; of the CPU both are what ggml says, which is no measure of what is free.");
     m.def("pretend_lacking", kvc::pretend_lacking, "ops"_a, "Tests: no device runs these ops of ggml, if it is asked.");
 
     py::class_<Model, std::shared_ptr<Model>>(m, "Model", "A loaded GGUF. ValueError: not a GGUF, truncated, unknown architecture.")
-        .def(py::init<const std::string &, int, bool, bool, bool, int, const std::vector<float> &>(), "path"_a, py::kw_only(), "n_gpu_layers"_a = 0, "use_mmap"_a = true,
-                "use_mlock"_a = false, "vocab_only"_a = false, "main_gpu"_a = -1, "tensor_split"_a = std::vector<float>(),
+        .def(py::init<const std::string &, int, bool, bool, bool, int, const std::vector<float> &, const std::vector<std::string> &>(), "path"_a, py::kw_only(), "n_gpu_layers"_a = 0,
+                "use_mmap"_a = true, "use_mlock"_a = false, "vocab_only"_a = false, "main_gpu"_a = -1, "tensor_split"_a = std::vector<float>(),
+                "rpc_servers"_a = std::vector<std::string>(),
                 "main_gpu: the one device that is used; -1: layers are split over all, in the proportions of tensor_split, as much to each if that is empty.")
         .def_property_readonly("desc", [](const Model & m) { return m.str(llama_model_desc); })
         .def_property_readonly("arch", [](const Model & m) { return m.meta()["general.architecture"]; })

@@ -25,12 +25,16 @@ void begin_call();
 std::string why_failed(const std::string & what);
 [[noreturn]] void fail(const std::string & what);
 
+// Of llama.cpp's RPC servers, host:port each, and the GPUs of this machine; nullptr at the end.
+std::vector<ggml_backend_dev_t> devices_of(const std::vector<std::string> & rpc_servers);
+
 class Model {
 public:
     std::shared_ptr<llama_model> ptr;
     const llama_vocab * vocab = nullptr;
 
-    Model(const std::string & path, int n_gpu_layers, bool use_mmap, bool use_mlock, bool vocab_only, int main_gpu, std::vector<float> tensor_split) {
+    Model(const std::string & path, int n_gpu_layers, bool use_mmap, bool use_mlock, bool vocab_only, int main_gpu, std::vector<float> tensor_split,
+            const std::vector<std::string> & rpc_servers) {
         begin_call();
         auto mp = llama_model_default_params();
         if (tensor_split.size() > llama_max_devices()) {
@@ -47,6 +51,8 @@ public:
         mp.load_mode    = use_mlock ? LLAMA_LOAD_MODE_MLOCK : use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
         {
             py::gil_scoped_release nogil;
+            auto devices = rpc_servers.empty() ? std::vector<ggml_backend_dev_t>() : devices_of(rpc_servers);
+            mp.devices = devices.empty() ? nullptr : devices.data(); // nullptr: llama.cpp chooses
             ptr.reset(llama_model_load_from_file(path.c_str(), mp), llama_model_free);
         }
         if (!ptr) {

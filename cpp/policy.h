@@ -71,6 +71,14 @@ struct layer_view {
     const float   * reduced;    // F32 [n_head_kv, n_out, n_kv] what reduce_keys() made of the keys, which are then null; or null
 };
 
+// One KV head, as a graph has it.
+struct head_keys {
+    ggml_tensor * keys;    // F32 [head_dim, n_kv]
+    ggml_tensor * mean;    // F32 [head_dim, n_group] with future > 0: the fit of its query heads, else null
+    ggml_tensor * cov;     // F32 [head_dim, head_dim, n_group], likewise
+    bool          on_host; // the graph runs on the CPU
+};
+
 struct span { int32_t begin, end; }; // original positions [begin, end)
 
 // One layer as budgets() and keep() see it.
@@ -118,11 +126,10 @@ public:
     // F32 [n_head_kv, n_kv], higher is kept longer.
     virtual void score(const layer_view & v, float * out) const = 0;
 
-    // What score() needs of the keys as a graph, which runs where they lie: of one KV head's F32 [head_dim, n_kv], with
-    // future > 0 the fit of its query heads F32 [head_dim, n_group] and [head_dim, head_dim, n_group], F32 [n_kv,
-    // n_out]. Null: score() takes the keys themselves.
-    virtual ggml_tensor * reduce_keys(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * mean, ggml_tensor * cov) const {
-        (void) ctx, (void) keys, (void) mean, (void) cov;
+    // What score() needs of the keys as a graph, which runs where they lie: F32 [n_kv, n_out]. Null: score() takes the
+    // keys themselves.
+    virtual ggml_tensor * reduce_keys(ggml_context * ctx, const head_keys & head) const {
+        (void) ctx, (void) head;
         return nullptr;
     }
 

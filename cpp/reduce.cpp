@@ -43,7 +43,7 @@ bool engine::reduce_keys(llama_context * lctx, uint32_t s, layer_signals & sig) 
     const auto & pol = *streams[s].cfg->pol;
     auto * k = kv.layers[sig.il].k;
     const int64_t n_dim = sig.head_dim, n_group = sig.n_head/n_hkv;
-    const bool fit = !sig.q_mean.empty();
+    const bool fit = !sig.q_mean.empty(), on_host = ggml_backend_buffer_is_host(k->buffer);
 
     auto * graph = begin_graph(lctx);
     auto * ctx   = graph->get_ctx();
@@ -53,7 +53,7 @@ bool engine::reduce_keys(llama_context * lctx, uint32_t s, layer_signals & sig) 
     for (int32_t h = 0; h < n_hkv; ++h) {
         auto * m = mean ? ggml_view_2d(ctx, mean, n_dim, n_group, mean->nb[1], h*n_group*mean->nb[1]) : nullptr;
         auto * c = cov  ? ggml_view_3d(ctx, cov, n_dim, n_dim, n_group, cov->nb[1], cov->nb[2], h*n_group*cov->nb[2]) : nullptr;
-        heads.push_back(pol.reduce_keys(ctx, graph_head(ctx, s, sig.il, h, false), m, c));
+        heads.push_back(pol.reduce_keys(ctx, { graph_head(ctx, s, sig.il, h, false), m, c, on_host }));
         if (!heads.back() || (h == 0 && !can_run_all(device_of(k), ctx))) {
             return false;
         }

@@ -47,6 +47,7 @@ def separator_spans(text: bytes, separator: bytes) -> list[tuple[int, int]]: """
 # -- llama.cpp ------------------------------------------------------------------------------------------------------
 
 def system_info() -> str: ...
+RPC_VERSION: int | None  # major version of llama.cpp's RPC; None: this build has none
 def devices() -> list[tuple[str, str, str]]: """name, description, kind: CPU, GPU, IGPU, ACCEL"""
 def device_memory() -> list[tuple[str, str, int, int]]:
     """name, kind, free and total bytes; of the CPU no measure of what is free"""
@@ -63,9 +64,10 @@ def why_failed(what: str) -> str: """what, and why, as llama.cpp or the engine s
 class Model:
     """A loaded GGUF. ValueError: not a GGUF, truncated, unknown architecture."""
     def __init__(self, path: str, *, n_gpu_layers: int = 0, use_mmap: bool = True, use_mlock: bool = False, vocab_only: bool = False,
-                 main_gpu: int = -1, tensor_split: Sequence[float] = ()) -> None:
+                 main_gpu: int = -1, tensor_split: Sequence[float] = (), rpc_servers: Sequence[str] = ()) -> None:
         """main_gpu: the one device that is used; -1: layers are split over all, in the proportions of tensor_split, as
-        much to each if that is empty."""
+        much to each if that is empty. rpc_servers: host:port of each that holds layers, before GPUs; where none answers
+        the process ends."""
     @property
     def desc(self) -> str: ...
     @property

@@ -53,6 +53,7 @@ Segment = Annotated[Optional[str], flag("--segment", help='Units for policies on
 Lora = Annotated[Optional[list[str]], flag("--lora", help="A LoRA of the model, a GGUF; may be repeated.")]
 MainGpu = Annotated[Optional[int], flag("-mg", "--main-gpu", env="MAIN_GPU", help="All layers of -ngl on this GPU.")]
 TensorSplit = Annotated[Optional[str], flag("-ts", "--tensor-split", env="TENSOR_SPLIT", help="Proportions of the GPUs: 3,1.")]
+Rpc = Annotated[Optional[str], flag("--rpc", env="RPC", help="RPC servers that hold layers of -ngl: host:port,host:port.")]
 NoKvOffload = Annotated[bool, flag("-nkvo", "--no-kv-offload", help="The cache stays on the CPU.")]
 TypicalP = Annotated[float, flag("--typical", "--typical-p", help="1: off.")]
 PresencePenalty = Annotated[float, flag("--presence-penalty", help="0: off.")]
@@ -64,15 +65,15 @@ JsonSchema = Annotated[Optional[str], flag("-j", "--json-schema", help="Schema o
 
 def opening(
     model: Model = None, hf_repo: HfRepo = None, lora: Lora = None, ctx_size: CtxSize = 0, batch_size: BatchSize = 512, ubatch_size: UbatchSize = 512,
-    threads: Threads = None, n_gpu_layers: GpuLayers = 0, main_gpu: MainGpu = None, tensor_split: TensorSplit = None, no_kv_offload: NoKvOffload = False,
-    flash_attn: FlashAttn = "auto", type_k: TypeK = "f16", type_v: TypeV = "f16", seed: Seed = 0, kv_policy: KvPolicy = None, kv_budget: KvBudget = None,
-    kv_decode_budget: KvDecodeBudget = None, kv_cells: KvCells = None,
+    threads: Threads = None, n_gpu_layers: GpuLayers = 0, main_gpu: MainGpu = None, tensor_split: TensorSplit = None, rpc: Rpc = None,
+    no_kv_offload: NoKvOffload = False, flash_attn: FlashAttn = "auto", type_k: TypeK = "f16", type_v: TypeV = "f16", seed: Seed = 0,
+    kv_policy: KvPolicy = None, kv_budget: KvBudget = None, kv_decode_budget: KvDecodeBudget = None, kv_cells: KvCells = None,
 ) -> dict[str, Any]:
     """What LLM() takes."""
     return dict(model=named(model, hf_repo), lora=lora or None, n_ctx=ctx_size, n_batch=batch_size, n_ubatch=ubatch_size, n_threads=threads,
-                n_gpu_layers=n_gpu_layers, main_gpu=main_gpu, tensor_split=proportions(tensor_split), offload_kqv=not no_kv_offload,
-                flash_attn=flash_attn, type_k=type_k, type_v=type_v, seed=seed, kv_policy=kv_policy, kv_budget=kv_budget or None,
-                kv_decode_budget=kv_decode_budget or None, kv_cells=kv_cells or None)
+                n_gpu_layers=n_gpu_layers, main_gpu=main_gpu, tensor_split=proportions(tensor_split), rpc_servers=rpc,
+                offload_kqv=not no_kv_offload, flash_attn=flash_attn, type_k=type_k, type_v=type_v, seed=seed, kv_policy=kv_policy,
+                kv_budget=kv_budget or None, kv_decode_budget=kv_decode_budget or None, kv_cells=kv_cells or None)
 
 
 def sampling(

@@ -49,13 +49,15 @@ class LLM:
     on until n_ctx. kv_budget is then at most kv_cells - n_ubatch, and that if not given. "auto": bytes, nine tenths of what is free.
 
     n_gpu_layers: how many lie on the GPU, -1: all; main_gpu: all on that one, or tensor_split: proportions, one for each GPU, e.g. [3, 1].
+    rpc_servers: "host:port,host:port", where llama.cpp's ggml-rpc-server runs: they hold layers like GPUs, and come first.
     offload_kqv=False: their cache stays on the CPU. lora: a GGUF, or a list of them or of (path, scale).
     chat_template: Jinja, instead of what the model brings, for chat() and apply_chat_template().
     ValueError names what is valid."""
 
     def __init__(self, model: str | os.PathLike | None = None, *, n_ctx: int = 0, n_batch: int = 512, n_ubatch: int = 512,
                  n_threads: int | None = None, n_threads_batch: int | None = None, n_gpu_layers: int = 0, main_gpu: int | None = None,
-                 tensor_split: Sequence[float] | None = None, offload_kqv: bool = True, use_mmap: bool = True, use_mlock: bool = False,
+                 tensor_split: Sequence[float] | None = None, rpc_servers: str | Sequence[str] | None = None,
+                 offload_kqv: bool = True, use_mmap: bool = True, use_mlock: bool = False,
                  type_k: str = "f16", type_v: str = "f16", flash_attn: bool | str = "auto", n_seq_max: int = 1, seed: int = 0,
                  lora: str | os.PathLike | Sequence[Any] | None = None, kv_policy: str | Policy | None = None,
                  kv_budget: int | float | str | None = None, kv_decode_budget: int | float | str | None = None,
@@ -73,7 +75,7 @@ class LLM:
             flash_attn=options.flash_attn(flash_attn), policy=policy, budget=budget, decode_budget=decode_budget)
         n_ctx = options.whole("n_ctx", n_ctx, 0, options.N_CTX_MAX)
         adapters = options.lora(lora)
-        where = options.devices(n_gpu_layers, main_gpu, tensor_split)
+        where = options.devices(n_gpu_layers, main_gpu, tensor_split, rpc_servers)
         self.seed = options.checked_seed(seed)
         self.chat_template = chat_template
 

@@ -8,7 +8,7 @@ import sys
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, cast
 
-from . import _core
+from . import _core, rpc
 from .policy import Policy
 
 if TYPE_CHECKING:
@@ -196,9 +196,13 @@ def lora(value: Any) -> list[tuple[str, float]]:
     return found
 
 
-def devices(n_gpu_layers: Any, main_gpu: Any, tensor_split: Any) -> dict[str, Any]:
-    """Of weights.load(): where the layers lie. main_gpu -1: on all devices, as much as tensor_split says."""
-    names = [name for name, _, kind in _core.devices() if kind in ("GPU", "IGPU")]
+def devices(n_gpu_layers: Any, main_gpu: Any, tensor_split: Any, rpc_servers: Any = None) -> dict[str, Any]:
+    """Of weights.load(): where the layers lie. main_gpu -1: on all devices, as much as tensor_split says. RPC servers,
+    if any, come before GPUs."""
+    n_layers, servers = whole("n_gpu_layers", n_gpu_layers, -1), rpc.endpoints(rpc_servers)
+    if servers and n_layers == 0:
+        raise ValueError("rpc_servers hold layers of n_gpu_layers: give it, too; -1 is all")
+    names = [*servers, *(name for name, _, kind in _core.devices() if kind in ("GPU", "IGPU"))]
     if main_gpu is not None and tensor_split is not None:
         raise ValueError("give main_gpu, all on one device, or tensor_split, over several, not both")
     main = -1 if main_gpu is None else whole("main_gpu", main_gpu, 0)
@@ -209,4 +213,4 @@ def devices(n_gpu_layers: Any, main_gpu: Any, tensor_split: Any) -> dict[str, An
             raise ValueError(f"{name} wants {n} GPU{'s' if n > 1 else ''}, and this build sees {there}")
     if split and not any(split):
         raise ValueError("tensor_split has a part above 0 for at least one device")
-    return {"n_gpu_layers": whole("n_gpu_layers", n_gpu_layers, -1), "main_gpu": main, "tensor_split": tuple(split)}
+    return {"n_gpu_layers": n_layers, "main_gpu": main, "tensor_split": tuple(split), "rpc_servers": servers}

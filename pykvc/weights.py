@@ -20,6 +20,11 @@ def adapt(ctx: "_core.Context", adapters: Sequence[tuple[str, float]], weighs_ou
     ctx.set_adapters([adapter for adapter, _ in loaded], [scale for _, scale in loaded])
 
 
+def uses(endpoint: str) -> bool:
+    """Does a loaded model lie on this RPC server?"""
+    return any(endpoint in of for key in list(_LOADED) for name, of in key[4:] if name == "rpc_servers")
+
+
 def load(path: str | os.PathLike, n_gpu_layers: int = 0, **how: Any) -> "_core.Model":
     """Freed when the last one lets go of it. A file that changed since is loaded anew. how: _core.Model's, of hashable values.
     ValueError: it is no GGUF of a known architecture."""

@@ -5,7 +5,7 @@ import tiny
 import pykvc
 from pykvc import _core, memory
 
-ALL_ON_CPU = {"n_gpu_layers": 0, "main_gpu": -1, "tensor_split": ()}
+ALL_ON_CPU = {"n_gpu_layers": 0, "main_gpu": -1, "tensor_split": (), "rpc_servers": ()}
 GIB = 2**30
 
 
@@ -67,7 +67,7 @@ def test_auto_looks_where_the_cache_lies(path, monkeypatch, n_gpu_layers, main_g
     monkeypatch.setattr(memory, "FOR_COMPUTING", 0)
     monkeypatch.setattr(memory, "available", lambda: 100*GIB)
     monkeypatch.setattr(_core, "device_memory", lambda: [("GPU0", "GPU", 10*GIB, 11*GIB), ("GPU1", "GPU", 20*GIB, 24*GIB), ("CPU", "CPU", 9*GIB, 9*GIB)])
-    where = {"n_gpu_layers": n_gpu_layers, "main_gpu": main_gpu, "tensor_split": ()}
+    where = {"n_gpu_layers": n_gpu_layers, "main_gpu": main_gpu, "tensor_split": (), "rpc_servers": ()}
     assert memory.for_cache(_core.Model(str(path)), where, offload)/GIB == pytest.approx(expected, rel=1e-6)
 
 

@@ -130,6 +130,7 @@ function(pykvc_add_llama)
     set(BUILD_SHARED_LIBS ON)  # llama-cpp-python and llama-server load the libraries of the package
     set(GGML_CCACHE OFF)       # ours is set above
     set(LLAMA_OPENSSL OFF)     # only for downloads by llama.cpp's tools
+    set(GGML_RPC_RDMA OFF)     # would link what the machine that builds happens to have
     set(LLAMA_TESTS_INSTALL OFF)
     if(PYKVC_SERVER) # as a sub-project llama.cpp leaves out its tests, tools, server and app by itself
         set(LLAMA_BUILD_COMMON ON)

@@ -88,7 +88,8 @@ struct expected_attention : policy {
     }
 
     // k . mean + k^T cov k / 2 for each query head
-    ggml_tensor * reduce_keys(ggml_context * ctx, ggml_tensor * keys, ggml_tensor * mean, ggml_tensor * cov) const override {
+    ggml_tensor * reduce_keys(ggml_context * ctx, const head_keys & head) const override {
+        auto * keys = head.keys, * mean = head.mean, * cov = head.cov;
         ggml_tensor * all = nullptr;
         for (int64_t g = 0; g < mean->ne[1]; ++g) {
             auto * c = ggml_view_2d(ctx, cov, cov->ne[0], cov->ne[1], cov->nb[1], g*cov->nb[2]);

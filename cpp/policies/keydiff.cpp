@@ -26,10 +26,13 @@ struct keydiff : policy {
         return n;
     }
 
-    ggml_tensor * reduce_keys(ggml_context * ctx, ggml_tensor * keys, ggml_tensor *, ggml_tensor *) const override {
-        auto * unit   = ggml_l2_norm(ctx, keys, 1e-12f);
-        auto * sums   = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, unit))); // [1, head_dim]
-        auto * anchor = ggml_l2_norm(ctx, ggml_scale(ctx, ggml_reshape_2d(ctx, sums, keys->ne[0], 1), 1.0f / keys->ne[1]), 1e-8f);
+    ggml_tensor * reduce_keys(ggml_context * ctx, const head_keys & head) const override {
+        const int64_t n_dim = head.keys->ne[0], n_kv = head.keys->ne[1];
+        auto * unit = ggml_l2_norm(ctx, head.keys, 1e-12f);
+        // A CPU adds rows to one another fastest, a device adds up each of its rows in parallel.
+        auto * sum = head.on_host ? ggml_repeat_back(ctx, unit, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_dim, 1)) :
+            ggml_reshape_2d(ctx, ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, unit))), n_dim, 1);
+        auto * anchor = ggml_l2_norm(ctx, ggml_scale(ctx, sum, 1.0f / n_kv), 1e-8f);
         return ggml_scale(ctx, ggml_mul_mat(ctx, unit, anchor), -1.0f); // [n_kv, 1]
     }
 

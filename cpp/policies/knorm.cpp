@@ -25,9 +25,9 @@ struct knorm : policy {
         return n;
     }
 
-    ggml_tensor * reduce_keys(ggml_context * ctx, ggml_tensor * keys, ggml_tensor *, ggml_tensor *) const override {
-        auto * norms = ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, keys))); // [1, n_kv]
-        return ggml_scale(ctx, ggml_reshape_2d(ctx, norms, keys->ne[1], 1), -1.0f);
+    ggml_tensor * reduce_keys(ggml_context * ctx, const head_keys & head) const override {
+        auto * norms = ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, head.keys))); // [1, n_kv]
+        return ggml_scale(ctx, ggml_reshape_2d(ctx, norms, head.keys->ne[1], 1), -1.0f);
     }
 
     void score(const layer_view & v, float * out) const override {
