@@ -24,10 +24,8 @@ static const uint32_t N_PAD     = 256; // as llama.cpp pads n_ctx
 static const uint32_t N_TABLE   = 48;  // bytes of llama.cpp's cell table for a cell, at least
 static const uint32_t N_LONGEST = 4;   // times kv_cells: what a layer may draw from the pool, and llama.cpp's cell table holds
 
-static thread_local std::vector<uint32_t> next_rows; // [n_layer] of the context that is being created, 0: as llama.cpp wants
-
-uint32_t rows_of_layer(uint32_t il, uint32_t n_cells) {
-    return il < next_rows.size() && next_rows[il] > 0 ? next_rows[il] : n_cells;
+uint32_t config::rows_of_layer(uint32_t il, uint32_t n_all) const {
+    return il < rows.size() && rows[il] > 0 ? rows[il] : n_all;
 }
 
 // "1536" cells of a sequence, or "512MiB" of all sequences and layers that evict.
@@ -80,7 +78,6 @@ static size_t row_bytes_of(const llama_model & model, const llama_context_params
 
 std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, const llama_model & model,
         const llama_context_params & params, const llama_cparams & cparams) {
-    next_rows.clear();
     if (!cfg || cfg->cells_text.empty()) {
         return cfg;
     }
@@ -137,15 +134,15 @@ std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, c
     const auto n_keep = own_length ? c->pol->budgets(r) : std::vector<int32_t>(layers.size(), r.budget);
 
     const bool off_host = std::any_of(layers.begin(), layers.end(), [&](uint32_t il) { return on_gpu(model, cparams, il); });
-    next_rows.resize(hp.n_layer(), 0);
+    c->rows.resize(hp.n_layer(), 0);
     for (size_t i = 0; i < layers.size(); ++i) {
         uint32_t n = (uint32_t) n_keep[i] + cparams.n_ubatch;
         if (own_length && off_host) { // of layers on the host, too: what all see ends where the longest one does
             n = GGML_PAD(n, N_PAD) + N_PAD; // kernels want whole blocks, and run() keeps up to one block more
         }
-        next_rows[layers[i]] = std::min(n, cparams.n_ctx_seq);
+        c->rows[layers[i]] = std::min(n, cparams.n_ctx_seq);
     }
-    const uint32_t n_max = *std::max_element(next_rows.begin(), next_rows.end());
+    const uint32_t n_max = *std::max_element(c->rows.begin(), c->rows.end());
     if (hp.swa_type != LLAMA_SWA_TYPE_NONE && n_max < hp.n_swa + cparams.n_ubatch) {
         throw std::invalid_argument("kv_cells " + cfg->cells_text + ": this model's sliding window takes " +
                 std::to_string(hp.n_swa + cparams.n_ubatch) + " cells, and llama.cpp gives it no more than the global layers have");
@@ -156,7 +153,7 @@ std::shared_ptr<const config> engine::bound(std::shared_ptr<const config> cfg, c
 llama_cparams engine::memory_cparams(const std::shared_ptr<const config> & cfg, const llama_cparams & cparams) {
     llama_cparams res = cparams;
     if (cfg && cfg->n_cells > 0) {
-        const uint32_t n_most = *std::max_element(next_rows.begin(), next_rows.end());
+        const uint32_t n_most = *std::max_element(cfg->rows.begin(), cfg->rows.end());
         res.n_ctx_seq = cfg->pooled ? std::min(cparams.n_ctx_seq, N_LONGEST*n_most) : n_most;
     }
     return res;
@@ -170,7 +167,7 @@ void engine::check_memory(const std::shared_ptr<const config> & cfg, const llama
     uint64_t n_bytes = n_seq*n_cells*N_TABLE;
     for (const uint32_t il : layers_of(model, params, cparams)) {
         if (!on_gpu(model, cparams, il)) {
-            n_bytes += n_seq*rows_of_layer(il, n_cells)*row_bytes_of(model, params, il);
+            n_bytes += n_seq*(cfg ? cfg->rows_of_layer(il, n_cells) : n_cells)*row_bytes_of(model, params, il);
         }
     }
     size_t n_free = 0, n_total = 0;
@@ -180,10 +177,6 @@ void engine::check_memory(const std::shared_ptr<const config> & cfg, const llama
         throw std::invalid_argument("a cache of " + std::to_string(n_seq*n_cells) + " cells takes " + gib(n_bytes) +
                 ", and this machine has " + gib(n_total) + ": give a smaller n_ctx, or kv_cells");
     }
-}
-
-void engine::forget_rows() {
-    next_rows.clear();
 }
 
 //

@@ -252,21 +252,36 @@ static void refuse_unsupported(const config & cfg, const llama_model & model, co
 }
 
 void engine::attach(std::shared_ptr<const config> cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem) {
-    forget_rows();
-    if (!cfg) {
-        return;
-    }
     const auto own = parts_of(mem);
-    if (own.cache && own.cache->other) { // a draft's, which reads another context's cells
-        if (!cfg->guess) {
-            throw std::invalid_argument(cfg->spec + ": this context shares another one's cells, where only that one can evict");
-        }
-        LLAMA_LOG_WARN("%s: not for this context, which shares another one's cells\n", cfg->spec.c_str());
-        return;
-    }
     refuse_unsupported(*cfg, model, cparams, mem);
     own.cache->kvc.reset(new engine(std::move(cfg), model, cparams, *own.cache));
     own.cache->kvc->mem = own;
+}
+
+// Of the memory that this thread creates: llama.cpp hands no policy down to where a cache is made.
+static thread_local const config * creating = nullptr;
+
+bool is_creating() {
+    return creating;
+}
+
+uint32_t rows_of_layer(uint32_t il, uint32_t n_cells) {
+    return creating ? creating->rows_of_layer(il, n_cells) : n_cells;
+}
+
+llama_memory_i * engine::create_memory(const llama_model & model, const llama_context_params & params, const llama_memory_params & mparams,
+        llama_cparams & cparams) {
+    const auto cfg = configure(model, params, cparams);
+    struct scope {
+        explicit scope(const config * cfg) { creating = cfg; }
+        ~scope() { creating = nullptr; }
+    };
+    const scope here(cfg.get());
+    std::unique_ptr<llama_memory_i> res(model.create_memory(mparams, memory_cparams(cfg, cparams)));
+    if (cfg) {
+        attach(cfg, model, cparams, res.get());
+    }
+    return res.release();
 }
 
 } // namespace kvc

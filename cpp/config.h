@@ -36,6 +36,9 @@ struct config {
     bool        pooled    = false; // with kv_cells: layers draw their rows from one pool
     int32_t     n_cells   = 0;     // cells of the mean layer and a sequence; 0: as many as the context has tokens
     int32_t     n_reserve = 0;     // of them, those that an eviction of the prompt leaves free: n_ubatch
+    std::vector<uint32_t> rows;    // [n_layer] that a layer is given with kv_cells, 0 or none: one for every cell
+
+    uint32_t rows_of_layer(uint32_t il, uint32_t n_all) const; // cells.cpp
 };
 
 // The policy of the next context this thread creates; null: stock whatever the environment says.

@@ -22,6 +22,7 @@
 //
 //   config.cpp  which policy a context gets, and which models can evict
 //   engine.cpp  what a new one holds, and what its sequences hold
+//   cache.cpp   llama.cpp's cache, which asks the engine
 //   hooks.cpp   what happened to the cache
 //   due.cpp     budgets, and when an eviction is due
 //   cells.cpp   fewer cells than tokens: how many rows a layer gets, and room before each ubatch
@@ -56,6 +57,7 @@
 
 struct llama_cparams;
 struct llama_memory_i;
+struct llama_memory_params;
 struct llama_model;
 struct llama_ubatch;
 class  llama_batch_allocr;
@@ -82,27 +84,26 @@ struct stats {
 
 class engine {
 public:
-    // -- set-up: both throw std::invalid_argument / std::runtime_error, which fail the creation of the context
+    // -- set-up
 
-    // the policy of the context that is being created: of this thread's next_context(), else of the environment;
-    // null: stock. Turns flash attention off where the policy needs attention sums and the user did not ask for it.
-    static std::shared_ptr<const config> configure(const llama_model & model, const llama_context_params & params, llama_cparams & cparams);
-    static llama_cparams memory_cparams(const std::shared_ptr<const config> & cfg, const llama_cparams & cparams); // what the cache is built from
-    static void attach(std::shared_ptr<const config> cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem);
+    // What model.create_memory() gives, with an engine where the context that is being created has a policy: of this
+    // thread's next_context(), else of the environment. Turns flash attention off where the policy needs attention sums and
+    // the user did not ask for it. Throws std::invalid_argument / std::runtime_error, which fail the creation.
+    static llama_memory_i * create_memory(const llama_model & model, const llama_context_params & params, const llama_memory_params & mparams,
+                                          llama_cparams & cparams);
 
     // -- what happened to the cache
     void      on_clear();
-    bool      can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
-    bool      go_back(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // of a recurrent state, which is then that of p0: false if there is none
+    static bool seq_rm(llama_memory_i * mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1); // of all its parts, or of none
     bool      on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // false: refused, nothing may change
     bool      on_seq_cp(uint32_t s0, uint32_t s1); // false: llama.cpp copies keys and values at its next update
     void      on_ubatch(const llama_ubatch & ubatch);
-    bool      refuse_shift(const char * what) const;
+    void      refuse_shift(const char * what) const;
     llama_pos pos_min(uint32_t s, llama_pos p0) const;
 
     // -- evictions happen in llama_context::memory_update(), which knows to drop the graphs of before
     static int  before_batch (llama_context * lctx, llama_batch_allocr & balloc); // 0, or what llama_decode() returns
-    static void before_ubatch(llama_context * lctx, const llama_ubatch & ubatch);
+    static bool before_ubatch(llama_context * lctx, const llama_ubatch & ubatch); // false: there is no room for it
     bool is_bounded() const;
     bool is_pooled() const { return cfg->pooled; }
     bool has_room(const llama_ubatch & ubatch) const;
@@ -112,8 +113,9 @@ public:
     // -- the graph
     // Rows of llama.cpp's own view of layer ikv, for the first n_kv cells of the sequences s0 to s1.
     uint32_t n_rows(int32_t ikv, uint32_t n_kv, uint32_t s0, uint32_t s1) const;
-    void build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, ggml_tensor *& v_idxs) const;
-    // Writes new keys or values, F32 [head_dim, n_head_kv, n_tokens]; null: llama.cpp's own way does it.
+    // Where the keys or values of new tokens go: idxs, llama.cpp's cells, where the layer's rows are those, else an input of ours.
+    ggml_tensor * build_rows(llm_graph_result * res, int il, ggml_tensor * idxs, bool values) const;
+    // Writes new keys, or values that are not transposed, F32 [head_dim, n_head_kv, n_tokens].
     ggml_tensor * store(ggml_context * ctx, int32_t ikv, ggml_tensor * cur, ggml_tensor * rows, bool values) const;
     // What build_attn_mha() gives, of the sequences from s0 on. k, v: as llama.cpp reads them.
     ggml_tensor * build_attn(const llm_graph_context & graph, uint32_t s0, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
@@ -125,7 +127,8 @@ public:
     void set_bias(ggml_tensor * bias, int32_t ikv) const;
 
     // -- saved states
-    uint32_t state_tag(uint32_t n_stream) const;
+    void     state_write_head(llama_io_write_i & io) const;
+    void     state_read_head (llama_io_read_i  & io) const;
     void     state_write(llama_io_write_i & io, llama_seq_id seq_id) const;
     void     state_read (llama_io_read_i  & io, llama_seq_id seq_id);
     void     state_write_rows(llama_io_write_i & io, uint32_t s) const;
@@ -217,12 +220,16 @@ private:
     struct region { int64_t at; int32_t n_rows; }; // of the pool: its first row
     struct lane { int32_t head, n_head; };
 
+    // config.cpp
+    static std::shared_ptr<const config> configure(const llama_model & model, const llama_context_params & params, llama_cparams & cparams);
+    static void attach(std::shared_ptr<const config> cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem);
+
     // cells.cpp
+    static llama_cparams memory_cparams(const std::shared_ptr<const config> & cfg, const llama_cparams & cparams); // what the cache is built from
     static std::shared_ptr<const config> bound(std::shared_ptr<const config> cfg, const llama_model & model,
                                                const llama_context_params & params, const llama_cparams & cparams);
     static void check_memory(const std::shared_ptr<const config> & cfg, const llama_model & model,
                              const llama_context_params & params, const llama_cparams & cparams);
-    static void forget_rows();
     int64_t n_room(uint32_t s) const;
     bool    has_room(uint32_t s, int32_t n_new) const;
     int32_t n_to_free(uint32_t s, int32_t n_new) const;
@@ -259,11 +266,13 @@ private:
 
     // hooks.cpp
     void     synchronize() const;
+    bool     can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
 
     // past.cpp
     llama_pos n_recurrent(uint32_t s) const;
     void     take_past(uint32_t s); // before another token comes
     void     check_past(uint32_t s); // throws
+    bool     go_back(llama_seq_id seq_id, llama_pos p0, llama_pos p1); // of a recurrent state, which is then that of p0: false if there is none
     size_t   past_max() const;
     bool     is_back(uint32_t s) const;
     std::vector<llama_pos> ways_back(uint32_t s) const;
@@ -414,9 +423,6 @@ private:
     std::vector<std::vector<int32_t>> mask_slots; // a layer [n_head_kv, n_keep]
     int32_t mask_n = 0;
 };
-
-// Rows of a layer of the cache that is being created: n_cells, or what kv_cells leaves it.
-uint32_t rows_of_layer(uint32_t il, uint32_t n_cells);
 
 // The last sentence an engine of this thread had to say where no exception could pass (llama_decode, state loading).
 std::string & last_error();

@@ -40,8 +40,11 @@ void engine::on_clear() {
     stale = true;
 }
 
-// Changes nothing: memories of several parts ask all of them first.
+// Changes nothing: a memory of several parts is asked before one of them changes.
 bool engine::can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
+    if (seq_id >= (llama_seq_id) kv.seq_to_stream.size()) {
+        return true; // llama.cpp says that there is none
+    }
     p0 = std::max(p0, 0);
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         const llama_pos last = (llama_pos) streams[s].tokens.size() - 1;
@@ -56,6 +59,16 @@ bool engine::can_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const {
         }
     }
     return true;
+}
+
+bool engine::seq_rm(llama_memory_i * mem, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    if (const auto * cache = parts_of(mem).cache; cache && cache->kvc) {
+        if (!cache->kvc->can_seq_rm(seq_id, p0, p1)) {
+            return false;
+        }
+        cache->kvc->go_back(seq_id, p0, p1);
+    }
+    return mem->seq_rm(seq_id, p0, p1);
 }
 
 bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -148,9 +161,8 @@ bool engine::on_seq_cp(uint32_t s0, uint32_t s1) {
     return pool.k;
 }
 
-bool engine::refuse_shift(const char * what) const {
+void engine::refuse_shift(const char * what) const {
     LLAMA_LOG_ERROR("%s: ignored: positions cannot be shifted while %s evicts (llama_memory_can_shift says so)\n", what, cfg->spec.c_str());
-    return true;
 }
 
 // What llama_memory_seq_pos_min() says. A llama-server goes on from n_past tokens if this is below n_past - n_swa: the

@@ -66,14 +66,14 @@ int64_t engine::rows_of_lane(uint32_t s0, int64_t n_seq, int32_t ikv, int32_t h,
     return std::min(n_kv - begin, n_most);
 }
 
-// Where the new tokens' rows go: llama.cpp's cells where a layer's rows are the cells, else inputs of our own, one for
-// all layers that agree. v_idxs: null where values are a part of the keys.
-void engine::build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, ggml_tensor *& v_idxs) const {
+// Inputs of our own are one for all layers that agree.
+ggml_tensor * engine::build_rows(llm_graph_result * res, int il, ggml_tensor * idxs, bool values) const {
     auto * ctx = res->get_ctx();
     const int32_t ikv = kv.map_layer_ids.at(il);
-    const int64_t n_tokens = k_idxs->ne[0], n_rows = kv.layers[ikv].k->ne[1];
+    const bool trans = values && kv.v_trans; // an index for each channel
+    const int64_t n_tokens = trans ? idxs->ne[0]/kv.layers[ikv].v->ne[0] : idxs->ne[0], n_rows = kv.layers[ikv].k->ne[1];
 
-    bool own = by_head() || (kv.n_stream > 1 && n_rows != (int64_t) kv.get_size());
+    bool own = by_head() || ((kv.n_stream > 1 || trans) && n_rows != (int64_t) kv.get_size());
     std::vector<int64_t> begins;
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         for (int32_t h = 0; h < n_parts(); ++h) {
@@ -84,37 +84,29 @@ void engine::build_rows(llm_graph_result * res, int il, ggml_tensor *& k_idxs, g
             }
         }
     }
+    if (!own) {
+        return idxs;
+    }
+    ggml_build_forward_expand(res->get_gf(), idxs); // llama.cpp fills its own whether a layer uses them or not
     begins.push_back(n_rows);
-    const auto rows = [&](bool trans) {
-        const std::string name = name_of(trans ? "rows_trans" : "rows", begins);
-        auto * t = ggml_get_tensor(ctx, name.c_str());
-        if (!t) {
-            t = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, trans ? v_idxs->ne[0] : n_tokens*n_parts());
-            ggml_set_input(t);
-            ggml_set_name(t, name.c_str());
-            res->add_input(filled(n_tokens, [=](const llama_ubatch * ubatch) { set_cache_rows(t, ubatch, ikv, trans); }));
-        }
-        return t;
-    };
-    // llama.cpp fills its own whether a layer uses them or not
-    ggml_build_forward_expand(res->get_gf(), k_idxs);
-    if (v_idxs) {
-        ggml_build_forward_expand(res->get_gf(), v_idxs);
+    const std::string name = name_of(trans ? "rows_trans" : "rows", begins);
+    auto * rows = ggml_get_tensor(ctx, name.c_str());
+    if (!rows) {
+        rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, trans ? idxs->ne[0] : n_tokens*n_parts());
+        ggml_set_input(rows);
+        ggml_set_name(rows, name.c_str());
+        res->add_input(filled(n_tokens, [=](const llama_ubatch * ubatch) { set_cache_rows(rows, ubatch, ikv, trans); }));
     }
-    if (own) {
-        k_idxs = rows(false);
-        v_idxs = kv.v_trans || !v_idxs ? v_idxs : k_idxs;
-    }
-    if (v_idxs && kv.v_trans && (own || n_rows != (int64_t) kv.get_size())) {
-        v_idxs = rows(true);
-    }
+    return rows;
 }
 
 ggml_tensor * engine::store(ggml_context * ctx, int32_t ikv, ggml_tensor * cur, ggml_tensor * rows, bool values) const {
-    if (!by_head() || (values && kv.v_trans)) {
-        return nullptr;
-    }
     const place p = place_of(0, ikv, 0, values);
+    if (!by_head()) { // a row is all heads of a cell
+        GGML_ASSERT(cur->nb[1] == ggml_row_size(cur->type, cur->ne[0]));
+        cur = ggml_view_2d(ctx, cur, cur->ne[0]*cur->ne[1], cur->ne[2], cur->nb[2], 0);
+        return ggml_set_rows(ctx, kv.n_stream > 1 ? ggml_reshape_2d(ctx, p.t, p.t->ne[0], p.t->ne[1]*p.t->ne[2]) : p.t, cur, rows);
+    }
     const int64_t n_dim = cur->ne[0];
     auto * all = pool.k ? p.t : ggml_reshape_2d(ctx, p.t, n_dim, ggml_nelements(p.t)/n_dim);
     cur = ggml_is_contiguous(cur) ? cur : ggml_cont(ctx, cur);

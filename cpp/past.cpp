@@ -115,8 +115,9 @@ bool engine::go_back(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     if (seq_id < 0 || (uint32_t) seq_id >= kv.n_seq_max || p0 <= 0) {
         return false;
     }
-    const auto & q = streams[stream_of(seq_id)];
-    if (p0 != q.past_end || q.past.empty() || (p1 >= 0 && p1 < (llama_pos) q.tokens.size())) {
+    const uint32_t s = stream_of(seq_id);
+    const auto & q = streams[s];
+    if (!mem.recurrent || n_recurrent(s) <= p0 || p0 != q.past_end || q.past.empty() || (p1 >= 0 && p1 < (llama_pos) q.tokens.size())) {
         return false;
     }
     synchronize();

@@ -1,5 +1,5 @@
-// A saved state of a context that evicts: llama.cpp's own, and after it what was kept. The count of streams at its head
-// carries a tag, so that stock llama.cpp (or a context without a policy) refuses the state instead of misreading it.
+// A saved state of a context that evicts: a head, llama.cpp's own state, and after it what was kept. Where the head lies, stock
+// llama.cpp (or a context without a policy) has a count of streams: it refuses the state instead of misreading it.
 
 #include "engine.h"
 #include "select.h"
@@ -15,12 +15,8 @@
 namespace kvc {
 
 static const uint32_t STATE_TAG     = 0x4b560000; // "KV"
-static const uint32_t STATE_VERSION = 6;
+static const uint32_t STATE_VERSION = 7;
 static const uint64_t N_MAX         = 1u << 28;   // no array of a real state is longer
-
-uint32_t engine::state_tag(uint32_t n_stream) const {
-    return STATE_TAG | n_stream;
-}
 
 template <typename T>
 static void put(llama_io_write_i & io, const std::vector<T> & v) {
@@ -124,9 +120,32 @@ void engine::clear_rows(uint32_t s) {
     }
 }
 
-void engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
+void engine::state_write_head(llama_io_write_i & io) const {
+    io.write(&STATE_TAG,     sizeof(STATE_TAG));
     io.write(&STATE_VERSION, sizeof(STATE_VERSION));
-    io.write_string(cfg->spec);
+    put(io, std::vector<char>(cfg->spec.begin(), cfg->spec.end()));
+}
+
+void engine::state_read_head(llama_io_read_i & io) const {
+    uint32_t tag = 0, version = 0;
+    io.read(&tag, sizeof(tag));
+    if (tag != STATE_TAG) {
+        throw std::runtime_error("the state is of a context without a policy, or of an earlier version");
+    }
+    io.read(&version, sizeof(version));
+    if (version != STATE_VERSION) {
+        throw std::runtime_error("the state has version " + std::to_string(version) + ", this build reads " + std::to_string(STATE_VERSION));
+    }
+    std::vector<char> chars;
+    get(io, chars);
+    const std::string text(chars.begin(), chars.end());
+    if (text != cfg->spec) {
+        const bool plain = std::all_of(text.begin(), text.end(), [](char c) { return c >= ' ' && c <= '~'; }); // else it is damaged, or no ASCII
+        throw std::runtime_error("the state was saved under " + (plain ? "the policy " + text : "another policy") + ", this context has " + cfg->spec);
+    }
+}
+
+void engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         if (seq_id >= 0 && kv.seq_to_stream[seq_id] != s) {
             continue;
@@ -153,16 +172,6 @@ void engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
 }
 
 void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
-    uint32_t version = 0;
-    std::string text;
-    io.read(&version, sizeof(version));
-    if (version != STATE_VERSION) {
-        throw std::runtime_error("the state has version " + std::to_string(version) + ", this build reads " + std::to_string(STATE_VERSION));
-    }
-    io.read_string(text);
-    if (text != cfg->spec) {
-        throw std::runtime_error("the state was saved under the policy " + text + ", this context has " + cfg->spec);
-    }
     for (uint32_t s = 0; s < kv.n_stream; ++s) {
         if (seq_id >= 0 && kv.seq_to_stream[seq_id] != s) {
             continue;

@@ -73,16 +73,19 @@ int engine::before_batch(llama_context * lctx, llama_batch_allocr & balloc) {
 }
 
 // Between the ubatches of one batch. Every ubatch comes by here, before it is computed.
-void engine::before_ubatch(llama_context * lctx, const llama_ubatch & ubatch) {
-    if (auto * e = of(lctx)) {
-        e->computes = lctx;
-        for (uint32_t i = 0; i < ubatch.n_seqs_unq; ++i) {
-            e->take_past(e->kv.seq_to_stream[ubatch.seq_id_unq[i]]);
-        }
-        if (e->lacks_room(ubatch)) {
-            lctx->memory_update(true);
-        }
+bool engine::before_ubatch(llama_context * lctx, const llama_ubatch & ubatch) {
+    auto * e = of(lctx);
+    if (!e) {
+        return true;
     }
+    e->computes = lctx;
+    for (uint32_t i = 0; i < ubatch.n_seqs_unq; ++i) {
+        e->take_past(e->kv.seq_to_stream[ubatch.seq_id_unq[i]]);
+    }
+    if (e->lacks_room(ubatch)) {
+        lctx->memory_update(true);
+    }
+    return !e->is_bounded() || e->has_room(ubatch);
 }
 
 // Several components of a position, and positions that leave gaps: an image, or text behind one. What is kept is

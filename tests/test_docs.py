@@ -125,6 +125,15 @@ def test_every_public_name_is_in_the_reference():
     assert sorted(set(pykvc.__all__) - set(named)) == ["__version__"]
 
 
+def test_the_patches_have_as_many_hunks_as_the_page_says():
+    hunks = {path.stem[:4]: len(re.findall(r"^@@ ", path.read_text(encoding="utf-8"), re.MULTILINE))
+             for path in (ROOT/"third_party/patches").glob("*.patch")}
+    said = re.search(r"changed in (\d+)\s+hunks .*?: (\d+) in\s+libllama, (\d+) in\s+llama-server, (\d+)\s+in ggml",
+                     (ROOT/"docs/design.md").read_text(encoding="utf-8"), re.DOTALL)
+    total, lib, server = sum(hunks.values()), hunks["0001"], hunks["0006"]
+    assert said and [int(n) for n in said.groups()] == [total, lib, server, total - lib - server]
+
+
 def test_the_notebook_is_kept_small():
     text = (ROOT/"docs/notebook.ipynb").read_text(encoding="utf-8")
     assert len(text) < 250_000 and all(cell.get("execution_count") for cell in json.loads(text)["cells"] if cell["cell_type"] == "code")

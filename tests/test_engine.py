@@ -324,6 +324,33 @@ def test_damaged_states_are_refused(models, policy):
     assert c.pos_max() == 59
 
 
+@pytest.mark.parametrize("head, says", [
+    ((0x4b560000, 6), "has version 6, this build reads"),
+    ((0x4b560001, 60), "of a context without a policy, or of an earlier version"),  # theirs: a tag with the number of streams, then of cells
+    ((1, 60), "of a context without a policy, or of an earlier version"),
+])
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_a_state_of_another_version_is_refused(models, arch, head, says):
+    """By its head, before anything else is read, with the reason in the log."""
+    c, d = context(models[arch]), context(models[arch])
+    c.decode(ids(60))
+    c.evict()
+    data = c.save_seq()
+    at = data.index((0x4b560000).to_bytes(4, "little"))
+    said = []
+    _core.set_log(lambda level, text: said.append(text))
+    try:
+        with pytest.raises(ValueError):
+            d.load_seq(data[:at] + np.array(head, np.uint32).tobytes() + data[at + 8:])
+        with pytest.raises(ValueError):
+            d.load_seq(data.replace(b"snapkv", b"sn\xabpkv", 1))  # is no text to show
+    finally:
+        _core.set_log(None)
+    assert any(says in text for text in said) and any("under another policy, this context has snapkv" in text for text in said)
+    d.load_seq(data)
+    assert d.pos_max() == 59
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_state_that_was_read_in_part_leaves_no_sums(models, whole):
     """h2o adds to them: what a truncated state left would count. Of one sequence, too, where the cache is not cleared

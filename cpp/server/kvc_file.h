@@ -3,7 +3,7 @@
 // Slot files: llama.cpp's format, then how the cache was evicted, of which weights it is, and a checksum. Written whole or not at all,
 // and read only if whole.
 
-#include "kvc_request.h"
+#include "kvc_checkpoints.h"
 
 #include "llama.h"
 

@@ -2,7 +2,7 @@
 
 #include "kvc_server.h"
 
-#include "chat.h"
+#include "server-common.h"
 
 #include <stdexcept>
 

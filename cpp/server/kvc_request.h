@@ -13,14 +13,6 @@ struct common_chat_msg_spans;
 struct kvc_server;
 struct server_tokens;
 
-// How the cache of a prompt was last evicted. It goes where the prompt goes: into the host's prompt cache or a slot file, and back.
-struct kvc_mark {
-    std::string rule;         // of the request, "": nothing was evicted
-    int32_t     n_tokens = 0; // evaluated by then
-
-    void clear() { *this = kvc_mark(); }
-};
-
 struct kvc_request {
     enum units_t { unsaid, messages, sentences, separator, ranges };
 
@@ -28,6 +20,8 @@ struct kvc_request {
     units_t                    units = unsaid;
     std::string                text;  // the separator
     std::vector<kvc_span>      spans; // token ranges: the client's, or what resolve() made of the rest
+
+    bool compress = false; // a slot, now: there is no prompt
 
     // What an eviction depends on beside the tokens: a cache that was evicted under one rule is of no use under another.
     std::string rule;

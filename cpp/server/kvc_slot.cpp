@@ -2,7 +2,8 @@
 
 #include "kvc_server.h"
 
-#include "common.h"
+#include "server-task.h"
+
 #include "log.h"
 
 #include <algorithm>
@@ -14,32 +15,25 @@ static void check(int32_t res) {
     }
 }
 
-void kvc_slot::init(llama_context * ctx, int32_t id) {
-    *this = kvc_slot();
-    this->ctx = ctx;
-    this->id  = id;
+kvc_slot::kvc_slot(llama_context * ctx, int32_t id) : ctx(ctx), id(id) {
     reset();
-}
-
-void kvc_slot::start() {
-    begun = ended = false;
 }
 
 void kvc_slot::reset() {
     if (!ctx) {
         return;
     }
-    start();
     used = kvc_options::of_environment();
     check(kvc_get_seq_usage(ctx, id, &before));
     now = before;
 }
 
-int kvc_slot::n_reusable(int n_past, llama_pos next, const kvc_mark & mark, const kvc_request & req, const kvc_checkpoints & checkpoints) const {
+int kvc_slot::n_reusable(int n_past, llama_pos next, const server_task & task, const kvc_checkpoints & checkpoints) const {
     if (!ctx || n_past == 0) {
         return n_past;
     }
-    if (!mark.rule.empty() && mark.rule != req.rule) {
+    const auto & mark = checkpoints.mark;
+    if (!mark.rule.empty() && mark.rule != task.params.kv.rule) {
         LOG_INF("kvc: slot %d was evicted under another policy, budget or spans: its prompt is evaluated from the start\n", id);
         return 0;
     }
@@ -71,13 +65,20 @@ void kvc_slot::take(const kvc_request & req) {
     now = before;
 }
 
-void kvc_slot::begin_prompt(const kvc_request & req) {
-    if (!ctx || begun) {
+void kvc_slot::begin_prompt(const server_task & task, kvc_checkpoints & checkpoints) {
+    if (!ctx || begun == task.id) {
         return;
     }
-    begun = true;
+    begun = task.id;
     check(kvc_begin_prompt(ctx, id));
-    take(req);
+    take(task.params.kv);
+    if (before.n_tokens == 0) {
+        checkpoints.mark.clear();
+    }
+}
+
+bool kvc_slot::is_prompt(const server_task & task) const {
+    return ctx && ended != task.id;
 }
 
 void kvc_slot::drop_useless(kvc_checkpoints & checkpoints) const {
@@ -85,21 +86,19 @@ void kvc_slot::drop_useless(kvc_checkpoints & checkpoints) const {
     checkpoints.remove_if([&](const auto & c) { return c.pos_max + 1 < first; });
 }
 
-std::string kvc_slot::end_prompt(const kvc_request & req, kvc_mark & mark, kvc_checkpoints & checkpoints) {
-    if (!ctx || ended) {
-        return "";
-    }
-    ended = true;
+std::string kvc_slot::end_prompt(const server_task & task, kvc_checkpoints & checkpoints) {
+    begin_prompt(task, checkpoints);
+    ended = task.id;
     if (kvc_evict(ctx, id) < 0) {
         return kvc_last_error();
     }
     check(kvc_end_prompt(ctx, id));
-    look(req, mark);
+    look(task, checkpoints);
     drop_useless(checkpoints);
     return "";
 }
 
-json kvc_slot::compress(const kvc_server & server, const kvc_request & req, kvc_mark & mark, kvc_checkpoints & checkpoints) {
+json kvc_slot::compress(const kvc_server & server, const kvc_request & req, kvc_checkpoints & checkpoints) {
     const auto asked = req.over(server.options);
     if (!ctx) {
         throw std::invalid_argument("compress: this server was started without --kv-policy, so its cache keeps every token");
@@ -119,19 +118,22 @@ json kvc_slot::compress(const kvc_server & server, const kvc_request & req, kvc_
     if (kvc_evict(ctx, id) < 0) {
         throw std::invalid_argument(kvc_last_error());
     }
-    look(req, mark);
+    look(req, checkpoints);
     drop_useless(checkpoints);
     return report();
 }
 
-void kvc_slot::look(const kvc_request & req, kvc_mark & mark) {
-    if (!ctx) {
-        return;
+void kvc_slot::look(const server_task & task, kvc_checkpoints & checkpoints) {
+    if (ctx && begun == task.id) {
+        look(task.params.kv, checkpoints);
     }
+}
+
+void kvc_slot::look(const kvc_request & req, kvc_checkpoints & checkpoints) {
     const int64_t n_evictions = now.n_evictions;
     check(kvc_get_seq_usage(ctx, id, &now));
     if (now.n_evictions > n_evictions) {
-        mark = { req.rule, now.n_tokens };
+        checkpoints.mark = { req.rule, now.n_tokens };
     }
 }
 

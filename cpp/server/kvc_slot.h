@@ -3,52 +3,49 @@
 // What a slot does around its prompt: policy and budgets before it, the eviction after its first token.
 
 #include "kvc.h"
+#include "kvc_checkpoints.h"
 #include "kvc_request.h"
 
 #include "server-common.h"
 
-#include <list>
-
-struct common_prompt_checkpoint;
 struct kvc_server;
-
-using kvc_checkpoints = std::list<common_prompt_checkpoint>; // of a slot: recurrent states, in the order of their tokens
+struct server_task;
 
 struct kvc_slot {
-    void init(llama_context * ctx, int32_t id); // ctx null: nothing evicts, and nothing here does anything
+    kvc_slot(llama_context * ctx, int32_t id); // ctx null: nothing evicts, and nothing here does anything
 
-    void start(); // another request
     void reset(); // what the cache holds is no request's: nothing, or a restored file's
 
     // Of n_past tokens that the slot's cache has in common with a prompt, those that a request may use: all, where it was evicted
     // under the same rule, the prompt goes on from what was evaluated by then, and nothing is missing that lies before next, the
     // position of the first token to evaluate. Where recurrent layers cannot go back to that, those before the last one they can:
     // the state is then that of a checkpoint, if one was nearer. Else none.
-    int n_reusable(int n_past, llama_pos next, const kvc_mark & mark, const kvc_request & req, const kvc_checkpoints & checkpoints) const;
+    int n_reusable(int n_past, llama_pos next, const server_task & task, const kvc_checkpoints & checkpoints) const;
 
     // Before the prompt's first tokens, after what is not reused was removed; once a request. Throws std::runtime_error.
-    void begin_prompt(const kvc_request & req);
-    // After its first token was sampled, so that this one's latency is untouched; once a request. "" or why the client's budget
-    // does not do for this prompt.
-    std::string end_prompt(const kvc_request & req, kvc_mark & mark, kvc_checkpoints & checkpoints);
-    bool is_prompt() const { return ctx && begun && !ended; } // between the two
+    void begin_prompt(const server_task & task, kvc_checkpoints & checkpoints);
+    // After its first token was sampled, so that this one's latency is untouched. "" or why the client's budget does not do for
+    // this prompt. Begins it where the cache is a copy of another slot's, which has several answers to give.
+    std::string end_prompt(const server_task & task, kvc_checkpoints & checkpoints);
+    bool is_prompt(const server_task & task) const; // of a request that has a slot: true until end_prompt()
 
     // Of a slot that no request uses, now: everything it holds is evicted to the budget. "kv" of the reply. Throws std::invalid_argument.
-    json compress(const kvc_server & server, const kvc_request & req, kvc_mark & mark, kvc_checkpoints & checkpoints);
+    json compress(const kvc_server & server, const kvc_request & req, kvc_checkpoints & checkpoints);
 
     // After a decode: what the cache holds, for the reports; and whether it was evicted.
-    void look(const kvc_request & req, kvc_mark & mark);
+    void look(const server_task & task, kvc_checkpoints & checkpoints);
 
     json report() const; // "kv" of a reply; null: nothing evicts
     json state() const;  // "kv" of /slots
 
 private:
-    llama_context * ctx = nullptr;
-    int32_t id = 0;
-    bool begun = false, ended = false;
+    llama_context * ctx;
+    int32_t id;
+    int32_t begun = -1, ended = -1; // the task whose prompt last did
     kvc_options used; // by the request
     kvc_seq_usage before = {}, now = {};
 
     void drop_useless(kvc_checkpoints & checkpoints) const; // whose attention was evicted
+    void look(const kvc_request & req, kvc_checkpoints & checkpoints);
     void take(const kvc_request & req); // its policy, budgets and spans, and what the cache holds before them
 };
