@@ -140,12 +140,12 @@ endif
 # .build/gpu-kit goes to a machine with such a GPU: evals/tools/gpu_report.py --kit there. make cpu-kit: the same without
 # CUDA, to try it.
 gpu-kit: cuda-wheel
-	$(MAKE) KIT=gpu KIT_WHEEL='dist/pykvc-*+cu*.whl' KIT_DEFINES="$(patsubst cmake.define.%,-D%,$(filter-out -C,$(CUDA_DEFINES)))" kit
+	$(MAKE) KIT=gpu OF_CUDA=-e KIT_DEFINES="$(patsubst cmake.define.%,-D%,$(filter-out -C,$(CUDA_DEFINES)))" kit
 cpu-kit: wheel
-	$(MAKE) KIT=cpu KIT_WHEEL='$$(ls dist/pykvc-*.whl | grep -v +cu)' kit
+	$(MAKE) KIT=cpu OF_CUDA=-ve kit
 kit:
 	rm -rf .build/$(KIT)-kit && mkdir -p .build/$(KIT)-kit/wheels .build/$(KIT)-kit/stock
-	cp $(KIT_WHEEL) .build/$(KIT)-kit/wheels
+	cp $$(ls dist/pykvc-*.whl | grep $(OF_CUDA) +cu) .build/$(KIT)-kit/wheels
 	CMAKE_ARGS=-DLLAMA_BUILD=OFF $(VENV)/bin/pip --disable-pip-version-check wheel --quiet --no-build-isolation --wheel-dir .build/$(KIT)-kit/wheels \
 	    "$$(ls .build/$(KIT)-kit/wheels/pykvc-*.whl)[evals,llama-cpp-python]" pytest hypothesis gguf openai
 	CUDACXX=$(CURDIR)/$(CUDA_HOME)/bin/nvcc cmake -S tests/stock -B .build/$(KIT)-stock -G Ninja --log-level=WARNING -DPYKVC_PORTABLE=OFF \
