@@ -165,6 +165,14 @@ def test_a_study_runs_reports_and_goes_on(tmp_path, folder, monkeypatch):  # noq
     assert "nothing is left" in call(path, "--data-dir", folder, "--out", out, "--dry-run").stdout
 
 
+@pytest.mark.parametrize("policies, expected", [(["snapkv"], True), (["kvzip"], False), (["adakv"], False), (["snapkv", "keydiff"], False)])
+def test_who_is_asked_together(policies, expected):
+    """Also of cases that come one by one: --dry-run counts so, run asks so."""
+    found = [case for case in cases(policies, ["25%", "50%"], ["none"], ["none"], ["f16"], ["f16"]) if case.policy != "full"]
+    assert len(found) == 2*len(policies)
+    assert asking.together(found) is asking.together(case for case in found) is expected
+
+
 def test_side_by_side_is_one_by_one(tmp_path, folder):  # noqa: F811
     """The same tokens, kept counts, bytes and evictions; and the answers, which are short."""
     several = [Case(), Case(pykvc._core.parse_spec("snapkv:window=8"), "0.5"), Case(pykvc._core.parse_spec("shotkv:window=8,recent=8"), "0.5"),
