@@ -89,16 +89,19 @@ public:
             return rows_of(ctx, v, n_dim, il, n_kv, sinfo);
         }
         const size_t channel = ggml_row_size(v->type, v->ne[1]);
-        return ggml_view_4d(ctx, v, kvc->n_rows(ikv, n_kv, sinfo.s0, sinfo.s1), hparams.n_head_kv(il), n_dim, sinfo.s1 - sinfo.s0 + 1,
-                channel*n_dim, channel, v->nb[2], v->nb[2]*sinfo.s0);
+        return ggml_view_4d(ctx, v, kvc->n_rows(ikv, n_kv, sinfo.s0, sinfo.s1), hparams.n_head_kv(il), n_dim,
+                sinfo.s1 - sinfo.s0 + 1, channel*n_dim, channel, v->nb[2], v->nb[2]*sinfo.s0);
     }
 
-    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il, const slot_info &) const override {
+    ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il,
+            const slot_info &) const override {
         return kvc->store(ctx, map_layer_ids.at(il), k_cur, k_idxs, false);
     }
 
-    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il, const slot_info & sinfo) const override {
-        return v_trans ? llama_kv_cache::cpy_v(ctx, v_cur, v_idxs, il, sinfo) : kvc->store(ctx, map_layer_ids.at(il), v_cur, v_idxs, true);
+    ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il,
+            const slot_info & sinfo) const override {
+        return v_trans ? llama_kv_cache::cpy_v(ctx, v_cur, v_idxs, il, sinfo) :
+            kvc->store(ctx, map_layer_ids.at(il), v_cur, v_idxs, true);
     }
 
     // -- states
@@ -121,9 +124,13 @@ public:
     }
 
 private:
-    void state_write_data(llama_io_write_i & io, const cell_ranges_t & cr) const override { kvc->state_write_rows(io, cr.strm); }
+    void state_write_data(llama_io_write_i & io, const cell_ranges_t & cr) const override {
+        kvc->state_write_rows(io, cr.strm);
+    }
 
-    bool state_read_data(llama_io_read_i & io, uint32_t strm, uint32_t, const slot_info &) override { return kvc->state_read_rows(io, strm); }
+    bool state_read_data(llama_io_read_i & io, uint32_t strm, uint32_t, const slot_info &) override {
+        return kvc->state_read_rows(io, strm);
+    }
 
     void state_clear(llama_seq_id seq_id, uint32_t strm, const slot_info &) override {
         llama_kv_cache::state_clear(seq_id, strm, {}); // cells alone
@@ -132,34 +139,39 @@ private:
         }
     }
 
-    ggml_tensor * rows_of(ggml_context * ctx, ggml_tensor * t, int64_t n_dim, int32_t il, uint32_t n_kv, const slot_info & sinfo) const {
-        return ggml_view_4d(ctx, t, n_dim, hparams.n_head_kv(il), kvc->n_rows(map_layer_ids.at(il), n_kv, sinfo.s0, sinfo.s1),
+    ggml_tensor * rows_of(ggml_context * ctx, ggml_tensor * t, int64_t n_dim, int32_t il, uint32_t n_kv,
+            const slot_info & sinfo) const {
+        const int64_t n_rows = kvc->n_rows(map_layer_ids.at(il), n_kv, sinfo.s0, sinfo.s1);
+        return ggml_view_4d(ctx, t, n_dim, hparams.n_head_kv(il), n_rows,
                 sinfo.s1 - sinfo.s0 + 1, ggml_row_size(t->type, n_dim), t->nb[1], t->nb[2], t->nb[2]*sinfo.s0);
     }
 };
 
-ggml_tensor * build_rows(llm_graph_result * res, const llama_kv_cache_context * mctx, int il, ggml_tensor * idxs, bool values) {
+ggml_tensor * build_rows(llm_graph_result * res, const llama_kv_cache_context * mctx, int il, ggml_tensor * idxs,
+        bool values) {
     const auto * e = mctx->get_kvc();
     return e ? e->build_rows(res, il, idxs, values) : idxs;
 }
 
-ggml_tensor * build_attn(const llm_graph_context & graph, const llama_kv_cache_context * mctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v,
-        ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks, ggml_tensor * v_mla, float kq_scale, int il) {
+ggml_tensor * build_attn(const llm_graph_context & graph, const llama_kv_cache_context * mctx, ggml_tensor * q,
+        ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks,
+        ggml_tensor * v_mla, float kq_scale, int il) {
     auto * e = mctx->get_kvc();
     return e ? e->build_attn(graph, mctx->get_s0(), q, k, v, kq_b, kq_mask, sinks, v_mla, kq_scale, il) :
         graph.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, v_mla, 0, kq_scale, il);
 }
 
 llama_kv_cache * new_cache(
-        const llama_model & model, const llama_hparams & hparams, ggml_type type_k, ggml_type type_v, bool v_trans, bool offload, bool unified,
-        uint32_t kv_size, uint32_t n_seq_max, uint32_t n_pad, uint32_t n_swa, llama_swa_type swa_type, llama_memory_t mem_other,
-        const llama_memory_i::layer_filter_cb & filter, const llama_memory_i::layer_reuse_cb & reuse, const llama_memory_i::layer_share_cb & share) {
+        const llama_model & model, const llama_hparams & hparams, ggml_type type_k, ggml_type type_v, bool v_trans,
+        bool offload, bool unified, uint32_t kv_size, uint32_t n_seq_max, uint32_t n_pad, uint32_t n_swa,
+        llama_swa_type swa_type, llama_memory_t mem_other, const llama_memory_i::layer_filter_cb & filter,
+        const llama_memory_i::layer_reuse_cb & reuse, const llama_memory_i::layer_share_cb & share) {
     if (is_creating()) {
-        return new cache(model, hparams, type_k, type_v, v_trans, offload, unified, kv_size, n_seq_max, n_pad, n_swa, swa_type, mem_other,
-                filter, reuse, share);
+        return new cache(model, hparams, type_k, type_v, v_trans, offload, unified, kv_size, n_seq_max, n_pad, n_swa,
+                swa_type, mem_other, filter, reuse, share);
     }
-    return new llama_kv_cache(model, hparams, type_k, type_v, v_trans, offload, unified, kv_size, n_seq_max, n_pad, n_swa, swa_type, mem_other,
-            filter, reuse, share);
+    return new llama_kv_cache(model, hparams, type_k, type_v, v_trans, offload, unified, kv_size, n_seq_max, n_pad,
+            n_swa, swa_type, mem_other, filter, reuse, share);
 }
 
 } // namespace kvc
