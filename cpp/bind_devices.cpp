@@ -27,7 +27,7 @@ static std::string kind_of(ggml_backend_dev_t dev) {
 static std::vector<ggml_backend_dev_t> devices_of_server(const std::string & endpoint) {
     auto * rpc = ggml_backend_reg_by_name("RPC");
     if (!rpc) {
-        throw std::invalid_argument("rpc_servers: this build knows no RPC (GGML_RPC)");
+        throw std::invalid_argument("rpc_servers: this build knows no RPC; build it with -C cmake.define.PYKVC_RPC=ON");
     }
     const auto add = (ggml_backend_reg_t (*)(const char *)) ggml_backend_reg_get_proc_address(rpc, "ggml_backend_rpc_add_server");
     auto * server = add(endpoint.c_str());

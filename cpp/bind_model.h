@@ -40,6 +40,7 @@ public:
         if (tensor_split.size() > llama_max_devices()) {
             throw std::invalid_argument("tensor_split has " + std::to_string(tensor_split.size()) + " devices: llama.cpp knows at most " + std::to_string(llama_max_devices()));
         }
+        const size_t n_asked = std::max<size_t>(tensor_split.size(), std::max(main_gpu, -1) + 1);
         tensor_split.resize(llama_max_devices(), 0.0f);
         mp.tensor_split = tensor_split.data();
         if (main_gpu >= 0) {
@@ -52,6 +53,10 @@ public:
         {
             py::gil_scoped_release nogil;
             auto devices = rpc_servers.empty() ? std::vector<ggml_backend_dev_t>() : devices_of(rpc_servers);
+            if (!devices.empty() && n_asked >= devices.size()) {
+                throw std::invalid_argument("tensor_split or main_gpu wants " + std::to_string(n_asked) + " devices: RPC servers and GPUs are " +
+                        std::to_string(devices.size() - 1) + " here");
+            }
             mp.devices = devices.empty() ? nullptr : devices.data(); // nullptr: llama.cpp chooses
             ptr.reset(llama_model_load_from_file(path.c_str(), mp), llama_model_free);
         }

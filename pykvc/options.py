@@ -202,15 +202,16 @@ def devices(n_gpu_layers: Any, main_gpu: Any, tensor_split: Any, rpc_servers: An
     n_layers, servers = whole("n_gpu_layers", n_gpu_layers, -1), rpc.endpoints(rpc_servers)
     if servers and n_layers == 0:
         raise ValueError("rpc_servers hold layers of n_gpu_layers: give it, too; -1 is all")
-    names = [*servers, *(name for name, _, kind in _core.devices() if kind in ("GPU", "IGPU"))]
+    names = [name for name, _, kind in _core.devices() if kind in ("GPU", "IGPU")]
     if main_gpu is not None and tensor_split is not None:
         raise ValueError("give main_gpu, all on one device, or tensor_split, over several, not both")
     main = -1 if main_gpu is None else whole("main_gpu", main_gpu, 0)
     split = [] if tensor_split is None else [number("a part of tensor_split", part, 0) for part in tensor_split]
     for name, n in (("main_gpu", main + 1), ("tensor_split", len(split))):
-        if n > len(names):
+        if n > len(names) and not servers:  # which may have several: _core.Model counts them
             there = f"{len(names)}: {', '.join(names)}" if names else "none; it runs on the CPU"
             raise ValueError(f"{name} wants {n} GPU{'s' if n > 1 else ''}, and this build sees {there}")
     if split and not any(split):
         raise ValueError("tensor_split has a part above 0 for at least one device")
+    rpc.check(servers)
     return {"n_gpu_layers": n_layers, "main_gpu": main, "tensor_split": tuple(split), "rpc_servers": servers}

@@ -78,7 +78,9 @@ def path(tmp_path_factory):
 
 
 def opened(path, policy, wires):
-    model = _core.Model(str(path), n_gpu_layers=99, rpc_servers=rpc.endpoints([wire.endpoint for wire in wires]))
+    servers = rpc.endpoints([wire.endpoint for wire in wires])
+    rpc.check(servers)
+    model = _core.Model(str(path), n_gpu_layers=99, rpc_servers=servers)
     return _core.Context(model, n_ctx=3072, n_ubatch=256, n_threads=1, policy=policy, budget=str(BUDGET))
 
 
@@ -138,7 +140,7 @@ def test_serve(wires, tmp_path):
 
 
 @pytest.mark.parametrize("servers, why", [
-    ("here", "host:port"), ("127.0.0.1:0", "host:port"), ("", "host:port"), ([], "at least one"), (["127.0.0.1:1"], "no RPC server answers")])
+    ("here", "host:port"), ("127.0.0.1:0", "host:port"), ("", "host:port"), ([], "at least one"), (5, "at least one"), (["127.0.0.1:1"], "no RPC server answers")])
 def test_refused(path, servers, why):
     with pytest.raises(ValueError, match=why):
         pykvc.LLM(path, n_gpu_layers=-1, rpc_servers=servers)
@@ -147,6 +149,9 @@ def test_refused(path, servers, why):
 def test_refused_beside(wires, path):
     with pytest.raises(ValueError, match="n_gpu_layers"):
         pykvc.LLM(path, rpc_servers=wires[0].endpoint)
+    for more in ({"main_gpu": 1}, {"tensor_split": [1, 1]}):
+        with pytest.raises(ValueError, match="wants 2 devices: RPC servers and GPUs are 1 here"):
+            pykvc.LLM(path, rpc_servers=wires[0].endpoint, n_gpu_layers=-1, **more)
     with pytest.raises(ValueError, match="kv_cells='auto'"):
         pykvc.LLM(path, rpc_servers=wires[0].endpoint, n_gpu_layers=-1, kv_policy="keydiff", kv_cells="auto")
 
