@@ -10,9 +10,9 @@
 // keeps rows of its own. Keys keep the RoPE position they were written with.
 //
 // On the host the rows of a head lie together (layout.cpp), so heads may keep different numbers: head h has its own
-// beginning, row = cell - cell_begin(layer, h). Neighbouring heads of one length are a *lane*, which attention takes in one call.
-// What is counted in slots is rectangular all the same, [n_head_kv, n_slots] of the longest head: the first slots of a
-// shorter one are empty (position -1), and no row stands for them.
+// beginning, row = cell - cell_begin(layer, h). Neighbouring heads of one length are a *lane*, which attention takes in
+// one call. What is counted in slots is rectangular all the same, [n_head_kv, n_slots] of the longest head: the first
+// slots of a shorter one are empty (position -1), and no row stands for them.
 //
 //   position  of a token in its sequence: 0, 1, 2 ...
 //   cell      of llama.cpp's table, one for all layers; behind an eviction cells are renumbered
@@ -87,8 +87,8 @@ public:
     // -- set-up
 
     // What model.create_memory() gives, with an engine where the context that is being created has a policy: of this
-    // thread's next_context(), else of the environment. Turns flash attention off where the policy needs attention sums and
-    // the user did not ask for it. Throws std::invalid_argument / std::runtime_error, which fail the creation.
+    // thread's next_context(), else of the environment. Turns flash attention off where the policy needs attention sums
+    // and the user did not ask for it. Throws std::invalid_argument / std::runtime_error, which fail the creation.
     static llama_memory_i * create_memory(const llama_model & model, const llama_context_params & params, const llama_memory_params & mparams,
                                           llama_cparams & cparams);
 
@@ -113,7 +113,8 @@ public:
     // -- the graph
     // Rows of llama.cpp's own view of layer ikv, for the first n_kv cells of the sequences s0 to s1.
     uint32_t n_rows(int32_t ikv, uint32_t n_kv, uint32_t s0, uint32_t s1) const;
-    // Where the keys or values of new tokens go: idxs, llama.cpp's cells, where the layer's rows are those, else an input of ours.
+    // Where the keys or values of new tokens go: idxs, llama.cpp's cells, where the layer's rows are those, else an
+    // input of ours.
     ggml_tensor * build_rows(llm_graph_result * res, int il, ggml_tensor * idxs, bool values) const;
     // Writes new keys, or values that are not transposed, F32 [head_dim, n_head_kv, n_tokens].
     ggml_tensor * store(ggml_context * ctx, int32_t ikv, ggml_tensor * cur, ggml_tensor * rows, bool values) const;
@@ -246,7 +247,8 @@ private:
     std::vector<bool> sides() const; // of a cache, as `values`: keys, and values unless they are a part of the keys (MLA)
     struct run_of_rows { ggml_tensor * t; size_t offset, size; };
     std::vector<run_of_rows> runs_of(uint32_t s, int32_t ikv, int32_t h, int64_t n, bool values) const; // of n rows, that lie together
-    // n rows of a lane of some sequences: [head_dim, n_head, n, n_seq], or of transposed values [n, n_head, head_dim, n_seq]
+    // n rows of a lane of some sequences: [head_dim, n_head, n, n_seq], or of transposed values [n, n_head, head_dim,
+    // n_seq]
     ggml_tensor * view_of(ggml_context * ctx, uint32_t s0, int64_t n_seq, int32_t ikv, const lane & x, int64_t n, bool values) const;
 
     // pool.cpp

@@ -1,5 +1,6 @@
-// A saved state of a context that evicts: a head, llama.cpp's own state, and after it what was kept. Where the head lies, stock
-// llama.cpp (or a context without a policy) has a count of streams: it refuses the state instead of misreading it.
+// A saved state of a context that evicts: a head, llama.cpp's own state, and after it what was kept. Where the head
+// lies, stock llama.cpp (or a context without a policy) has a count of streams: it refuses the state instead of
+// misreading it.
 
 #include "engine.h"
 #include "select.h"

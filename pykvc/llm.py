@@ -49,7 +49,8 @@ class LLM:
     on until n_ctx. kv_budget is then at most kv_cells - n_ubatch, and that if not given. "auto": bytes, nine tenths of what is free.
 
     n_gpu_layers: how many lie on the GPU, -1: all; main_gpu: all on that one, or tensor_split: proportions, one for each GPU, e.g. [3, 1].
-    rpc_servers: "host:port,host:port", where llama.cpp's ggml-rpc-server runs: they hold layers like GPUs, and come first.
+    rpc_servers: "host:port,host:port", where llama.cpp's ggml-rpc-server runs: they hold layers as GPUs do, and come
+    first.
     offload_kqv=False: their cache stays on the CPU. lora: a GGUF, or a list of them or of (path, scale).
     chat_template: Jinja, instead of what the model brings, for chat() and apply_chat_template().
     ValueError names what is valid."""

@@ -14,7 +14,8 @@ def for_cache(model: "_core.Model", where: dict[str, Any], offload_kqv: bool) ->
     Layers on GPUs have theirs there, the others in main memory: what is filled first counts. ValueError: nothing is free, or no one
     can tell."""
     if where["rpc_servers"]:
-        raise ValueError("kv_cells='auto' does not know what memory RPC servers have: give a number of cells, or bytes as '512MiB'")
+        raise ValueError("kv_cells='auto' does not know what memory RPC servers have: give a number of cells, or bytes as "
+                         "'512MiB'")
     gpus = [(free, total) for _, kind, free, total in _core.device_memory() if kind in ("GPU", "IGPU")] if offload_kqv else []
     if where["main_gpu"] >= 0:
         gpus = gpus[where["main_gpu"]:where["main_gpu"] + 1]

@@ -140,7 +140,8 @@ def test_serve(wires, tmp_path):
 
 
 @pytest.mark.parametrize("servers, why", [
-    ("here", "host:port"), ("127.0.0.1:0", "host:port"), ("", "host:port"), ([], "at least one"), (5, "at least one"), (["127.0.0.1:1"], "no RPC server answers")])
+    ("here", "host:port"), ("127.0.0.1:0", "host:port"), ("", "host:port"), ([], "at least one"),
+    (5, "at least one"), (["127.0.0.1:1"], "no RPC server answers")])
 def test_refused(path, servers, why):
     with pytest.raises(ValueError, match=why):
         pykvc.LLM(path, n_gpu_layers=-1, rpc_servers=servers)

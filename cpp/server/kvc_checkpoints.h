@@ -1,7 +1,7 @@
 #pragma once
 
-// What of its past a prompt's cache can go back to. It goes where the prompt goes: into the host's prompt cache or a slot file,
-// and back.
+// What of its past a prompt's cache can go back to. It goes where the prompt goes: into the host's prompt cache or a
+// slot file, and back.
 
 #include "common.h"
 

@@ -12,7 +12,8 @@ struct server_task_result_cmpl_final;
 // kv null: nothing evicts, and nothing is added.
 void kvc_add(json & to, const json & kv);
 
-// An answer's last part, with "kv" beside its timings: in every format, and in the last event of a stream that has a content.
+// An answer's last part, with "kv" beside its timings: in every format, and in the last event of a stream that has a
+// content.
 std::unique_ptr<server_task_result_cmpl_final> kvc_final(json kv);
 
 // Of POST /slots/N?action=compress.

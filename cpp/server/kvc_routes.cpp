@@ -32,8 +32,8 @@ static handler refuses(const std::string & what) {
     return says(error.at("code").get<int>(), "application/json", safe_json_to_str({ { "error", error } }));
 }
 
-// Who opens a server that was built without the page in a browser is told how to get it. The page asks for the server's tools: it
-// is told where there are none, as llama.cpp's 403 would be an error in the browser's console.
+// Who opens a server that was built without the page in a browser is told how to get it. The page asks for the server's
+// tools: it is told where there are none, as llama.cpp's 403 would be an error in the browser's console.
 static void page(const server_http_context & http, const common_params & params) {
     const bool has_page = built_in || !params.public_path.empty();
     if (!params.ui) {

@@ -18,7 +18,8 @@ void kvc_server::attach(llama_context * ctx, common_params & params) {
     if (!on) {
         return;
     }
-    if (!llama_model_is_hybrid(llama_get_model(ctx))) { // of sliding windows: the layers that evict are not in them, and have no way back
+    // Checkpoints of sliding windows: the layers that evict are not in them, and have no way back.
+    if (!llama_model_is_hybrid(llama_get_model(ctx))) {
         params.n_ctx_checkpoints = 0;
     }
     kvc_usage usage;

@@ -16,20 +16,22 @@ struct kvc_slot {
 
     void reset(); // what the cache holds is no request's: nothing, or a restored file's
 
-    // Of n_past tokens that the slot's cache has in common with a prompt, those that a request may use: all, where it was evicted
-    // under the same rule, the prompt goes on from what was evaluated by then, and nothing is missing that lies before next, the
-    // position of the first token to evaluate. Where recurrent layers cannot go back to that, those before the last one they can:
-    // the state is then that of a checkpoint, if one was nearer. Else none.
+    // Of n_past tokens that the slot's cache has in common with a prompt, those that a request may use: all, where it
+    // was evicted under the same rule, the prompt goes on from what was evaluated by then, and nothing is missing that
+    // lies before next, the position of the first token to evaluate. Where recurrent layers cannot go back to that,
+    // those before the last one they can: the state is then that of a checkpoint, if one was nearer. Else none.
     int n_reusable(int n_past, llama_pos next, const server_task & task, const kvc_checkpoints & checkpoints) const;
 
-    // Before the prompt's first tokens, after what is not reused was removed; once a request. Throws std::runtime_error.
+    // Before the prompt's first tokens, after what is not reused was removed; once a request. Throws
+    // std::runtime_error.
     void begin_prompt(const server_task & task, kvc_checkpoints & checkpoints);
-    // After its first token was sampled, so that this one's latency is untouched. "" or why the client's budget does not do for
-    // this prompt. Begins it where the cache is a copy of another slot's, which has several answers to give.
+    // After its first token was sampled, so that this one's latency is untouched. "" or why the client's budget does
+    // not do for this prompt. Begins it where the cache is a copy of another slot's, which has several answers to give.
     std::string end_prompt(const server_task & task, kvc_checkpoints & checkpoints);
     bool is_prompt(const server_task & task) const; // of a request that has a slot: true until end_prompt()
 
-    // Of a slot that no request uses, now: everything it holds is evicted to the budget. "kv" of the reply. Throws std::invalid_argument.
+    // Of a slot that no request uses, now: everything it holds is evicted to the budget. "kv" of the reply. Throws
+    // std::invalid_argument.
     json compress(const kvc_server & server, const kvc_request & req, kvc_checkpoints & checkpoints);
 
     // After a decode: what the cache holds, for the reports; and whether it was evicted.
