@@ -245,7 +245,13 @@ class knorm(Policy):
 
 
 class keydiff(Policy):
-    """2504.15364: the keys least like the mean direction of all keys of the head."""
+    """2504.15364: the keys least like the mean direction of all keys of the head, and the first and last tokens."""
+    def __init__(self, sinks=4, recent=32):
+        self.n_sink, self.recent = sinks, recent
+
+    def n_recent(self, n_keep):
+        return min(n_keep, self.recent)
+
     def score(self, layer, il=0, n_layer=1):
         unit = layer["keys"].astype(float)
         unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True)

@@ -2,9 +2,9 @@
 //
 //   score(j) = -cos(k_j, mean over the head's keys of k / ||k||)
 //
-// Variant: kvpress' KeyDiffPress with share=head. By default one ranking says how long each layer is (share.h): that
-// keeps more of what nobody has asked for (docs/benchmarks.md). Needs no query, so it does not depend on what is asked
-// later.
+// Variant: kvpress' KeyDiffPress with share=head, sinks=0, recent=0. By default one ranking says how long each layer is
+// (share.h), and the first and last tokens are always kept: both keep more of what nobody has asked for
+// (docs/benchmarks.md). Needs no query, so it does not depend on what is asked later.
 
 #include "policies.h"
 
@@ -18,12 +18,27 @@ namespace kvc {
 namespace {
 
 struct keydiff : policy {
-    explicit keydiff(const params &) {}
+    const int32_t sinks;
+    const int32_t recent;
+
+    explicit keydiff(const params & p) : sinks(p.i("sinks")), recent(p.i("recent")) {}
 
     needs need() const override {
         needs n;
         n.keys = true;
         return n;
+    }
+
+    int32_t n_sink() const override {
+        return sinks;
+    }
+
+    int32_t n_recent(int32_t budget) const override {
+        return std::min(budget, recent);
+    }
+
+    int32_t min_budget() const override {
+        return sinks + recent + 1;
     }
 
     ggml_tensor * reduce_keys(ggml_context * ctx, const head_keys & head) const override {
@@ -69,7 +84,11 @@ struct keydiff : policy {
 };
 
 const std::vector<param_info> & list_params() {
-    static const std::vector<param_info> list = { interval_param() };
+    static const std::vector<param_info> list = {
+        { "sinks",  "4",  "first tokens always kept", 0, 4096 },
+        { "recent", "32", "last tokens always kept", 0, 4096 },
+        interval_param(),
+    };
     return list;
 }
 
@@ -80,7 +99,7 @@ std::unique_ptr<policy> make(const params & p) {
 } // namespace
 
 const policy_info keydiff_info = {
-    "keydiff", "Keeps the tokens whose keys are least like the mean key, for each KV head.", "2504.15364",
+    "keydiff", "Keeps the tokens whose keys are least like the mean key, for each KV head, and the first and last ones.", "2504.15364",
     decode_mode::whole, false, list_params, make,
     "auto",
 };
