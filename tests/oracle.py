@@ -245,12 +245,13 @@ class knorm(Policy):
 
 
 class keydiff(Policy):
-    """2504.15364: the keys least like the mean direction of all keys of the head, and the first and last tokens."""
-    def __init__(self, sinks=4, recent=32):
+    """2504.15364: the keys least like the mean direction of all keys of the head, the first tokens, and a share of the
+    budget for the most recent ones."""
+    def __init__(self, sinks=4, recent=0.25):
         self.n_sink, self.recent = sinks, recent
 
     def n_recent(self, n_keep):
-        return min(n_keep, self.recent)
+        return int(self.recent * max(n_keep - self.n_sink, 0))
 
     def score(self, layer, il=0, n_layer=1):
         unit = layer["keys"].astype(float)

@@ -3,7 +3,7 @@
 //   score(j) = -cos(k_j, mean over the head's keys of k / ||k||)
 //
 // Variant: kvpress' KeyDiffPress with share=head, sinks=0, recent=0. By default one ranking says how long each layer is
-// (share.h), and the first and last tokens are always kept: both keep more of what nobody has asked for
+// (share.h), and the first tokens and the most recent ones are always kept: both keep more of what nobody has asked for
 // (docs/benchmarks.md). Needs no query, so it does not depend on what is asked later.
 
 #include "policies.h"
@@ -19,9 +19,9 @@ namespace {
 
 struct keydiff : policy {
     const int32_t sinks;
-    const int32_t recent;
+    const double  recent;
 
-    explicit keydiff(const params & p) : sinks(p.i("sinks")), recent(p.i("recent")) {}
+    explicit keydiff(const params & p) : sinks(p.i("sinks")), recent(p.f("recent")) {}
 
     needs need() const override {
         needs n;
@@ -34,11 +34,11 @@ struct keydiff : policy {
     }
 
     int32_t n_recent(int32_t budget) const override {
-        return std::min(budget, recent);
+        return (int32_t) (recent * std::max(budget - sinks, 0));
     }
 
     int32_t min_budget() const override {
-        return sinks + recent + 1;
+        return sinks + 1;
     }
 
     ggml_tensor * reduce_keys(ggml_context * ctx, const head_keys & head) const override {
@@ -85,8 +85,8 @@ struct keydiff : policy {
 
 const std::vector<param_info> & list_params() {
     static const std::vector<param_info> list = {
-        { "sinks",  "4",  "first tokens always kept", 0, 4096 },
-        { "recent", "32", "last tokens always kept", 0, 4096 },
+        { "sinks",  "4",    "first tokens always kept", 0, 4096 },
+        { "recent", "0.25", "share of the budget beside them that goes to the most recent tokens", 0, 1, {}, false },
         interval_param(),
     };
     return list;
@@ -99,7 +99,7 @@ std::unique_ptr<policy> make(const params & p) {
 } // namespace
 
 const policy_info keydiff_info = {
-    "keydiff", "Keeps the tokens whose keys are least like the mean key, for each KV head, and the first and last ones.", "2504.15364",
+    "keydiff", "Keeps the tokens whose keys are least like the mean key, for each KV head, and the first and the most recent ones.", "2504.15364",
     decode_mode::whole, false, list_params, make,
     "auto",
 };
