@@ -245,9 +245,9 @@ class knorm(Policy):
 
 
 class keydiff(Policy):
-    """2504.15364: the keys least like the mean direction of all keys of the head, the first tokens, and a share of the
-    budget for the most recent ones."""
-    def __init__(self, sinks=4, recent=0.25):
+    """2504.15364: the keys least like the mean direction of all keys of the head; ours, the first tokens and a share of
+    the budget for the most recent ones."""
+    def __init__(self, sinks=0, recent=0):
         self.n_sink, self.recent = sinks, recent
 
     def n_recent(self, n_keep):

@@ -16,7 +16,7 @@ SPECS = [  # spec, budget, decode budget
     ("h2o:interval=8", "24", "50%"),
     ("tova:interval=8", "0.5", "4"),
     ("knorm:interval=8", "20", "8"),
-    ("keydiff:sinks=2,interval=8", "50%", ""),
+    ("keydiff:sinks=2,recent=0.25,interval=8", "50%", ""),
     ("snapkv:window=8,kernel=3", "24", ""),
     ("adakv:window=8,kernel=3,alpha=0.1", "16", ""),
     ("pyramidkv:window=8,kernel=3,beta=3", "16", ""),
@@ -29,7 +29,7 @@ SPECS = [  # spec, budget, decode budget
     ("random_head:seed=3,interval=8", "", "16"),
     ("keydiff:share=layers,interval=8", "24", "8"),
     ("snapkv:window=8,kernel=3,share=layers", "50%", ""),
-    ("keydiff:share=all,sinks=0,recent=0", "30%", ""),
+    ("keydiff:share=all", "30%", ""),
     ("snapkv:window=8,kernel=3,share=layer", "20", ""),
 ]
 CACHES = [("f16", "on"), ("f16", "off"), ("q8_0", "on"), ("f32", "off"), ("bf16", "on"), ("q5_0", "on"), ("q4_1", "on")]  # type, flash attention
@@ -165,7 +165,7 @@ class CacheMachine(RuleBasedStateMachine):
     def may_lose_last(self, seq):
         # a tail removed down to the floor ends where heads disagree; methods without a recent window may evict the newest token
         at_floor = self.ctx.pos_floor(seq) >= self.length[seq] and not self.ctx.policy.startswith("h2o")
-        return at_floor or self.ctx.policy.startswith(("knorm", "random")) or "recent=0" in self.ctx.policy
+        return at_floor or self.ctx.policy.startswith(("knorm", "keydiff", "random"))
 
     def teardown(self):
         if not hasattr(self, "ctx"):

@@ -318,7 +318,7 @@ def test_shots_in_mid_prompt():
 def test_a_sliding_window_has_a_floor_of_its_own(models):
     """The windows' cells are taken again, too: a tail can be removed while the first token after it sees a whole window."""
     def prompt():
-        c = context(models["gemma3"], "keydiff:share=head,sinks=0,recent=0", "256", budget="16", n_ubatch=16, n_batch=16, flash_attn="off")
+        c = context(models["gemma3"], "keydiff:share=head", "256", budget="16", n_ubatch=16, n_batch=16, flash_attn="off")
         c.decode(ids(100))
         assert c.evict() and c.pos_floor() == 100
         c.end_prompt()

@@ -2,9 +2,9 @@
 //
 //   score(j) = -cos(k_j, mean over the head's keys of k / ||k||)
 //
-// Variant: kvpress' KeyDiffPress with share=head, sinks=0, recent=0. By default one ranking says how long each layer is
-// (share.h), and the first tokens and the most recent ones are always kept: both keep more of what nobody has asked for
-// (docs/benchmarks.md). Needs no query, so it does not depend on what is asked later.
+// Variant: kvpress' KeyDiffPress with share=head. By default one ranking says how long each layer is (share.h): that
+// keeps more of what nobody has asked for (docs/benchmarks.md). Needs no query, so it does not depend on what is asked
+// later. sinks and recent are ours.
 
 #include "policies.h"
 
@@ -85,8 +85,8 @@ struct keydiff : policy {
 
 const std::vector<param_info> & list_params() {
     static const std::vector<param_info> list = {
-        { "sinks",  "4",    "first tokens always kept", 0, 4096 },
-        { "recent", "0.25", "share of the budget beside them that goes to the most recent tokens", 0, 1, {}, false },
+        { "sinks",  "0", "first tokens always kept", 0, 4096 },
+        { "recent", "0", "share of the budget beside them that goes to the most recent tokens", 0, 1, {}, false },
         interval_param(),
     };
     return list;
@@ -99,7 +99,7 @@ std::unique_ptr<policy> make(const params & p) {
 } // namespace
 
 const policy_info keydiff_info = {
-    "keydiff", "Keeps the tokens whose keys are least like the mean key, for each KV head, and the first and the most recent ones.", "2504.15364",
+    "keydiff", "Keeps the tokens whose keys are least like the mean key, for each KV head.", "2504.15364",
     decode_mode::whole, false, list_params, make,
     "auto",
 };

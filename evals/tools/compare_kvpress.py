@@ -34,7 +34,7 @@ WINDOW, KERNEL, BETA, CHUNK = 64, 5, 20, 20
 MAX_TOKENS = 4096  # the longest window of expected_attention
 SPECS = {
     "knorm": "knorm",
-    "keydiff": "keydiff:share=head,sinks=0,recent=0",
+    "keydiff": "keydiff:share=head",
     "streaming_llm": "streaming_llm:sinks=4",
     "tova": "tova",
     "snapkv": f"snapkv:window={WINDOW},kernel={KERNEL},pool=avg",
