@@ -157,12 +157,16 @@ CUDA_DEFINES := $(addprefix -C cmake.define.,CUDAToolkit_ROOT=$(CURDIR)/$(CUDA_H
 
 # Python itself is not instrumented: the sanitizers' libraries have to be loaded before it.
 SAN := .venv-sanitize
-sanitize: .build/stock/stock
+sanitize:
 	$(PYTHON) -m venv $(SAN)
 	$(SAN)/bin/pip --disable-pip-version-check install --quiet $(foreach tool,$(TOOLS),'$(tool)')
 	export PATH=$(CURDIR)/$(SAN)/bin:$$PATH; $(LLAMA_CPP_PYTHON)
 	PATH=$(CURDIR)/$(SAN)/bin:$$PATH $(SAN)/bin/pip --disable-pip-version-check install --quiet --no-build-isolation \
 	    -C build-dir=.build/sanitize $(NATIVE) -C cmake.define.PYKVC_SANITIZE=ON -C install.strip=false '.[test,lm-eval]'
+	PATH=$(CURDIR)/$(SAN)/bin:$$PATH cmake -S tests/stock -B .build/sanitize-stock -G Ninja \
+	    -DPython_EXECUTABLE=$(CURDIR)/$(SAN)/bin/python -DPYKVC_PORTABLE=OFF -DPYKVC_SANITIZE=ON --log-level=WARNING
+	PATH=$(CURDIR)/$(SAN)/bin:$$PATH cmake --build .build/sanitize-stock
+	PYKVC_STOCK=$(CURDIR)/.build/sanitize-stock/stock \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	    $(SAN)/bin/pytest -q $(PYTEST_ARGS)

@@ -11,6 +11,13 @@ include(CheckCXXCompilerFlag)
 
 set(PYKVC_THIRD_PARTY ${CMAKE_CURRENT_LIST_DIR})
 
+# The tests' reference, too: code that is built otherwise rounds otherwise, and the tests compare bits.
+option(PYKVC_SANITIZE "Address and undefined-behaviour sanitizers in everything (make sanitize)" OFF)
+if(PYKVC_SANITIZE)
+    add_compile_options(-fsanitize=address,undefined -fno-omit-frame-pointer -g1)
+    add_link_options(-fsanitize=address,undefined)
+endif()
+
 # Each sub-build of a clean tree recompiles the same 200 files, so a compiler cache is worth its process. The base
 # directory makes paths relative: another build directory finds the same objects, and so does another checkout with its own inside.
 find_program(PYKVC_CCACHE ccache)
