@@ -10,7 +10,8 @@ from pykvc import _core
 N_LAYER, N_HEAD_KV, GROUP, HEAD_DIM = 5, 3, 3, 16
 TABLE = {p["name"]: p for p in _core.policies()}
 NAMES = list(TABLE)
-VARIANTS = ["keydiff:share=head,sinks=3,recent=0.25", "h2o:recent=0.25", "streaming_llm:sinks=0", "snapkv:window=16,kernel=7,pool=max", "snapkv:kernel=1",
+VARIANTS = ["keydiff:share=head,sinks=3,recent=0.25", "h2o:recent=0.25", "streaming_llm:sinks=0",
+            "snapkv:window=16,kernel=7,pool=max", "snapkv:kernel=1",
             "pyramidkv:window=8,beta=3", "pyramidkv:beta=1", "adakv:alpha=0", "adakv:alpha=0.95,window=16,pool=max",
             "pyramidinfer:recent=0.5,decay=0.5,sinks=2", "chunkkv:chunk=7,window=9",
             "chunkkv:pool=avg,chunk=20", "chunkkv:pool=max,kernel=3", "chunkkv:reuse=2", "finch:pool=avg,kernel=7,recent=3", "finch:pool=none", "kvzip:sinks=0,share=head",
