@@ -140,7 +140,7 @@ endif
 # .build/gpu-kit goes to a machine with such a GPU: evals/tools/gpu_report.py --kit there. make cpu-kit: the same without
 # CUDA, to try it.
 gpu-kit: cuda-wheel
-	$(MAKE) KIT=gpu OF_CUDA=-e KIT_DEFINES="$(patsubst cmake.define.%,-D%,$(filter-out -C,$(CUDA_DEFINES)))" kit
+	$(MAKE) KIT=gpu OF_CUDA=-e KIT_DEFINES="$(patsubst cmake.define.%,-D%,$(filter-out -C,$(CUDA_DEFINES))) $(FIND_CUBLAS)" kit
 cpu-kit: wheel
 	$(MAKE) KIT=cpu OF_CUDA=-ve kit
 kit:
@@ -154,6 +154,9 @@ kit:
 	cp .build/$(KIT)-stock/stock .build/$(KIT)-stock/libcounting.so .build/$(KIT)-kit/stock && cp -r .build/$(KIT)-stock/bin .build/$(KIT)-kit/stock
 
 CUDA_DEFINES := $(addprefix -C cmake.define.,CUDAToolkit_ROOT=$(CURDIR)/$(CUDA_HOME) GGML_CUDA=ON GGML_CUDA_NO_VMM=ON GGML_CUDA_NCCL=OFF 'CMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHS)')
+
+# The reference is linked with ggml's CUDA library, which needs cuBLAS.
+FIND_CUBLAS := -DCMAKE_EXE_LINKER_FLAGS=-Wl,-rpath-link,$(CURDIR)/$(CUDA_HOME)/lib
 
 # Python itself is not instrumented: the sanitizers' libraries have to be loaded before it.
 SAN := .venv-sanitize

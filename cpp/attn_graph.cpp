@@ -130,36 +130,27 @@ std::vector<float> engine::attention_graph(llama_context * lctx, uint32_t s, con
     return res;
 }
 
-std::vector<float> engine::attention_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries) const {
-    const int32_t n_query = (int32_t) queries.size(), n_reader = (int32_t) readers[sig.il].size(), n_group = sig.n_head/n_hkv;
-    const auto all = of_all_readers(sig.il, queries);
-
-    std::vector<float> rows((size_t) sig.n_head*n_query*sig.n_kv, 0.0f), row;
-    for (const watched & w : watch(s, sig, {})) {
-        const auto ends = seen_by(all, w.pos, w.n_kv);
-        row.resize(w.n_kv);
-        for (const auto & p : parts_of_ring(w.n_kv, n_ring(sig.il), w.x.head, w.x.n_head, n_group)) {
-            const auto mask = mask_of(all, ends, p, w.n_kv, {});
-            auto * graph = begin_graph(lctx);
-            auto * seen  = ggml_new_tensor_2d(graph->get_ctx(), GGML_TYPE_F32, w.n_kv, p.n_row);
-            ggml_set_input(seen);
-            auto * out = graph_scores(graph->get_ctx(), s, sig.il, seen, p); // [n_kv, n_row, n_head]
-            run_graph(lctx, graph, out, [&]() { ggml_backend_tensor_set(seen, mask.data(), 0, ggml_nbytes(seen)); });
-            for (int32_t h = 0; h < p.n_head*n_group; ++h) {
-                for (size_t i = 0; i < all.size(); ++i) {
-                    if (!p.has(all[i])) {
-                        continue;
-                    }
-                    ggml_backend_tensor_get(out, row.data(), h*out->nb[2] + (all[i].row - p.row)*out->nb[1], w.n_kv*sizeof(float));
-                    float * mean = rows.data() + ((size_t) (p.head*n_group + h)*n_query + i % n_query + 1)*sig.n_kv - w.n_kv;
-                    for (int32_t j = 0; j < w.n_kv; ++j) {
-                        mean[j] += n_reader == 1 ? row[j] : row[j]/n_reader;
-                    }
+void engine::graph_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const watched & w, const std::vector<ring_query> & queries,
+        const add_row & add) const {
+    const int32_t n_group = sig.n_head/n_hkv;
+    const auto ends = seen_by(queries, w.pos, w.n_kv);
+    std::vector<float> row(w.n_kv);
+    for (const auto & p : parts_of_ring(w.n_kv, n_ring(sig.il), w.x.head, w.x.n_head, n_group)) {
+        const auto mask = mask_of(queries, ends, p, w.n_kv, {});
+        auto * graph = begin_graph(lctx);
+        auto * seen  = ggml_new_tensor_2d(graph->get_ctx(), GGML_TYPE_F32, w.n_kv, p.n_row);
+        ggml_set_input(seen);
+        auto * out = graph_scores(graph->get_ctx(), s, sig.il, seen, p); // [n_kv, n_row, n_head]
+        run_graph(lctx, graph, out, [&]() { ggml_backend_tensor_set(seen, mask.data(), 0, ggml_nbytes(seen)); });
+        for (int32_t h = 0; h < p.n_head*n_group; ++h) {
+            for (size_t i = 0; i < queries.size(); ++i) {
+                if (p.has(queries[i])) {
+                    ggml_backend_tensor_get(out, row.data(), h*out->nb[2] + (queries[i].row - p.row)*out->nb[1], w.n_kv*sizeof(float));
+                    add(p.head*n_group + h, i, row.data());
                 }
             }
         }
     }
-    return rows;
 }
 
 } // namespace kvc

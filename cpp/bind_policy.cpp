@@ -86,6 +86,7 @@ public:
     int32_t n_sink() const override { return sinks; }
     int32_t n_recent(int32_t) const override { return recent; }
     int32_t min_budget() const override { return sinks + recent + 1; }
+    bool    on_any_thread() const override { return false; }
     bool    heads_differ() const override { return differ || share.heads_differ(); }
 
     std::vector<int32_t> budgets(const request & r) const override {

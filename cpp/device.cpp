@@ -28,6 +28,10 @@ ggml_backend_dev_t device_of(const ggml_tensor * t) {
     return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // plain host memory names none
 }
 
+bool on_cpu(const ggml_tensor * t) {
+    return ggml_backend_dev_type(device_of(t)) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
 bool can_run(ggml_backend_dev_t dev, const ggml_tensor * op) {
     return !lacking.count(ggml_op_name(op->op)) && ggml_backend_dev_supports_op(dev, op);
 }

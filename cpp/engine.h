@@ -32,7 +32,8 @@
 //   device.cpp  what the device that holds a layer can run
 //   lanes.cpp   the model's graph: where new rows go, and attention over what each layer and head holds
 //   tap.cpp     the model's graph: what attention leaves behind, query window and sums
-//   attn.cpp    what some queries give to a layer's cells
+//   attn.cpp    what some queries give to a layer's cells: attn_tiles.cpp on the CPU, attn_graph.cpp elsewhere
+//   run.cpp     small graphs of ours, and work of ours on the threads that run them
 //   signal.cpp  what a policy looks at, of one layer
 //   fit.cpp     the queries that are to be expected
 //   probe.cpp   what a probe attended to
@@ -312,6 +313,8 @@ private:
     // evict.cpp
     int32_t  n_block() const; // rows by which layers differ: what kernels want of views off the host
     bool     run(llama_context * lctx, const job & j);
+    void     score_layers(llama_context * lctx, uint32_t s, int32_t budget, std::vector<std::vector<int32_t>> & pos,
+                          std::vector<std::vector<float>> & score) const;
     void     compact(llama_context * lctx, uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep);
     std::vector<cache_rows> rows_of_part(uint32_t s, int32_t ikv, int32_t h) const;
     void     clear_free_sums(uint32_t s) const;
@@ -326,7 +329,7 @@ private:
     ggml_tensor * graph_sums(ggml_context * ctx, int32_t ikv, ggml_tensor * kq, int64_t s0, int32_t h0) const;
     ggml_tensor * graph_dot(ggml_context * ctx, int32_t ikv, ggml_tensor * x, ggml_tensor * w) const;
 
-    // attn.cpp, attn_graph.cpp
+    // attn.cpp, attn_graph.cpp, attn_tiles.cpp
     ggml_tensor * graph_scores(ggml_context * ctx, uint32_t s, int32_t ikv, ggml_tensor * mask, const ring_part & p) const;
     ggml_tensor * graph_reduced(ggml_context * ctx, int32_t ikv, ggml_tensor * each, ggml_tensor * weight, bool largest) const;
     ring_part largest_part(int32_t ikv) const; // that one graph ever takes
@@ -341,6 +344,14 @@ private:
                                        const std::vector<ring_query> & queries, bool largest) const;
     std::vector<float> attention_graph(llama_context * lctx, uint32_t s, const layer_signals & sig, const watched & w,
                                        const std::vector<ring_query> & queries, bool largest) const;
+    bool has_tiles(int32_t ikv) const;
+    std::vector<float> run_tiles(llama_context * lctx, uint32_t s, const layer_signals & sig, const watched & w, const lane & x,
+                                 const std::vector<ring_query> & queries, const char * step) const;
+    using add_row = std::function<void(int32_t h, size_t i, const float * row)>; // what query i gives in query head h: F32 [n_kv]
+    void tiles_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const watched & w, const std::vector<ring_query> & queries,
+                    const add_row & add) const;
+    void graph_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const watched & w, const std::vector<ring_query> & queries,
+                    const add_row & add) const;
     // F32 [n_head, n_query, n_kv]: of each query, in their order.
     std::vector<float> attention_rows(llama_context * lctx, uint32_t s, const layer_signals & sig, const std::vector<ring_query> & queries) const;
 

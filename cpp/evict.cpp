@@ -19,6 +19,8 @@
 
 namespace kvc {
 
+static const size_t N_SIGNALS = 32u << 20; // bytes of signals that wait for their scores; one layer's at least
+
 static double ms_since(int64_t t0) {
     return 1e-3*(ggml_time_us() - t0);
 }
@@ -73,6 +75,38 @@ static void check_blocks(const std::string & who, const std::vector<int32_t> & n
     }
 }
 
+// Work on n layers, at once if the policy can be asked so.
+static void each_layer(llama_context * lctx, const policy & pol, int32_t n, const std::function<void(int32_t)> & f) {
+    if (pol.on_any_thread()) {
+        return on_threads(lctx, n, f);
+    }
+    for (int32_t i = 0; i < n; ++i) {
+        f(i);
+    }
+}
+
+// Positions and scores of all layers. The signals of as many as N_SIGNALS holds lie side by side, and are scored at once.
+void engine::score_layers(llama_context * lctx, uint32_t s, int32_t budget, std::vector<std::vector<int32_t>> & pos,
+        std::vector<std::vector<float>> & score) const {
+    std::vector<layer_signals> some;
+    size_t n_bytes = 0;
+    for (int32_t l = 0; l < n_layer(); ++l) {
+        some.push_back(read_signals(lctx, s, l));
+        n_bytes += some.back().n_bytes();
+        if (n_bytes < N_SIGNALS && l + 1 < n_layer()) {
+            continue;
+        }
+        each_layer(lctx, *streams[s].cfg->pol, (int32_t) some.size(), [&](int32_t i) {
+            score[some[i].il] = this->score(s, some[i], budget);
+        });
+        for (auto & sig : some) {
+            pos[sig.il] = std::move(sig.pos);
+        }
+        some.clear();
+        n_bytes = 0;
+    }
+}
+
 bool engine::run(llama_context * lctx, const job & j) {
     const uint32_t s = j.s;
     auto & q = streams[s];
@@ -99,11 +133,9 @@ bool engine::run(llama_context * lctx, const job & j) {
     int64_t t0 = t_start;
     std::vector<std::vector<int32_t>> pos(n_layer());
     std::vector<std::vector<float>> score(n_layer());
+    score_layers(lctx, s, n_target, pos, score);
     for (int32_t l = 0; l < n_layer(); ++l) {
-        auto sig = read_signals(lctx, s, l);
-        score[l] = this->score(s, sig, n_target);
-        pos[l]   = std::move(sig.pos);
-        r.layers.push_back({ sig.n_kv, n_frozen[l], pos[l].data(), score[l].data() });
+        r.layers.push_back({ n_slots(s, l), n_frozen[l], pos[l].data(), score[l].data() });
     }
     st.score_ms += ms_since(t0);
 
@@ -136,7 +168,7 @@ bool engine::run(llama_context * lctx, const job & j) {
     n_keep = in_blocks(r, n_keep, n_block, conf.pol->min_budget());
     check_blocks(conf.spec, n_keep, n_block);
     std::vector<std::vector<int32_t>> slots(n_layer());
-    for (int32_t l = 0; l < n_layer(); ++l) {
+    each_layer(lctx, *conf.pol, n_layer(), [&](int32_t l) {
         if (n_keep[l] < 1 || n_keep[l] > r.layers[l].n_kv) {
             throw std::invalid_argument(conf.spec + ": budgets() gives layer " + std::to_string(l) + " " + std::to_string(n_keep[l]) +
                     " slots, it has " + std::to_string(r.layers[l].n_kv));
@@ -144,7 +176,7 @@ bool engine::run(llama_context * lctx, const job & j) {
         slots[l].resize((size_t) n_hkv*n_keep[l]);
         conf.pol->keep(r, l, n_keep[l], slots[l].data());
         check_plan(conf.spec, l, r.layers[l], n_hkv, n_keep[l], conf.pol->heads_differ(), slots[l]);
-    }
+    });
     st.plan_ms += ms_since(t0);
 
     if (mask_only) { // test only: the same keep sets as a mask over the cache as it is

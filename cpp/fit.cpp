@@ -142,7 +142,7 @@ void engine::read_fit(llama_context * lctx, uint32_t s, layer_signals & sig) con
 
     sig.q_mean.assign(n_row, 0.0f);
     sig.q_cov.assign(n_row*n_dim, 0.0f);
-    for (int32_t h = 0; h < sig.n_head; ++h) {
+    on_threads(lctx, sig.n_head, [&](int32_t h) {
         std::vector<double> mean(n_dim, 0.0);
         for (size_t r = 0; r < n; ++r) {
             float * x = &ring[rows[r]*n_row + (size_t) h*n_dim];
@@ -177,7 +177,7 @@ void engine::read_fit(llama_context * lctx, uint32_t s, layer_signals & sig) con
             }
         }
         std::copy(mean.begin(), mean.end(), sig.q_mean.begin() + (size_t) h*n_dim);
-    }
+    });
 }
 
 } // namespace kvc

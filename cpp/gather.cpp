@@ -176,14 +176,17 @@ static void gather(llama_context * lctx, const std::vector<piece> & pieces) {
 }
 
 void move_rows(llama_context * lctx, const std::vector<piece> & pieces) {
-    std::vector<piece> there; // on a device that can
+    std::vector<piece> here, there; // in the host's memory, each of rows of its own; on a device that can
     for (const piece & p : pieces) {
-        if (!ggml_backend_buffer_is_host(buffer_of(p.rows.t)) && can_gather(p.rows)) {
+        if (ggml_backend_buffer_is_host(buffer_of(p.rows.t))) {
+            here.push_back(p);
+        } else if (can_gather(p.rows)) {
             there.push_back(p);
         } else {
             move_by_host(p);
         }
     }
+    on_threads(lctx, (int32_t) here.size(), [&](int32_t i) { move_by_host(here[i]); });
     for (size_t i = 0; i < there.size(); i += N_PIECES) {
         const std::vector<piece> some(there.begin() + i, there.begin() + std::min(i + N_PIECES, there.size()));
         try {

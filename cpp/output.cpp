@@ -2,6 +2,7 @@
 // Gram matrices G_h = W_O^h' W_O^h are small, and |W_O^h v|^2 = v' G_h v.
 
 #include "engine.h"
+#include "graph_ops.h"
 
 #include "llama-context.h"
 #include "llama-graph.h"
@@ -27,17 +28,47 @@ void engine::find_outputs() {
                     ") has no plain one: name a policy or parameters that do not");
         }
     }
-    static std::mutex mutex; // one set of matrices a model, computed by whoever needs them first
-    static std::map<const llama_model *, std::weak_ptr<std::vector<std::vector<float>>>> known;
+    static std::mutex mutex; // one set of matrices a model and kind of cache, computed by whoever needs them first
+    static std::map<std::pair<const llama_model *, bool>, std::weak_ptr<std::vector<std::vector<float>>>> known;
     const std::lock_guard<std::mutex> lock(mutex);
-    grams = known[&model].lock();
+    auto & of = known[{ &model, kv.attn_rot_v }];
+    grams = of.lock();
     if (!grams) {
         grams = std::make_shared<std::vector<std::vector<float>>>(kv.layers.size());
-        known[&model] = grams;
+        of = grams;
     }
 }
 
-// W_O^h is the product with unit vectors: whatever type and layout the weights have, the backend that holds them can multiply.
+static const int64_t N_MIX = 64; // as llama_kv_cache::build_input_v_rot() has it
+
+// Quantized values lie in the cache mixed by a Hadamard matrix, block by block; it is its own inverse.
+static void unmix(const std::vector<float> & hadamard, int64_t n, std::vector<float> & values) {
+    std::vector<float> x(n);
+    for (size_t at = 0; at + n <= values.size(); at += n) {
+        std::copy_n(values.begin() + at, n, x.begin());
+        for (int64_t i = 0; i < n; ++i) {
+            float sum = 0;
+            for (int64_t k = 0; k < n; ++k) {
+                sum += hadamard[i*n + k]*x[k];
+            }
+            values[at + i] = sum;
+        }
+    }
+}
+
+// G [n, n] becomes H G H: of a mixed value v it gives what G gives of H v.
+static void mix_sides(const std::vector<float> & hadamard, int64_t n, float * g) {
+    for (int side = 0; side < 2; ++side) {
+        std::vector<float> mixed(g, g + n*n);
+        unmix(hadamard, N_MIX, mixed);
+        for (int64_t i = 0; i < n*n; ++i) { // transposed: the other side is next
+            g[i] = mixed[i % n*n + i/n];
+        }
+    }
+}
+
+// W_O^h is the product with unit vectors: whatever type and layout the weights have, the backend that holds them can
+// multiply.
 const std::vector<float> & engine::gram_of(llama_context * lctx, int32_t ikv) const {
     static std::mutex mutex;
     const std::lock_guard<std::mutex> lock(mutex);
@@ -64,67 +95,56 @@ const std::vector<float> & engine::gram_of(llama_context * lctx, int32_t ikv) co
         run_graph(lctx, graph, out, [&]() { ggml_backend_tensor_set(x, unit.data(), 0, ggml_nbytes(x)); });
         ggml_backend_tensor_get(out, res.data() + h*n_dim*n_dim, 0, ggml_nbytes(out));
     }
+    for (int64_t h = 0; kv.attn_rot_v && h < n_head; ++h) {
+        mix_sides(kv.attn_rot_hadamard.at(N_MIX), n_dim, res.data() + h*n_dim*n_dim);
+    }
     gram = std::move(res);
     return gram;
-}
-
-// Quantized values lie in the cache mixed by a Hadamard matrix, block by block; it is its own inverse.
-static void unmix(const std::vector<float> & hadamard, int64_t n, std::vector<float> & values) {
-    std::vector<float> x(n);
-    for (size_t at = 0; at + n <= values.size(); at += n) {
-        std::copy_n(values.begin() + at, n, x.begin());
-        for (int64_t i = 0; i < n; ++i) {
-            float sum = 0;
-            for (int64_t k = 0; k < n; ++k) {
-                sum += hadamard[i*n + k]*x[k];
-            }
-            values[at + i] = sum;
-        }
-    }
 }
 
 std::vector<float> engine::plain_values(uint32_t s, int32_t ikv) const {
     auto values = read_rows(s, ikv, true);
     if (kv.attn_rot_v) {
-        const int64_t n_mix = 64; // as llama_kv_cache::build_input_v_rot() has it
-        unmix(kv.attn_rot_hadamard.at(n_mix), n_mix, values);
+        unmix(kv.attn_rot_hadamard.at(N_MIX), N_MIX, values);
     }
     return values;
 }
 
+// Of the values as they lie in the cache: the matrices are of those, too.
 std::vector<float> engine::output_norms(llama_context * lctx, uint32_t s, int32_t ikv) const {
     const auto & hp = model.hparams;
     const uint32_t il = kv.layers[ikv].il;
-    const int64_t n_head = hp.n_head(il), n_dim = hp.n_embd_head_v(il), n_group = n_head/n_hkv, n_kv = n_slots(s, ikv), n_most = 1024;
+    const int64_t n_head = hp.n_head(il), n_dim = hp.n_embd_head_v(il), n_group = n_head/n_hkv, n_kv = n_slots(s, ikv);
     const auto & gram = gram_of(lctx, ikv);
-    const auto values = plain_values(s, ikv);
-    std::vector<float> res((size_t) n_head*n_kv), part;
-    for (int64_t first = 0; first < n_kv; first += n_most) {
-        const int64_t n = std::min(n_most, n_kv - first);
+    const bool here = on_cpu(kv.layers[ikv].v);
+    for (const bool in_place : { !kv.v_trans, false }) { // where the device cannot, or they are transposed: of a copy
+        const auto values = in_place ? std::vector<float>() : read_rows(s, ikv, true);
         auto * graph = begin_graph(lctx);
         auto * ctx   = graph->get_ctx();
-        auto * g = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_dim, n_dim*n_group, n_hkv);
-        auto * v = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_dim, n, n_hkv);
+        auto * g = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_dim, n_dim, n_head);
         ggml_set_input(g);
-        ggml_set_input(v);
-        auto * gv = ggml_mul_mat(ctx, g, v); // [head_dim*n_group, n, n_head_kv]
-        ggml_prec_set_acc(gv, GGML_PREC_F32);
-        gv = ggml_mul(ctx, ggml_reshape_4d(ctx, gv, n_dim, n_group, n, n_hkv), ggml_reshape_4d(ctx, v, n_dim, 1, n, n_hkv));
-        auto * out = ggml_sum_rows(ctx, gv); // [1, n_group, n, n_head_kv]
-        run_graph(lctx, graph, out, [&]() {
+        std::vector<ggml_tensor *> heads, copies;
+        for (int32_t h = 0; h < n_hkv; ++h) {
+            auto * v = in_place ? graph_head(ctx, s, ikv, h, true) : ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_dim, n_slots(s, ikv, h));
+            if (!in_place) {
+                ggml_set_input(v);
+                copies.push_back(v);
+            }
+            auto * of_head = ggml_view_3d(ctx, g, n_dim, n_dim, n_group, g->nb[1], g->nb[2], h*n_group*g->nb[2]);
+            auto * squares = graph_forms(ctx, of_head, v, here || !in_place);
+            heads.push_back(ggml_sqrt(ctx, ggml_clamp(ctx, squares, 0.0f, INFINITY))); // [n, n_group]
+        }
+        if (in_place && !can_run_all(device_of(kv.layers[ikv].v), ctx)) {
+            continue;
+        }
+        return run_heads(lctx, s, ikv, graph, heads, [&]() {
             ggml_backend_tensor_set(g, gram.data(), 0, ggml_nbytes(g));
-            for (int64_t h = 0; h < n_hkv; ++h) {
-                ggml_backend_tensor_set(v, values.data() + (h*n_kv + first)*n_dim, h*v->nb[2], v->nb[2]);
+            for (size_t h = 0; h < copies.size(); ++h) {
+                ggml_backend_tensor_set(copies[h], values.data() + (h*n_kv + n_kv - copies[h]->ne[1])*n_dim, 0, ggml_nbytes(copies[h]));
             }
         });
-        part.resize(ggml_nelements(out));
-        ggml_backend_tensor_get(out, part.data(), 0, ggml_nbytes(out));
-        for (size_t i = 0; i < part.size(); ++i) {
-            const int64_t j = (int64_t) i/n_group % n, h = (int64_t) i/n_group/n*n_group + (int64_t) i % n_group;
-            res[h*n_kv + first + j] = std::sqrt(std::max(part[i], 0.0f));
-        }
     }
-    return res;
+    return {};
 }
 
 } // namespace kvc

@@ -105,7 +105,7 @@ uint64_t rank_key(float score, int32_t slot) {
     return (uint64_t) bits << 32 | (0xffffffffu - (uint32_t) slot);
 }
 
-static int32_t slot_of(uint64_t key) {
+int32_t ranked_slot(uint64_t key) {
     return (int32_t) (0xffffffffu - (uint32_t) key);
 }
 
@@ -158,7 +158,7 @@ void mark_best(slot_marks & marks, const float * score, int32_t begin, int32_t e
     // Keys are distinct, so which slots come first does not depend on the library's nth_element.
     std::nth_element(keys.begin(), keys.begin() + n_best, keys.end(), std::greater<uint64_t>());
     for (int32_t i = 0; i < n_best; ++i) {
-        marks[slot_of(keys[i])] = 1;
+        marks[ranked_slot(keys[i])] = 1;
     }
 }
 
@@ -188,7 +188,7 @@ void mark_units(slot_marks & marks, const std::vector<unit> & units, const std::
 
     const unit * part = nullptr;
     for (uint64_t key : keys) {
-        const unit &  u     = units[slot_of(key)];
+        const unit &  u     = units[ranked_slot(key)];
         const int32_t n_own = count_own(marks, u);
         if (n_own <= n_left) {
             mark_range(marks, u.begin, u.end);
@@ -351,6 +351,10 @@ static float sum_of(int32_t n, F f) {
         s[0] += f(i);
     }
     return ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+}
+
+float sum(const float * a, int32_t n) {
+    return sum_of(n, [=](int32_t i) { return a[i]; });
 }
 
 float dot(const float * a, const float * b, int32_t n) {

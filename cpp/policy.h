@@ -4,8 +4,8 @@
 //
 // The engine evicts one sequence at a time. It gathers the signals a policy declares in needs(), asks score() once
 // per layer, budgets() once, and keep() once per layer and never moves a byte before the whole plan is known.
-// A policy is a pure function over host arrays: no state, no clock, no model. It may be asked from any thread, one
-// thread at a time. Errors are std::invalid_argument with a sentence that names what is valid.
+// A policy is a pure function over host arrays: no state, no clock, no model. It is asked about several layers at once.
+// Errors are std::invalid_argument with a sentence that names what is valid.
 //
 // A *slot* is a cell of one layer and KV head, counted from the oldest token the head still holds. Before the first
 // eviction slot j is position j; afterwards heads differ, and pos says which token a slot holds. Where heads_differ(),
@@ -76,7 +76,7 @@ struct head_keys {
     ggml_tensor * keys;    // F32 [head_dim, n_kv]
     ggml_tensor * mean;    // F32 [head_dim, n_group] with future > 0: the fit of its query heads, else null
     ggml_tensor * cov;     // F32 [head_dim, head_dim, n_group], likewise
-    bool          on_host; // the graph runs on the CPU
+    bool          on_cpu;  // the graph runs there
 };
 
 struct span { int32_t begin, end; }; // original positions [begin, end)
@@ -122,6 +122,9 @@ public:
     // Slots each layer keeps. The mean over layers is r.budget exactly; no layer asks for more than it has. The default
     // does what `share` says; a policy with another rule declares no share.
     virtual std::vector<int32_t> budgets(const request & r) const;
+
+    // False: score() and keep() are asked one layer after the other.
+    virtual bool on_any_thread() const { return true; }
 
     // F32 [n_head_kv, n_kv], higher is kept longer.
     virtual void score(const layer_view & v, float * out) const = 0;

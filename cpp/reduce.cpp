@@ -2,6 +2,7 @@
 // is one head's keys as F32. On the CPU that is ggml's threads and vectors, on a device rows do not cross.
 
 #include "engine.h"
+#include "graph_ops.h"
 
 #include "llama-context.h"
 #include "llama-graph.h"
@@ -15,6 +16,9 @@ namespace kvc {
 // What one head holds of K, or of V that is not transposed: F32 [head_dim, n].
 ggml_tensor * engine::graph_head(ggml_context * ctx, uint32_t s, int32_t ikv, int32_t h, bool values) const {
     auto * head = view_of(ctx, s, 1, ikv, { h, 1 }, n_slots(s, ikv, h), values); // [head_dim, 1, n]
+    if (on_cpu(kv.layers[ikv].k)) {
+        return ggml_custom_4d(ctx, GGML_TYPE_F32, head->ne[0], head->ne[2], 1, 1, &head, 1, cpu_step("kvc_to_f32"), GGML_N_TASKS_MAX, nullptr);
+    }
     return ggml_cast(ctx, ggml_permute(ctx, head, 0, 2, 1, 3), GGML_TYPE_F32);
 }
 
@@ -43,7 +47,7 @@ bool engine::reduce_keys(llama_context * lctx, uint32_t s, layer_signals & sig) 
     const auto & pol = *streams[s].cfg->pol;
     auto * k = kv.layers[sig.il].k;
     const int64_t n_dim = sig.head_dim, n_group = sig.n_head/n_hkv;
-    const bool fit = !sig.q_mean.empty(), on_host = ggml_backend_buffer_is_host(k->buffer);
+    const bool fit = !sig.q_mean.empty(), here = on_cpu(k);
 
     auto * graph = begin_graph(lctx);
     auto * ctx   = graph->get_ctx();
@@ -53,7 +57,7 @@ bool engine::reduce_keys(llama_context * lctx, uint32_t s, layer_signals & sig) 
     for (int32_t h = 0; h < n_hkv; ++h) {
         auto * m = mean ? ggml_view_2d(ctx, mean, n_dim, n_group, mean->nb[1], h*n_group*mean->nb[1]) : nullptr;
         auto * c = cov  ? ggml_view_3d(ctx, cov, n_dim, n_dim, n_group, cov->nb[1], cov->nb[2], h*n_group*cov->nb[2]) : nullptr;
-        heads.push_back(pol.reduce_keys(ctx, { graph_head(ctx, s, sig.il, h, false), m, c, on_host }));
+        heads.push_back(pol.reduce_keys(ctx, { graph_head(ctx, s, sig.il, h, false), m, c, here }));
         if (!heads.back() || (h == 0 && !can_run_all(device_of(k), ctx))) {
             return false;
         }
@@ -82,7 +86,7 @@ bool engine::reduce_values(llama_context * lctx, uint32_t s, layer_signals & sig
     auto * ctx   = graph->get_ctx();
     std::vector<ggml_tensor *> heads;
     for (int32_t h = 0; h < n_hkv; ++h) {
-        heads.push_back(ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, graph_head(ctx, s, sig.il, h, true)))));
+        heads.push_back(ggml_sqrt(ctx, graph_squares(ctx, graph_head(ctx, s, sig.il, h, true), on_cpu(v))));
         if (h == 0 && !can_run_all(device_of(v), ctx)) {
             return false;
         }

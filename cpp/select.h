@@ -17,6 +17,7 @@ using slot_marks = std::vector<uint8_t>;
 // The one order of slots: higher score first, equal scores -> the older slot, NaN counts as -inf.
 // As a number: the greater key is kept longer.
 uint64_t rank_key(float score, int32_t slot);
+int32_t  ranked_slot(uint64_t key);
 
 // The first slot of a head that is not empty. pos: I32 [n_kv] of that head.
 int32_t first_slot(const int32_t * pos, int32_t n_kv);
@@ -67,6 +68,7 @@ void mean_over_heads(const layer_view & v, float * out); // F32 [n_head_kv, n_kv
 // F32 [n_kv], the scores of layer il summed over its KV heads.
 std::vector<float> sum_over_heads(const request & r, int32_t il);
 
+float sum(const float * a, int32_t n);
 float dot(const float * a, const float * b, int32_t n);
 float distance_squared(const float * a, const float * b, int32_t n);
 

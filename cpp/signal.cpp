@@ -23,6 +23,14 @@ layer_view layer_signals::view(int32_t n_layer, int32_t budget) const {
         ptr(q_mean), ptr(q_cov), ptr(v_norm), ptr(o_norm), ptr(attn_rows), ptr(value_rows), ptr(reduced) };
 }
 
+size_t layer_signals::n_bytes() const {
+    size_t n = pos.size();
+    for (const auto * x : { &attn, &sums, &keys, &probed, &q_mean, &q_cov, &v_norm, &o_norm, &attn_rows, &value_rows, &reduced }) {
+        n += x->size();
+    }
+    return n*sizeof(float);
+}
+
 // Attention over F16 or quantized keys rounds its queries at least as coarsely.
 static ggml_type ring_type(ggml_type k) {
     return k == GGML_TYPE_F16 || ggml_is_quantized(k) ? GGML_TYPE_F16 : GGML_TYPE_F32;

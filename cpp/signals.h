@@ -1,6 +1,6 @@
 #pragma once
 
-// What a policy looks at, of one layer: signal.cpp, attn.cpp.
+// What a policy looks at, of one layer: signal.cpp, attn*.cpp.
 
 #include "policy.h"
 
@@ -28,6 +28,7 @@ struct layer_signals {
     std::vector<float>   reduced;    // F32 [n_head_kv, n_out, n_kv] by policy::reduce_keys()
 
     layer_view view(int32_t n_layer, int32_t budget) const;
+    size_t n_bytes() const;
 };
 
 // One of the ring of the last queries, and what it counts.

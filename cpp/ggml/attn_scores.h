@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 namespace kvc {
@@ -213,10 +214,29 @@ static void attn_reduce(ggml_tensor * dst, int ith, int nth) {
     }
 }
 
+// Each lane by itself: dst F32 [n_kv, n_lane].
+static void attn_rows(ggml_tensor * dst, int ith, int nth) {
+    const ggml_tensor * tiles  = dst->src[0]; // of kvc_attn_tiles(), one KV head
+    const ggml_tensor * weight = dst->src[1]; // F32 [n_lane]
+    const int64_t n_kv = dst->ne[0], n_lane = dst->ne[1], n_tile = (n_kv + KVC_ATTN_TILE - 1)/KVC_ATTN_TILE;
+    const attn_slab s(tiles, n_kv, 0);
+    attn_factors factors(s, (const float *) weight->data);
+    for (int64_t it = n_tile*ith/nth; it < n_tile*(ith + 1)/nth; ++it) {
+        const float * factor = factors.of(it);
+        const int64_t j0 = it*KVC_ATTN_TILE, j1 = std::min(j0 + KVC_ATTN_TILE, n_kv);
+        for (int64_t i = 0; i < n_lane; ++i) {
+            float * out = (float *) dst->data + i*n_kv;
+            for (int64_t j = j0; j < j1; ++j) {
+                out[j] = s.exp[j*n_lane + i]*factor[i];
+            }
+        }
+    }
+}
+
 } // namespace kvc
 
 // dst: F32 [n_lane, n_kv + 2*n_tile, n_head_kv], see attn_slab.
-void kvc_attn_tiles(ggml_tensor * dst, int ith, int nth, void *) {
+static void kvc_attn_tiles(ggml_tensor * dst, int ith, int nth, void *) {
     const ggml_tensor * k     = dst->src[0]; // any type [head_dim, n_head_kv, n_kv]
     const ggml_tensor * q     = dst->src[1]; // F32 [n_lane, head_dim, n_head_kv], scaled
     const ggml_tensor * range = dst->src[2]; // I32 [n_lane, 2, n_head_kv]: the cells that a lane sees, from and up to
@@ -237,5 +257,53 @@ void kvc_attn_tiles(ggml_tensor * dst, int ith, int nth, void *) {
 }
 
 // dst: F32 [n_kv, n_head]: the weighted sum, or the largest, of what a head's lanes give to each cell.
-void kvc_attn_sum(ggml_tensor * dst, int ith, int nth, void *) { kvc::attn_reduce<false>(dst, ith, nth); }
-void kvc_attn_max(ggml_tensor * dst, int ith, int nth, void *) { kvc::attn_reduce<true> (dst, ith, nth); }
+static void kvc_attn_sum(ggml_tensor * dst, int ith, int nth, void *) { kvc::attn_reduce<false>(dst, ith, nth); }
+static void kvc_attn_max(ggml_tensor * dst, int ith, int nth, void *) { kvc::attn_reduce<true> (dst, ith, nth); }
+
+// dst: F32 [n_kv, n_lane]: what each lane of a KV head gives to each cell.
+static void kvc_attn_rows(ggml_tensor * dst, int ith, int nth, void *) { kvc::attn_rows(dst, ith, nth); }
+
+// dst: F32 [n_dim, n] of any type [n_dim, 1, n], whose rows may lie apart. ggml's own copy of such rows takes F16 one by one.
+static void kvc_to_f32(ggml_tensor * dst, int ith, int nth, void *) {
+    const ggml_tensor * src = dst->src[0];
+    for (int64_t j = dst->ne[1]*ith/nth; j < dst->ne[1]*(ith + 1)/nth; ++j) {
+        kvc::fa_to_f32(src->type, (const char *) src->data + j*src->nb[2], (float *) ((char *) dst->data + j*dst->nb[1]), dst->ne[0]);
+    }
+}
+
+// dst: F32 [n, n_form]: x' C x of each row x of F32 [n_dim, n] and each of n_form symmetric matrices C, F32 [n_dim, n_dim, n_form].
+static void kvc_forms(ggml_tensor * dst, int ith, int nth, void *) {
+    const ggml_tensor * c = dst->src[0];
+    const ggml_tensor * x = dst->src[1];
+    const int64_t n_dim = x->ne[0], n_lane = GGML_PAD(n_dim, KVC_ATTN_LANES), n = dst->ne[0], n_tile = (n + KVC_ATTN_TILE - 1)/KVC_ATTN_TILE;
+    std::vector<float> wide(n_lane == n_dim ? 0 : c->ne[2]*n_dim*n_lane, 0.0f); // rows of whole vectors
+    for (int64_t i = 0; i < (int64_t) wide.size()/n_lane; ++i) {
+        memcpy(&wide[i*n_lane], (const char *) c->data + i/n_dim*c->nb[2] + i % n_dim*c->nb[1], n_dim*sizeof(float));
+    }
+    std::vector<float> cx(KVC_ATTN_TILE*n_lane); // [tile][n_lane]
+    for (int64_t it = n_tile*ith/nth; it < n_tile*(ith + 1)/nth; ++it) {
+        const int64_t j0 = it*KVC_ATTN_TILE, n_row = std::min<int64_t>(KVC_ATTN_TILE, n - j0);
+        const float * rows = (const float *) ((const char *) x->data + j0*x->nb[1]);
+        for (int64_t g = 0; g < dst->ne[1]; ++g) {
+            const float * form = wide.empty() ? (const float *) ((const char *) c->data + g*c->nb[2]) : &wide[g*n_dim*n_lane];
+            kvc::attn_product(rows, form, cx.data(), n_row, n_dim, n_lane);
+            float * out = (float *) dst->data + g*n + j0;
+            for (int64_t j = 0; j < n_row; ++j) {
+                ggml_vec_dot_f32((int) n_dim, out + j, 0, &cx[j*n_lane], 0, rows + j*n_dim, 0, 1);
+            }
+        }
+    }
+}
+
+void * kvc_cpu_step(const char * name) {
+    const std::pair<const char *, ggml_custom_op_t> steps[] = {
+        { "kvc_attn_tiles", kvc_attn_tiles }, { "kvc_attn_sum", kvc_attn_sum }, { "kvc_attn_max", kvc_attn_max }, { "kvc_attn_rows", kvc_attn_rows },
+        { "kvc_to_f32", kvc_to_f32 }, { "kvc_forms", kvc_forms },
+    };
+    for (const auto & step : steps) {
+        if (strcmp(name, step.first) == 0) {
+            return (void *) step.second;
+        }
+    }
+    return nullptr;
+}

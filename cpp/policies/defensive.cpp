@@ -13,6 +13,7 @@
 #include "policies.h"
 
 #include <algorithm>
+#include <functional>
 #include <numeric>
 
 namespace kvc {
@@ -63,13 +64,13 @@ struct defensive : window_policy {
     double worst_case(const float * attn, int32_t n, float * mean, float * most) const {
         std::vector<float> pooled(attn, attn + n);
         pool_row(pooled.data(), n, pool);
-        const double sum = std::accumulate(attn, attn + n, 0.0), sum_pooled = std::accumulate(pooled.begin(), pooled.end(), 0.0);
-        const float scale = sum_pooled > 0 ? (float) (sum / sum_pooled) : 0.0f;
+        const float whole = sum(attn, n), sum_pooled = sum(pooled.data(), n);
+        const float scale = sum_pooled > 0 ? whole / sum_pooled : 0.0f;
         for (int32_t j = 0; j < n; ++j) {
             mean[j] += attn[j];
             most[j] = std::max(most[j], pooled[j] * scale);
         }
-        return sum;
+        return whole;
     }
 
     // The layer's greatest score for the window and, in each head, for the cells that hold the first `part` of its mean
@@ -79,16 +80,19 @@ struct defensive : window_policy {
         for (int32_t h = 0; h < v.n_head_kv; ++h) {
             best = std::max(best, *std::max_element(out + (size_t) h * v.n_kv, out + (size_t) h * v.n_kv + v.n_kv));
         }
-        std::vector<int32_t> order(n);
+        const int32_t n_most = std::min(n, std::max(0, v.budget - window));
+        std::vector<uint64_t> keys(n);
         for (int32_t h = 0; h < v.n_head_kv; ++h) {
             const float * row = mean.data() + (size_t) h * n;
             float *     score = out + (size_t) h * v.n_kv;
-            std::iota(order.begin(), order.end(), 0);
-            std::sort(order.begin(), order.end(), [row](int32_t a, int32_t b) { return rank_key(row[a], a) > rank_key(row[b], b); });
+            for (int32_t j = 0; j < n; ++j) {
+                keys[j] = rank_key(row[j], j);
+            }
+            std::partial_sort(keys.begin(), keys.begin() + n_most, keys.end(), std::greater<uint64_t>());
             double left = part * std::accumulate(row, row + n, 0.0);
-            for (int32_t i = 0; i < std::min(n, v.budget - window) && left > row[order[i]]; ++i) {
-                left -= row[order[i]];
-                score[order[i]] = best;
+            for (int32_t i = 0; i < n_most && left > row[ranked_slot(keys[i])]; ++i) {
+                left -= row[ranked_slot(keys[i])];
+                score[ranked_slot(keys[i])] = best;
             }
             std::fill(score + n, score + v.n_kv, best);
         }

@@ -5,7 +5,7 @@
 // p_ij is attention and o_i = sum over j of p_ij v_j the head's output. Without cell j, the rest renormalised, the
 // output is o_i - p_ij / (1 - p_ij) * (v_j - o_i): the score is its change, exactly, and can be compared between heads.
 // The last w tokens are kept. Variant: 1 - p is at least 1e-6. Cost: 3 * n_head * window * n_kv * value_dim products a
-// layer, on one thread; memory while it scores: n_head * window * n_kv floats.
+// layer, a thread a layer; memory while it scores: n_head * window * n_kv floats.
 
 #include "policies.h"
 

@@ -11,9 +11,8 @@
 // head_dim^2 / 2 products a slot; 270 ms in all at 1,536 slots of SmolLM2-135M (two cores, the fit's 70 ms included),
 // below 2 % of their prefill.
 
+#include "graph_ops.h"
 #include "policies.h"
-
-#include "ggml.h"
 
 #include <algorithm>
 #include <cmath>
@@ -89,17 +88,8 @@ struct expected_attention : policy {
 
     // k . mean + k^T cov k / 2 for each query head
     ggml_tensor * reduce_keys(ggml_context * ctx, const head_keys & head) const override {
-        auto * keys = head.keys, * mean = head.mean, * cov = head.cov;
-        ggml_tensor * all = nullptr;
-        for (int64_t g = 0; g < mean->ne[1]; ++g) {
-            auto * c = ggml_view_2d(ctx, cov, cov->ne[0], cov->ne[1], cov->nb[1], g*cov->nb[2]);
-            auto * m = ggml_view_2d(ctx, mean, mean->ne[0], 1, mean->nb[1], g*mean->nb[1]);
-            auto * squares = ggml_sum_rows(ctx, ggml_mul(ctx, ggml_mul_mat(ctx, c, keys), keys)); // [1, n_kv]
-            squares = ggml_scale(ctx, ggml_reshape_2d(ctx, squares, keys->ne[1], 1), 0.5f);
-            auto * logits = ggml_add(ctx, squares, ggml_mul_mat(ctx, keys, m)); // [n_kv, 1]
-            all = all ? ggml_concat(ctx, all, logits, 1) : logits;
-        }
-        return all;
+        auto * squares = graph_forms(ctx, head.cov, head.keys, head.on_cpu);
+        return ggml_add(ctx, ggml_scale(ctx, squares, 0.5f), ggml_mul_mat(ctx, head.keys, head.mean)); // [n_kv, n_group]
     }
 
     void score(const layer_view & v, float * out) const override {

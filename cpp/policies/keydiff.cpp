@@ -6,9 +6,8 @@
 // keeps more of what nobody has asked for (docs/benchmarks.md). Needs no query, so it does not depend on what is asked
 // later. sinks and recent are ours.
 
+#include "graph_ops.h"
 #include "policies.h"
-
-#include "ggml.h"
 
 #include <algorithm>
 #include <cmath>
@@ -43,12 +42,19 @@ struct keydiff : policy {
 
     ggml_tensor * reduce_keys(ggml_context * ctx, const head_keys & head) const override {
         const int64_t n_dim = head.keys->ne[0], n_kv = head.keys->ne[1];
-        auto * unit = ggml_l2_norm(ctx, head.keys, 1e-12f);
-        // A CPU adds rows to one another fastest, a device adds up each of its rows in parallel.
-        auto * sum = head.on_host ? ggml_repeat_back(ctx, unit, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_dim, 1)) :
-            ggml_reshape_2d(ctx, ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, unit))), n_dim, 1);
+        if (!head.on_cpu) {
+            auto * unit   = ggml_l2_norm(ctx, head.keys, 1e-12f);
+            auto * sum    = ggml_sum_rows(ctx, ggml_cont(ctx, ggml_transpose(ctx, unit)));
+            auto * anchor = ggml_l2_norm(ctx, ggml_scale(ctx, ggml_reshape_2d(ctx, sum, n_dim, 1), 1.0f / n_kv), 1e-8f);
+            return ggml_scale(ctx, ggml_mul_mat(ctx, unit, anchor), -1.0f); // [n_kv, 1]
+        }
+        // A CPU multiplies fastest: no key is divided by its norm, what is made of it is.
+        auto * norms  = ggml_clamp(ctx, ggml_sqrt(ctx, graph_squares(ctx, head.keys, true)), 1e-12f, INFINITY); // [n_kv, 1]
+        auto * ones   = ggml_fill(ctx, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_kv, 1), 1.0f);
+        auto * scales = ggml_div(ctx, ones, norms);
+        auto * sum    = ggml_out_prod(ctx, head.keys, ggml_reshape_2d(ctx, scales, 1, n_kv)); // [n_dim, 1]
         auto * anchor = ggml_l2_norm(ctx, ggml_scale(ctx, sum, 1.0f / n_kv), 1e-8f);
-        return ggml_scale(ctx, ggml_mul_mat(ctx, unit, anchor), -1.0f); // [n_kv, 1]
+        return ggml_mul(ctx, ggml_mul_mat(ctx, head.keys, ggml_scale(ctx, anchor, -1.0f)), scales);
     }
 
     void score(const layer_view & v, float * out) const override {

@@ -5,9 +5,8 @@
 // Variant: kvpress' KnormPress, every layer alike. The original code leaves layers 0 and 1 whole, which an exact
 // budget per layer cannot: it is not offered.
 
+#include "graph_ops.h"
 #include "policies.h"
-
-#include "ggml.h"
 
 #include <algorithm>
 #include <cmath>
@@ -26,8 +25,7 @@ struct knorm : policy {
     }
 
     ggml_tensor * reduce_keys(ggml_context * ctx, const head_keys & head) const override {
-        auto * norms = ggml_sqrt(ctx, ggml_sum_rows(ctx, ggml_sqr(ctx, head.keys))); // [1, n_kv]
-        return ggml_scale(ctx, ggml_reshape_2d(ctx, norms, head.keys->ne[1], 1), -1.0f);
+        return ggml_scale(ctx, ggml_sqrt(ctx, graph_squares(ctx, head.keys, head.on_cpu)), -1.0f); // [n_kv, 1]
     }
 
     void score(const layer_view & v, float * out) const override {

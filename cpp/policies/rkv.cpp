@@ -8,7 +8,7 @@
 // the largest of the group (the authors' code takes the largest logit of the group first, and leaves the window out of
 // the softmax); a key without a like lets none off (theirs lets off the first); lambda is the paper's 0.1. The last w
 // tokens are kept, an answer's evictions are 128 tokens apart. Cost: n_head_kv * n_kv^2 dot products of keys a layer,
-// on one thread: meant for budgets of an answer, slow for long prompts.
+// a thread a layer: meant for budgets of an answer, slow for long prompts.
 
 #include "policies.h"
 

@@ -32,15 +32,15 @@ void pool_row(float * row, int32_t n, const pool_params & pool) {
     for (int32_t j = 0; j < n; ++j) {
         padded[j + half] = std::isinf(row[j]) ? 0.0f : row[j];
     }
+    std::vector<float> pooled(padded.begin(), padded.begin() + n);
+    for (int32_t k = 1; k <= 2 * half; ++k) { // a shift at a time: vectors
+        const float * shifted = padded.data() + k;
+        for (int32_t j = 0; j < n; ++j) {
+            pooled[j] = pool.kind == pooling::max ? std::max(pooled[j], shifted[j]) : pooled[j] + shifted[j];
+        }
+    }
     for (int32_t j = 0; j < n; ++j) {
-        if (std::isinf(row[j])) {
-            continue;
-        }
-        float pooled = padded[j];
-        for (int32_t k = 1; k <= 2 * half; ++k) {
-            pooled = pool.kind == pooling::max ? std::max(pooled, padded[j + k]) : pooled + padded[j + k];
-        }
-        row[j] = pool.kind == pooling::avg ? pooled / pool.kernel : pooled;
+        row[j] = std::isinf(row[j]) ? row[j] : pool.kind == pooling::avg ? pooled[j] / pool.kernel : pooled[j];
     }
 }
 
