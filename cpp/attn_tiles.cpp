@@ -42,7 +42,7 @@ std::vector<float> engine::run_tiles(llama_context * lctx, uint32_t s, const lay
         const std::vector<ring_query> & queries, const char * step) const {
     const auto & slots = w.slots;
     const int64_t n_query = (int64_t) queries.size(), n_group = sig.n_head/n_hkv;
-    const int64_t n_lane = GGML_PAD(n_query, KVC_ATTN_LANES); // of a query head; those without a query see all and weigh nothing
+    const int64_t n_lane = GGML_PAD(n_query, KVC_ATTN_LANES); // of a query head; without a query: sees all, weighs nothing
     const int64_t n_all  = n_group*n_lane;
     const int64_t n_seen = slots.empty() ? w.n_kv : (int64_t) slots.size();
     const int64_t n_tile = (n_seen + KVC_ATTN_TILE - 1)/KVC_ATTN_TILE;
@@ -84,16 +84,17 @@ std::vector<float> engine::run_tiles(llama_context * lctx, uint32_t s, const lay
     }
     std::vector<ggml_tensor *> outs;
     for (int64_t h = 0; h < x.n_head; ++h) {
-        ggml_tensor * args[] = {
+        std::vector<ggml_tensor *> args = {
             view_of(ctx, s, 1, sig.il, { x.head + (int32_t) h, 1 }, w.n_kv, false),
             ggml_view_2d(ctx, inputs, n_all, sig.head_dim, inputs->nb[1], h*inputs->nb[2]),
             ggml_view_2d(ctx, bounds, n_all, 2, bounds->nb[1], h*bounds->nb[2]),
-            chosen,
         };
-        auto * tiles = ggml_custom_4d(ctx, GGML_TYPE_F32, n_all, n_seen + 2*n_tile, 1, 1, args, chosen ? 4 : 3, cpu_step("kvc_attn_tiles"),
-                GGML_N_TASKS_MAX, nullptr);
-        ggml_tensor * reduced[] = { tiles, ggml_view_1d(ctx, shares, n_all, h*shares->nb[1]) };
-        outs.push_back(ggml_custom_4d(ctx, GGML_TYPE_F32, n_seen, rows ? n_all : n_group, 1, 1, reduced, 2, cpu_step(step), GGML_N_TASKS_MAX, nullptr));
+        if (chosen) {
+            args.push_back(chosen);
+        }
+        auto * tiles = graph_step(ctx, "kvc_attn_tiles", n_all, n_seen + 2*n_tile, args);
+        auto * share = ggml_view_1d(ctx, shares, n_all, h*shares->nb[1]);
+        outs.push_back(graph_step(ctx, step, n_seen, rows ? n_all : n_group, { tiles, share }));
         ggml_set_output(outs.back());
         ggml_build_forward_expand(graph->get_gf(), outs.back());
     }

@@ -85,7 +85,8 @@ static void each_layer(llama_context * lctx, const policy & pol, int32_t n, cons
     }
 }
 
-// Positions and scores of all layers. The signals of as many as N_SIGNALS holds lie side by side, and are scored at once.
+// Positions and scores of all layers. The signals of as many as N_SIGNALS holds lie side by side, and are scored at
+// once.
 void engine::score_layers(llama_context * lctx, uint32_t s, int32_t budget, std::vector<std::vector<int32_t>> & pos,
         std::vector<std::vector<float>> & score) const {
     std::vector<layer_signals> some;

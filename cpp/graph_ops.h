@@ -5,10 +5,17 @@
 
 #include "ggml.h"
 
+#include <vector>
+
 namespace kvc {
 
 // A step of ggml/attn_scores.h, "kvc_attn_tiles" for example, for ggml_custom_4d() on the CPU.
 ggml_custom_op_t cpu_step(const char * name);
+
+// A node that is such a step: F32 [n0, n1].
+inline ggml_tensor * graph_step(ggml_context * ctx, const char * name, int64_t n0, int64_t n1, std::vector<ggml_tensor *> args) {
+    return ggml_custom_4d(ctx, GGML_TYPE_F32, n0, n1, 1, 1, args.data(), (int) args.size(), cpu_step(name), GGML_N_TASKS_MAX, nullptr);
+}
 
 // |x_j|^2: x F32 [n, m] -> F32 [m, 1].
 inline ggml_tensor * graph_squares(ggml_context * ctx, ggml_tensor * x, bool on_cpu) {
@@ -22,8 +29,7 @@ inline ggml_tensor * graph_squares(ggml_context * ctx, ggml_tensor * x, bool on_
 // x_j' C x_j, C symmetric: c F32 [n, n, n_form], x F32 [n, m] -> F32 [m, n_form].
 inline ggml_tensor * graph_forms(ggml_context * ctx, ggml_tensor * c, ggml_tensor * x, bool on_cpu) {
     if (on_cpu) {
-        ggml_tensor * args[] = { c, x };
-        return ggml_custom_4d(ctx, GGML_TYPE_F32, x->ne[1], c->ne[2], 1, 1, args, 2, cpu_step("kvc_forms"), GGML_N_TASKS_MAX, nullptr);
+        return graph_step(ctx, "kvc_forms", x->ne[1], c->ne[2], { c, x });
     }
     ggml_tensor * all = nullptr;
     for (int64_t i = 0; i < c->ne[2]; ++i) {

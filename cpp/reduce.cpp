@@ -17,7 +17,7 @@ namespace kvc {
 ggml_tensor * engine::graph_head(ggml_context * ctx, uint32_t s, int32_t ikv, int32_t h, bool values) const {
     auto * head = view_of(ctx, s, 1, ikv, { h, 1 }, n_slots(s, ikv, h), values); // [head_dim, 1, n]
     if (on_cpu(kv.layers[ikv].k)) {
-        return ggml_custom_4d(ctx, GGML_TYPE_F32, head->ne[0], head->ne[2], 1, 1, &head, 1, cpu_step("kvc_to_f32"), GGML_N_TASKS_MAX, nullptr);
+        return graph_step(ctx, "kvc_to_f32", head->ne[0], head->ne[2], { head });
     }
     return ggml_cast(ctx, ggml_permute(ctx, head, 0, 2, 1, 3), GGML_TYPE_F32);
 }

@@ -76,7 +76,8 @@ void on_threads(llama_context * lctx, int32_t n, const std::function<void(int32_
     auto * all   = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, &begun, 1, take_work, GGML_N_TASKS_MAX, &work);
     try {
         run_graph(lctx, graph, all, []() {});
-    } catch (const std::exception &) { // no memory, or an abort callback: half of the rows moved would be worse than one thread
+    } catch (const std::exception &) {
+        // No memory, or an abort callback: half of the rows moved would be worse than one thread.
     }
     take_work(nullptr, 0, 1, &work); // what no thread has taken
     if (work.failed) {

@@ -263,7 +263,7 @@ static void kvc_attn_max(ggml_tensor * dst, int ith, int nth, void *) { kvc::att
 // dst: F32 [n_kv, n_lane]: what each lane of a KV head gives to each cell.
 static void kvc_attn_rows(ggml_tensor * dst, int ith, int nth, void *) { kvc::attn_rows(dst, ith, nth); }
 
-// dst: F32 [n_dim, n] of any type [n_dim, 1, n], whose rows may lie apart. ggml's own copy of such rows takes F16 one by one.
+// dst: F32 [n_dim, n] of any type [n_dim, 1, n], whose rows may lie apart: ggml's own copy takes their F16 one by one.
 static void kvc_to_f32(ggml_tensor * dst, int ith, int nth, void *) {
     const ggml_tensor * src = dst->src[0];
     for (int64_t j = dst->ne[1]*ith/nth; j < dst->ne[1]*(ith + 1)/nth; ++j) {
@@ -271,7 +271,7 @@ static void kvc_to_f32(ggml_tensor * dst, int ith, int nth, void *) {
     }
 }
 
-// dst: F32 [n, n_form]: x' C x of each row x of F32 [n_dim, n] and each of n_form symmetric matrices C, F32 [n_dim, n_dim, n_form].
+// dst: F32 [n, n_form]: x' C x of each row x of F32 [n_dim, n] and each symmetric C of F32 [n_dim, n_dim, n_form].
 static void kvc_forms(ggml_tensor * dst, int ith, int nth, void *) {
     const ggml_tensor * c = dst->src[0];
     const ggml_tensor * x = dst->src[1];
