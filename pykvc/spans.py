@@ -4,7 +4,7 @@ A span is a half-open pair (begin, end). Spans are ascending and disjoint; what 
 prompt, the final question) is never evicted by a policy that works on spans.
 
     segment="sentence"     a sentence and the white space after it. It ends with . ! ? and what closes it before white space, with 。！？,
-                           or with an empty line; a line break alone ends none. llama-server and the engine find the same (cpp/spans.h).
+                           or with an empty line; a line break alone ends none. llama-server and the engine find the same (cpp/engine/spans.h).
     segment="\\n\\n"         a separator; "sep:..." says the same and may be any string
     segment="re:^Q: "      a regular expression that matches where a unit begins (re.MULTILINE)
 """

@@ -120,7 +120,7 @@ class Policy:
 
 
 def shared(policy, pos, scores, budget, over):
-    """What a policy keeps where one ranking decides for several heads (cpp/share.h): a layer [n_head_kv, n_keep], -1 first in a shorter head.
+    """What a policy keeps where one ranking decides for several heads (cpp/policies/share.h): a layer [n_head_kv, n_keep], -1 first in a shorter head.
 
     pos, scores: a layer [n_head_kv, n_kv]. over: "layers" | "layer" | "all"."""
     n_layer, n_hkv = len(pos), len(pos[0])
@@ -485,7 +485,7 @@ class dropkv(Policy):
 
 
 def hash_slot(seed, il, h, pos):
-    """cpp/select.h: 24 bits of splitmix64, in [0, 1)."""
+    """cpp/policies/select.h: 24 bits of splitmix64, in [0, 1)."""
     def mix(x):
         x = (x + 0x9e3779b97f4a7c15) & (2**64 - 1)
         x = ((x ^ x >> 30) * 0xbf58476d1ce4e5b9) & (2**64 - 1)

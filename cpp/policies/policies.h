@@ -2,8 +2,8 @@
 
 // What the policy files share among themselves. Each of them defines one policy_info; policies.cpp lists them.
 
-#include "../policy.h"
-#include "../select.h"
+#include "policy.h"
+#include "select.h"
 
 namespace kvc {
 
