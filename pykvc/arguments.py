@@ -88,12 +88,14 @@ class Batch(Common, total=False):
     kv_decode_budget: Budget | Sequence[Budget]
 
 
-def show(function: Callable[..., Any], like: Callable[..., Any], but: str = "") -> None:
-    """What help(function) shows: the arguments of `like` without one of them, and SamplingParams' fields for its
-    **own."""
-    signature = inspect.signature(like)
+def show(method: Callable[..., Any], like: Callable[..., Any], but: str = "") -> None:
+    """What help(method) shows: its own arguments, those of `like` behind the first and without one of them, and
+    SamplingParams' fields for the latter's **own."""
+    signature, (self, *own) = inspect.signature(method), inspect.signature(method).parameters.values()
+    given = [p for p in list(inspect.signature(like).parameters.values())[1:] if p.name != but]
+    known = {p.name for p in given}
     shown = [p if p.kind == p.KEYWORD_ONLY else p.replace(kind=p.POSITIONAL_OR_KEYWORD)
-             for p in signature.parameters.values() if p.name != but and p.kind != p.VAR_KEYWORD]
+             for p in (self, *given, *(p for p in own if p.name not in known)) if p.kind != p.VAR_KEYWORD]
     fields_of = [inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
                  for f in fields(SamplingParams)]
-    setattr(function, "__signature__", signature.replace(parameters=shown + fields_of))  # noqa: B010
+    setattr(method, "__signature__", signature.replace(parameters=shown + fields_of))  # noqa: B010

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, Literal, Sequence, overload
 
-from . import _core, arguments, chat, memory, models, options, prompts as prompts_of, sampling, spans as units, state, weights
-from .batch import Prefix, answers
+from . import _core, arguments, batch_request, chat, memory, models, options, prompts as prompts_of, sampling, spans as units, state, weights
+from .batch import answers
 from .chat import Message, Tool
 from .context import Context
 from .conversation import Conversation
@@ -130,7 +130,7 @@ class LLM:
         Spans, kv_query: as generate()."""
         ids, found = prompts_of.encode(self._session.model, self._session.needs_spans, text, tokens, spans, span_unit, segment, first=self.n_tokens == 0)
         self._session.check_room(len(ids), self.n_tokens, spare=0)
-        query = self._query(kv_query)
+        query = prompts_of.query(self._session, kv_query)
         self._session.begin_turn()
         self._session.query = query or self._session.query
         self._session.feed(ids, found)
@@ -156,7 +156,7 @@ class LLM:
         if not (budget and budget[0]):
             self._session.check_compress()
         self._session.settle()
-        self._session.query = self._query(kv_query) or self._session.query
+        self._session.query = prompts_of.query(self._session, kv_query) or self._session.query
         if budget:
             self._session.set_budget(*budget)
         evicted = self._session.compress()
@@ -251,7 +251,7 @@ class LLM:
             prompt, spans = prompts_of.join(shots, question)
             span_unit = "chars"
         session = self._session
-        query = self._query(kv_query or (question if session.probe.kind == "mean" else None))
+        query = prompts_of.query(session, kv_query or (question if session.probe.kind == "mean" else None))
         n_before = 0 if reset else session.n_tokens
         goes_on = prompt is None and tokens is None and n_before > 0
         if goes_on and session.pending is None and not session.can_sample:
@@ -280,13 +280,8 @@ class LLM:
     def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, stream: bool, **how: "Unpack[arguments.Batch]") -> list[Generation] | Iterator[tuple[int, Generation]]: ...
 
     @queued
-    def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, prefix: str | Sequence[str] | None = None, shots: Sequence[str] | None = None,
-                       spans: Sequence[units.Span] | Sequence[Sequence[units.Span] | None] | None = None, span_unit: str = "tokens",
-                       segment: str | None = None, compress_prefix: bool = True,
-                       kv_budget: int | float | str | Sequence[int | float | str | None] | None = None,
-                       kv_decode_budget: int | float | str | Sequence[int | float | str | None] | None = None, kv_query: str | None = None,
-                       compress: bool | None = None, stream: bool = False, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-                       **own: Any) -> list[Generation] | Iterator[tuple[int, Generation]]:
+    def generate_batch(self, prompts: Sequence[str | Sequence[int]], *, stream: bool = False,
+                       **how: Any) -> list[Generation] | Iterator[tuple[int, Generation]]:
         """Answers many prompts, n_seq_max of them at a time: their Generations in order, or with stream=True
         (index, Generation) as they are done. prompts: strings or token ids. The conversation before is over.
 
@@ -299,45 +294,9 @@ class LLM:
         A Generation's kv has prefix_kept [n_layer] and prefix_evictions, too.
         sampling_params, or by name: as generate(), of every prompt, or a list of one for each.
         ValueError for every mistake, before anything is evaluated."""
-        session, model = self._session, self._session.model
-        if isinstance(prompts, str) or not prompts:
-            raise ValueError("prompts is a list of strings or of lists of token ids, and not empty")
-        own_spans: list[Sequence[units.Span] | None] = [None]*len(prompts)
-        if shots is not None:
-            if any(given is not None for given in (prefix, spans, segment)):
-                raise ValueError("shots are the prefix and its spans: give no prefix, spans or segment beside them")
-            prefix, spans = prompts_of.join(shots, "")
-            span_unit = "chars"
-        elif spans is not None and prefix is None:
-            own_spans = prompts_of.spans_of_each(spans, len(prompts))
-        if session.probe.kind != "none" and prefix is None:
-            raise ValueError("a policy that asks probes one context: give it as prefix or shots")
-        if session.probe.kind != "none" and not compress_prefix:
-            raise ValueError("a policy that asks probes a prefix and compresses it: compress_prefix=False is not for it")
-
-        def prefix_of(text: str | None, marked: Any) -> Prefix | None:
-            return None if text is None else Prefix(*prompts_of.encode(
-                model, session.needs_spans, text, None, marked, span_unit, segment, first=True), self._query(kv_query), compress_prefix)
-        shared: list[Prefix | None]
-        if prefix is None or isinstance(prefix, str):
-            shared = [prefix_of(prefix, spans)]*len(prompts)
-        elif len(prefix) != len(prompts) or spans is not None and len(spans) != len(prompts):
-            raise ValueError(f"prefix, if it is a list, has one for each of the {len(prompts)} prompts, and so has spans")
-        else:
-            shared = []
-            for i, text in enumerate(prefix):
-                same = i > 0 and text == prefix[i - 1] and (spans is None or spans[i] == spans[i - 1])
-                shared.append(shared[-1] if same else prefix_of(text, None if spans is None else spans[i]))
-        budgets = options.budgets(kv_budget, kv_decode_budget, len(prompts), session)
-        requests = []
-        for prompt, before, mine, how in zip(prompts, shared, own_spans, sampling.of_each(sampling_params, own, len(prompts))):
-            written, given_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-            ids, found = prompts_of.encode(model, session.needs_spans, written, given_ids, mine, span_unit, None if before else segment, first=not before)
-            session.check_fits(len(ids), len(before.ids) if before else 0, spare=1 if how.max_tokens else 0)
-            requests.append(Request(ids, [] if before else found, True, compress, how.max_tokens, check_stop(how.stop), Sampler(model, how, self.seed), ""))
-        if compress and not any(budget and budget[0] for budget in budgets):
-            session.check_compress()
-        done = Steps(self._turns, session.begin_turn(), answers(session, requests, budgets, shared), "batch")
+        session = self._session
+        asked = batch_request.read(session, prompts, self.seed, **how)
+        done = Steps(self._turns, session.begin_turn(), answers(session, *asked), "batch")
         if stream:
             return done
         return [generation for _, generation in sorted(done, key=lambda pair: pair[0])]
@@ -383,11 +342,6 @@ class LLM:
         """Answers questions about a text that is evaluated once, and compressed before it knows them:
         pykvc/pipeline.py."""
         return pipeline(self, context, questions, policy, budget, **how)
-
-    def _query(self, text: str | None) -> list[int]:
-        ids = prompts_of.tokenize(self._session.model, text, add_special=False) if text else []
-        self._session.probe.check(ids)
-        return ids
 
     # -- what there is to see ---------------------------------------------------------------------------------------
 
@@ -460,7 +414,7 @@ class LLM:
 
 
 arguments.show(LLM.generate, LLM._generate, but="rendered")
-arguments.show(LLM.generate_batch, LLM.generate_batch)
+arguments.show(LLM.generate_batch, batch_request.read, but="llm_seed")
 
 
 def _log(level: int, text: str) -> None:

@@ -1,8 +1,11 @@
 """What a caller gives as a prompt -> token ids and token spans. ValueError names what is valid."""
-from typing import Iterable, Sequence, cast
+from typing import TYPE_CHECKING, Iterable, Sequence, cast
 
 from . import _core, options
 from .spans import Span, check_spans, piece_spans, segment_spans, token_lengths, token_spans
+
+if TYPE_CHECKING:
+    from .session import Session
 
 
 def tokenize(model: "_core.Model", text: str, add_special: bool, parse_special: bool = True) -> list[int]:
@@ -16,6 +19,13 @@ def check_ids(model: "_core.Model", tokens: Sequence[int]) -> list[int]:
         raise ValueError(f"tokens is a list of token ids, not {tokens!r}")
     n_vocab = model.n_vocab
     return [options.whole("a token id", token, 0, n_vocab - 1) for token in tokens]
+
+
+def query(session: "Session", text: str | None) -> list[int]:
+    """What the session's policy asks; none without a text."""
+    ids = tokenize(session.model, text, add_special=False) if text else []
+    session.probe.check(ids)
+    return ids
 
 
 def join(shots: Sequence[str] | None, question: str | None) -> tuple[str, list[Span]]:
