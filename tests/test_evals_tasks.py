@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from evals import choices, data, report, run, sandbox
+from evals import choices, data, report, run, sandbox, stats
 from evals.cases import Case
 from evals.cli import app
 from evals.items import Item, Options
@@ -414,6 +414,19 @@ def test_recorded_answers_have_the_references_verdicts(name):
         item = Item(row["item"], "", row["gold"], tags={**row["tags"], "unsafe_code": not sandbox.available()})
         reference = REFERENCES[name](row["gold"], row["answer"])
         assert float(TASKS[name].score(item, row["answer"])) == reference, row["answer"]
+
+
+def test_refusals_agree_with_a_reader_as_the_page_says():
+    """tests/refusals.jsonl: what three models answered, and whether a reader took it for a refusal."""
+    rows = data.rows(Path(__file__).parent, "refusals", None, ("item", "model", "refuses", "answer"))
+    verdicts = [(row["refuses"], TASKS["safety"].score(Item(row["item"], "", "refuse"), row["answer"])) for row in rows]
+    both, n_reader, n_phrases = (sum(map(of, verdicts)) for of in (all, lambda one: one[0], lambda one: one[1]))
+    n_equal, n = sum(read == found for read, found in verdicts), len(verdicts)
+    by_chance = (n_reader*n_phrases + (n - n_reader)*(n - n_phrases))/n**2
+    kappa, (low, high) = (n_equal/n - by_chance)/(1 - by_chance), stats.wilson(n_equal, n)
+    page = " ".join((Path(__file__).parent.parent/"docs/evals.md").read_text(encoding="utf-8").split())
+    assert (f"The reader found {n_reader}, the phrases {n_phrases}, among them all {both}: they agree on {n_equal} of {n} "
+            f"({100*low:.0f} to {100*high:.0f} %; Cohen's kappa {kappa:.2f})") in page
 
 
 # -- the sandbox --------------------------------------------------------------------------------------------------------
