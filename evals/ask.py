@@ -110,8 +110,8 @@ def together(cases: Iterable[Case]) -> bool:
 
 
 def side_by_side(case: Case) -> bool:
-    """Not where heads differ, nor a probe, which is evaluated in the first sequence."""
-    return not (case.cells or case.heads_differ or case.probes)
+    """Not with kv_cells, nor a probe, which is evaluated in the first sequence."""
+    return not (case.cells or case.probes)
 
 
 def ask_batch(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str,

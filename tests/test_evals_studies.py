@@ -165,7 +165,7 @@ def test_a_study_runs_reports_and_goes_on(tmp_path, folder, monkeypatch):  # noq
     assert "nothing is left" in call(path, "--data-dir", folder, "--out", out, "--dry-run").stdout
 
 
-@pytest.mark.parametrize("policies, expected", [(["snapkv"], True), (["kvzip"], False), (["adakv"], False), (["snapkv", "keydiff"], False)])
+@pytest.mark.parametrize("policies, expected", [(["snapkv"], True), (["kvzip"], False), (["adakv"], True), (["snapkv", "keydiff"], False)])
 def test_who_is_asked_together(policies, expected):
     """Also of cases that come one by one: --dry-run counts so, run asks so."""
     found = [case for case in cases(policies, ["25%", "50%"], ["none"], ["none"], ["f16"], ["f16"]) if case.policy != "full"]
@@ -176,7 +176,8 @@ def test_who_is_asked_together(policies, expected):
 def test_side_by_side_is_one_by_one(tmp_path, folder):  # noqa: F811
     """The same tokens, kept counts, bytes and evictions; and the answers, which are short."""
     several = [Case(), Case(pykvc._core.parse_spec("snapkv:window=8"), "0.5"), Case(pykvc._core.parse_spec("shotkv:window=8,recent=8"), "0.5"),
-               Case(pykvc._core.parse_spec("h2o"), "0.5"), Case(pykvc._core.parse_spec("snapkv:window=8"), "0.3"), Case(pykvc._core.parse_spec("snapkv:window=8"), "64")]
+               Case(pykvc._core.parse_spec("h2o"), "0.5"), Case(pykvc._core.parse_spec("snapkv:window=8"), "0.3"), Case(pykvc._core.parse_spec("snapkv:window=8"), "64"),
+               Case(pykvc._core.parse_spec("adakv:window=8"), "0.5"), Case(pykvc._core.parse_spec("keydiff:share=all"), "0.5")]
     found = []
     for n_parallel in (1, 3):
         plan = Plan(["mmlu"], several, ["question-in", "question-out"], tmp_path/str(n_parallel), folder, 4, n_threads=2, n_parallel=n_parallel,
@@ -184,7 +185,7 @@ def test_side_by_side_is_one_by_one(tmp_path, folder):  # noqa: F811
         assert run.run(plan, None) == []
         found.append({(row["item"], row["policy"], row["budget"], row["protocol"]): row for row in answers(tmp_path/str(n_parallel))})
     one, three = found
-    assert one.keys() == three.keys() and len(one) == 4*6*2
+    assert one.keys() == three.keys() and len(one) == 4*8*2
     for name, row in one.items():
         for what in ("n_context", "n_prompt", "kept", "evictions", "cells_allocated", "answer", "bytes_used", "bytes_full"):
             assert row[what] == three[name][what], (name, what)
