@@ -105,8 +105,8 @@ def policy(value: str | Policy | None, kv_budget: str, kv_decode_budget: str, kv
     else:
         raise ValueError(f"kv_policy is a spec such as 'snapkv:window=32' or an instance of pykvc.Policy, not {value!r}")
     if name != "full" and not kv_budget and not kv_decode_budget and not kv_cells:
-        raise ValueError(f"kv_policy {name!r} evicts nothing without a budget: give kv_budget (tokens, or a retained ratio "
-                         "in (0, 1]), kv_decode_budget or kv_cells")
+        raise ValueError(f"kv_policy {name!r} evicts nothing without a budget: give kv_budget (512 tokens, or '25%' of "
+                         "the prompt), kv_decode_budget or kv_cells")
     return checked
 
 

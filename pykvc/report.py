@@ -10,6 +10,9 @@ from .race import Case
 from .table import mebibytes
 
 Column = tuple[str, int, Callable[[Row], str]]  # header, width, cell
+LEGEND = """
+/ full: decode's speed over that of the whole cache; / short: over that of a cache which never held more.
+policy costs: what the prefill takes longer, with its 95 % interval; evict ms: one eviction, and its share of the prefill."""
 
 
 def markdown(todo: Sequence[Case], rows: Iterable[Row]) -> None:
@@ -22,6 +25,8 @@ def markdown(todo: Sequence[Case], rows: Iterable[Row]) -> None:
             _line("-"*(len(name) - 1) + ":" for name in header)
             header = []
         _line(show(row).rjust(max(len(name), width)) for name, width, show in columns)
+    if sys.stdout.isatty() and any(case.evicts for case in todo):  # a file has the table alone
+        print(LEGEND)
 
 
 def _line(cells: Iterable[str]) -> None:
@@ -114,7 +119,7 @@ MEASURED = (  # shown where any row evicts (e), repeats the context (r), has a p
     ("/ full", 6, "ge", _figure("decode_ratio_full", ".2f")),
     ("/ short", 7, "ge", _figure("decode_ratio_short", ".3f")),
     ("kept", 6, "e", _figure("n_kept", ".0f")),
-    ("KV used", 10, "", lambda row: _mib(row["kv_bytes_used"])),
+    ("KV used", 18, "", lambda row: f"{row['kv_bytes_used']/2**20:.1f} of {mebibytes(row['kv_bytes_full'])}"),
     ("KV allocated", 12, "", lambda row: _mib(row["kv_bytes_allocated"])),
     ("peak RSS", 10, "", lambda row: _mib(row["peak_rss"])))
 

@@ -1,6 +1,12 @@
 """The policy table and figures as people read them."""
 from typing import Any, Iterable, Sequence
 
+WHEN = """Which to take:
+  a document, asked later      keydiff, which a budget alone takes, or kvzip
+  a document and the question  finch
+  few-shot examples            shotkv
+  a chat                       snapkv with --kv-cells
+The random ones and streaming_llm do not look at the text: they are controls."""
 DECODE = {"none": "kept", "whole": "evicted with the prompt", "generated": "evicted, prompt frozen"}
 
 
@@ -40,7 +46,7 @@ def show(policies: Sequence[dict[str, Any]], parameters: bool) -> None:
         for p in policies:
             table.add_row(escape(p["name"]), escape(p["title"]), DECODE[p["decode"]], p["paper"])
         console.print(table)
-        console.print("\n`pykvc policies NAME` shows the parameters of one.", markup=False)
+        console.print(f"\n{WHEN}\n\n`pykvc policies NAME` shows the parameters of one.", markup=False, highlight=False)
         return
     for p in policies:
         console.print(f"[bold]{escape(p['name'])}[/bold]  {escape(p['title'])}")

@@ -215,6 +215,14 @@ def test_formats(path):
     assert "pp64+tg3" in body[0] and "snapkv:window=8" in body[2] and "type_k" not in head
 
 
+def test_a_terminal_is_told_what_the_columns_are(path, capsys, monkeypatch):
+    todo = cases(path, n_prompt=[32], n_gen=[2], kv_policy=["streaming_llm"], kv_budget=["16"])
+    for told in (True, False):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda told=told: told)
+        report.markdown(todo, bench.run(todo, 1, "random"))
+        assert (report.LEGEND in capsys.readouterr().out) is told
+
+
 def test_table_has_no_columns_of_what_is_not_measured(path):
     head = cli("-m", path, "-p", 0, "-n", 2, "-d", 20, "-r", 1, "--random", "-ctk", "q8_0").stdout.splitlines()[0]
     assert "type_k" in head and "decode t/s" in head and not any(word in head for word in ("prefill", "evict", "full", "short"))

@@ -147,7 +147,7 @@ std::shared_ptr<const config> engine::variant(const char * policy, const char * 
     }
     if (policy) {
         const auto own = make_config(text, "", "", cfg->is_bounded() ? cfg->cells_text : "", guess, cfg->pooled);
-        refuse_latent(*own);
+        refuse_latent(*own, model, kv);
         check_weights(own->pol->share, kv.layers.size());
         const auto & has = cfg->need, & wants = own->need;
         const std::string why =
@@ -254,6 +254,7 @@ static void refuse_unsupported(const config & cfg, const llama_model & model, co
 void engine::attach(std::shared_ptr<const config> cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem) {
     const auto own = parts_of(mem);
     refuse_unsupported(*cfg, model, cparams, mem);
+    refuse_latent(*cfg, model, *own.cache);
     own.cache->kvc.reset(new engine(std::move(cfg), model, cparams, *own.cache));
     own.cache->kvc->mem = own;
 }

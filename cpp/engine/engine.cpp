@@ -14,7 +14,6 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
     cfg(std::move(cfg_)), guess(cfg->guess), model(model), kv(kv), sequences(kv.n_stream), layout(cfg, model, kv, sequences),
     taps(cfg, model, kv, layout, cparams), scorer(cfg, model, kv, layout, taps, sequences),
     evictor(cfg, model, kv, layout, taps, scorer, sequences), stale(layout.has_pool()) {
-    refuse_latent(*cfg);
     check_weights(cfg->pol->share, kv.layers.size());
     for (int32_t l = 0; l < layout.n_layer(); ++l) {
         ask_device(l, (int32_t) cparams.n_ubatch);
@@ -27,8 +26,8 @@ engine::engine(std::shared_ptr<const config> cfg_, const llama_model & model, co
 
 // A latent row (MLA) is key and value in one, of all heads: a head's value is what its matrix makes of the row behind
 // attention, and its query has been through one, too, but for the part that is rotated.
-void engine::refuse_latent(const config & c) const {
-    if (kv.layers[0].v) {
+void engine::refuse_latent(const config & c, const llama_model & model, const llama_kv_cache & kv) {
+    if (kv.layers.empty() || kv.layers[0].v) {
         return;
     }
     const std::string has = ", and this model's (" + model.arch_name() + ") ";

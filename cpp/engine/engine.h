@@ -168,7 +168,7 @@ private:
     static void attach(std::shared_ptr<const config> cfg, const llama_model & model, const llama_cparams & cparams, llama_memory_i * mem);
 
     // engine.cpp
-    void     refuse_latent(const config & c) const; // throws
+    static void refuse_latent(const config & c, const llama_model & model, const llama_kv_cache & kv); // throws
     void     reset(sequence & q) const;
     uint32_t stream_of(llama_seq_id seq_id) const; // throws
     llama_pos held_from(uint32_t s) const;
