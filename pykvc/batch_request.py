@@ -2,6 +2,7 @@
 from typing import Any, NamedTuple, Sequence
 
 from . import options, prompts as prompts_of, sampling, spans as units
+from .arguments import Budget
 from .batch import Prefix
 from .generation import Request
 from .sampling import Sampler, SamplingParams
@@ -16,13 +17,12 @@ class BatchRequest(NamedTuple):
     prefixes: list[Prefix | None]   # neighbours that share one have the same object
 
 
-def read(session: Session, prompts: Sequence[str | Sequence[int]], llm_seed: int, *, prefix: str | Sequence[str] | None = None,
-         shots: Sequence[str] | None = None, spans: Sequence[units.Span] | Sequence[Sequence[units.Span] | None] | None = None,
-         span_unit: str = "tokens", segment: str | None = None, compress_prefix: bool = True,
-         kv_budget: int | float | str | Sequence[int | float | str | None] | None = None,
-         kv_decode_budget: int | float | str | Sequence[int | float | str | None] | None = None, kv_query: str | None = None,
-         compress: bool | None = None, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-         **own: Any) -> BatchRequest:
+def read(session: Session, prompts: Sequence[str | Sequence[int]], llm_seed: int, *,
+         prefix: str | Sequence[str] | None = None, shots: Sequence[str] | None = None,
+         spans: Sequence[units.Span] | Sequence[Sequence[units.Span] | None] | None = None, span_unit: str = "tokens",
+         segment: str | None = None, compress_prefix: bool = True, kv_budget: Budget | Sequence[Budget] = None,
+         kv_decode_budget: Budget | Sequence[Budget] = None, kv_query: str | None = None, compress: bool | None = None,
+         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **own: Any) -> BatchRequest:
     """ValueError for every mistake. llm_seed: of what has no seed of its own. own: fields of SamplingParams."""
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts is a list of strings or of lists of token ids, and not empty")
@@ -39,9 +39,14 @@ def read(session: Session, prompts: Sequence[str | Sequence[int]], llm_seed: int
     if session.probe.kind != "none" and not compress_prefix:
         raise ValueError("a policy that asks probes a prefix and compresses it: compress_prefix=False is not for it")
 
+    def encoded(text: str | None, tokens: Any, marked: Any, by: str | None,
+                first: bool) -> tuple[list[int], list[units.Span]]:
+        return prompts_of.encode(session.model, session.needs_spans, text, tokens, marked, span_unit, by, first)
+
     def prefix_of(text: str | None, marked: Any) -> Prefix | None:
-        return None if text is None else Prefix(*prompts_of.encode(
-            session.model, session.needs_spans, text, None, marked, span_unit, segment, first=True), prompts_of.query(session, kv_query), compress_prefix)
+        return None if text is None else Prefix(*encoded(text, None, marked, segment, first=True),
+                                                prompts_of.query(session, kv_query), compress_prefix)
+
     shared: list[Prefix | None]
     if prefix is None or isinstance(prefix, str):
         shared = [prefix_of(prefix, spans)]*len(prompts)
@@ -54,11 +59,13 @@ def read(session: Session, prompts: Sequence[str | Sequence[int]], llm_seed: int
             shared.append(shared[-1] if same else prefix_of(text, None if spans is None else spans[i]))
     budgets = options.budgets(kv_budget, kv_decode_budget, len(prompts), session)
     requests = []
-    for prompt, before, mine, how in zip(prompts, shared, own_spans, sampling.of_each(sampling_params, own, len(prompts))):
-        written, given_ids = (prompt, None) if isinstance(prompt, str) else (None, prompt)
-        ids, found = prompts_of.encode(session.model, session.needs_spans, written, given_ids, mine, span_unit, None if before else segment, first=not before)
+    settings = sampling.of_each(sampling_params, own, len(prompts))
+    for prompt, before, mine, how in zip(prompts, shared, own_spans, settings):
+        written, tokens = (prompt, None) if isinstance(prompt, str) else (None, prompt)
+        ids, found = encoded(written, tokens, mine, None if before else segment, first=not before)
         session.check_fits(len(ids), len(before.ids) if before else 0, spare=1 if how.max_tokens else 0)
-        requests.append(Request(ids, [] if before else found, True, compress, how.max_tokens, check_stop(how.stop), Sampler(session.model, how, llm_seed), ""))
+        requests.append(Request(ids, [] if before else found, True, compress, how.max_tokens, check_stop(how.stop),
+                                Sampler(session.model, how, llm_seed), ""))
     if compress and not any(budget and budget[0] for budget in budgets):
         session.check_compress()
     return BatchRequest(requests, budgets, shared)

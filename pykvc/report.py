@@ -12,7 +12,7 @@ from .table import mebibytes
 Column = tuple[str, int, Callable[[Row], str]]  # header, width, cell
 LEGEND = """
 / full: decode's speed over that of the whole cache; / short: over that of a cache which never held more.
-policy costs: what the prefill takes longer, with its 95 % interval; evict ms: one eviction, and its share of the prefill."""
+policy costs: what the prefill takes longer, with its 95 % interval; evict ms: one eviction."""
 
 
 def markdown(todo: Sequence[Case], rows: Iterable[Row]) -> None:
