@@ -125,22 +125,8 @@ py::list Context::signals(int32_t seq) {
     }
     py::list res;
     for (const auto & s : v) {
-        py::dict d;
-        const auto f32 = [](const std::vector<float> & x, std::vector<py::ssize_t> shape) -> py::object {
-            return x.empty() ? py::object(py::none()) : py::object(to_numpy(x, shape));
-        };
-        d["il"] = s.il; d["n_query"] = s.n_query;
-        d["pos"]  = to_numpy(s.pos, { s.n_head_kv, s.n_kv });
-        d["attn"] = f32(s.attn, { s.n_head, s.n_kv });
-        d["sums"] = f32(s.sums, { s.n_head_kv, s.n_kv });
-        d["keys"] = f32(s.keys, { s.n_head_kv, s.n_kv, s.head_dim });
-        d["probed"] = f32(s.probed, { s.n_head_kv, s.n_kv });
-        d["q_mean"] = f32(s.q_mean, { s.n_head, s.head_dim });
-        d["q_cov"]  = f32(s.q_cov,  { s.n_head, s.head_dim, s.head_dim });
-        d["v_norm"] = f32(s.v_norm, { s.n_head_kv, s.n_kv });
-        d["o_norm"] = f32(s.o_norm, { s.n_head, s.n_kv });
-        d["attn_rows"]  = f32(s.attn_rows,  { s.n_head, s.n_query, s.n_kv });
-        d["value_rows"] = f32(s.value_rows, { s.n_head_kv, s.n_kv, s.value_dim });
+        py::dict d = arrays_of(s.view(0, 0));
+        d["probed"] = s.probed.empty() ? py::object(py::none()) : py::object(to_numpy(s.probed, { s.n_head_kv, s.n_kv }));
         res.append(d);
     }
     return res;

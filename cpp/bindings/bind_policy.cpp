@@ -29,6 +29,30 @@ static decode_mode decode_from(const std::string & name) {
     throw std::invalid_argument("decode is 'none', 'whole' or 'generated', not '" + name + "'");
 }
 
+py::dict arrays_of(const layer_view & v) {
+    const auto f32 = [](const float * p, std::vector<py::ssize_t> shape) -> py::object {
+        if (!p) {
+            return py::none();
+        }
+        f32_array res(shape);
+        std::copy(p, p + res.size(), res.mutable_data());
+        return std::move(res);
+    };
+    py::dict d;
+    d["il"] = v.il; d["n_query"] = v.n_query;
+    d["pos"]  = to_numpy(std::vector<int32_t>(v.pos, v.pos + (size_t) v.n_head_kv*v.n_kv), { v.n_head_kv, v.n_kv });
+    d["attn"] = f32(v.attn, { v.n_head, v.n_kv });
+    d["sums"] = f32(v.sums, { v.n_head_kv, v.n_kv });
+    d["keys"] = f32(v.keys, { v.n_head_kv, v.n_kv, v.head_dim });
+    d["q_mean"] = f32(v.q_mean, { v.n_head, v.head_dim });
+    d["q_cov"]  = f32(v.q_cov,  { v.n_head, v.head_dim, v.head_dim });
+    d["v_norm"] = f32(v.v_norm, { v.n_head_kv, v.n_kv });
+    d["o_norm"] = f32(v.o_norm, { v.n_head, v.n_kv });
+    d["attn_rows"]  = f32(v.attn_rows,  { v.n_head, v.n_query, v.n_kv });
+    d["value_rows"] = f32(v.value_rows, { v.n_head_kv, v.n_kv, v.value_dim });
+    return d;
+}
+
 static py::dict request_dict(const request & r) {
     py::list layers, spans;
     for (const auto & l : r.layers) {
@@ -99,27 +123,9 @@ public:
 
     void score(const layer_view & v, float * out) const override {
         py::gil_scoped_acquire gil;
-        const auto f32 = [](const float * p, std::vector<py::ssize_t> shape) -> py::object {
-            if (!p) {
-                return py::none();
-            }
-            f32_array res(shape);
-            std::copy(p, p + res.size(), res.mutable_data());
-            return std::move(res);
-        };
-        py::dict d;
-        d["il"] = v.il; d["n_layer"] = v.n_layer; d["n_kv"] = v.n_kv; d["n_head"] = v.n_head; d["n_head_kv"] = v.n_head_kv;
-        d["head_dim"] = v.head_dim; d["n_query"] = v.n_query; d["value_dim"] = v.value_dim; d["budget"] = v.budget;
-        d["pos"]  = to_numpy(std::vector<int32_t>(v.pos, v.pos + (size_t) v.n_head_kv*v.n_kv), { v.n_head_kv, v.n_kv });
-        d["attn"] = f32(v.attn, { v.n_head, v.n_kv });
-        d["sums"] = f32(v.sums, { v.n_head_kv, v.n_kv });
-        d["keys"] = f32(v.keys, { v.n_head_kv, v.n_kv, v.head_dim });
-        d["q_mean"] = f32(v.q_mean, { v.n_head, v.head_dim });
-        d["q_cov"]  = f32(v.q_cov,  { v.n_head, v.head_dim, v.head_dim });
-        d["v_norm"] = f32(v.v_norm, { v.n_head_kv, v.n_kv });
-        d["o_norm"] = f32(v.o_norm, { v.n_head, v.n_kv });
-        d["attn_rows"]  = f32(v.attn_rows,  { v.n_head, v.n_query, v.n_kv });
-        d["value_rows"] = f32(v.value_rows, { v.n_head_kv, v.n_kv, v.value_dim });
+        py::dict d = arrays_of(v);
+        d["n_layer"] = v.n_layer; d["n_kv"] = v.n_kv; d["n_head"] = v.n_head; d["n_head_kv"] = v.n_head_kv;
+        d["head_dim"] = v.head_dim; d["value_dim"] = v.value_dim; d["budget"] = v.budget;
         const auto res = obj.attr("_score")(d).cast<f32_array>();
         copy_checked(res, "score", v.n_head_kv, v.n_kv, out);
     }

@@ -21,6 +21,9 @@ pybind11::array_t<T> to_numpy(const std::vector<T> & v, std::vector<pybind11::ss
     return res;
 }
 
+// What Python sees of a layer's signals: copies of the arrays, None where the policy did not ask for one.
+pybind11::dict arrays_of(const layer_view & v);
+
 const char * decode_name(decode_mode mode);
 
 } // namespace kvc

@@ -12,7 +12,6 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
-#include <stdexcept>
 
 namespace kvc {
 

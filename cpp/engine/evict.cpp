@@ -14,8 +14,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <numeric>
 #include <stdexcept>
 
 namespace kvc {

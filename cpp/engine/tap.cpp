@@ -11,7 +11,6 @@
 #include "ggml-backend.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>

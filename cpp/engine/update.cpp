@@ -8,7 +8,6 @@
 #include "llama-kv-cache.h"
 #include "llama-model.h"
 
-#include <cmath>
 #include <exception>
 #include <stdexcept>
 #include <utility>
