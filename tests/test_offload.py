@@ -11,7 +11,7 @@ from pykvc import _core
 N, BUDGET, BLOCK = 700, 300, 256
 EVICTS = [p["name"] for p in pykvc.policies() if not p["heads_differ"] and p["name"] != "full"]
 PLAIN = [name for name in EVICTS if next(p for p in pykvc.policies() if p["name"] == name)["needs"]["probe"] == "none"]
-BY_POSITION = ["streaming_llm", "random", "random_head", "random_shot"]  # no rounding can change what they keep
+DIFFER = ["adakv:window=8,kernel=1,alpha=0", "keydiff:share=all", "snapkv:window=8,kernel=1,share=layer", "h2o:share=all"]  # heads of a layer
 TOKENS = np.random.default_rng(5).integers(1, 100, 4*N).astype(np.int32)
 
 
@@ -35,19 +35,24 @@ def wide(tmp_path_factory):
 def context(path, policy, n_gpu_layers=99, budget=str(BUDGET), **how):
     model = _core.Model(str(path), n_gpu_layers=n_gpu_layers)
     ctx = _core.Context(model, **{"n_ctx": 2048, "n_ubatch": 128, "n_threads": 1, **how}, policy=policy, budget=budget)
-    if policy.partition(":")[0] in ("shotkv", "random_shot"):
+    if str(policy).partition(":")[0] in ("shotkv", "random_shot"):
         ctx.set_spans([(i, i + 20) for i in range(0, N - 40, 20)])
     return ctx
 
 
+def held(ctx):
+    """Slots of each head: [n_layer, n_head_kv]."""
+    return np.array([(layer >= 0).sum(axis=1) for layer in ctx.kept()])
+
+
 def in_blocks(ctx):
     """Views of the cache off the host begin at whole blocks."""
-    kept = np.asarray(ctx.seq_stats()["kept"])
-    return not ((kept.max() - kept) % BLOCK).any()
+    n = held(ctx)
+    return not ((n.max() - n) % BLOCK).any()
 
 
 @pytest.mark.parametrize("n_gpu_layers", [99, 2])
-@pytest.mark.parametrize("policy", PLAIN)
+@pytest.mark.parametrize("policy", PLAIN + DIFFER)
 def test_what_is_kept_is_what_the_scores_say(device, path, policy, n_gpu_layers):
     ctx = context(path, policy, n_gpu_layers)
     on_spans = policy in ("shotkv", "random_shot")  # whose spans are of the first turn, and not known to plan()
@@ -57,7 +62,8 @@ def test_what_is_kept_is_what_the_scores_say(device, path, policy, n_gpu_layers)
         assert ctx.evict() and in_blocks(ctx)
         if not on_spans:
             for il, (kept, slots) in enumerate(zip(ctx.kept(), _core.plan(ctx.policy, pos, scores, BUDGET, n_block=BLOCK))):
-                np.testing.assert_array_equal(kept, np.take_along_axis(pos[il], slots, axis=1), err_msg=f"layer {il}")
+                expected = np.where(slots < 0, -1, np.take_along_axis(pos[il], slots, axis=1))
+                np.testing.assert_array_equal(kept, expected, err_msg=f"layer {il}")
     ctx.decode(TOKENS[:3])
     assert np.isfinite(ctx.logits()).all()
 
@@ -80,7 +86,7 @@ CACHES = ["f16", "f32", "bf16", "q8_0", "q5_1", "q4_0"]
 
 
 @pytest.mark.parametrize("policy, cache", [  # h2o runs without flash attention, which a quantized V needs
-    *[(policy, cache) for policy in ("snapkv:window=8", "knorm:share=layers", "pyramidkv:window=8") for cache in CACHES],
+    *[(policy, cache) for policy in ("snapkv:window=8", "knorm:share=layers", "pyramidkv:window=8", "adakv:window=8") for cache in CACHES],
     *[("h2o", cache) for cache in CACHES if not cache.startswith("q")]])
 def test_a_graph_moves_the_bytes_that_the_host_would(device, wide, policy, cache):
     """Whatever the type of the cache, with values transposed (h2o) or not. pretend_lacking() has rows moved through the
@@ -104,7 +110,7 @@ def test_a_graph_moves_the_bytes_that_the_host_would(device, wide, policy, cache
 
 
 @pytest.mark.parametrize("policy", ["streaming_llm", "random", "snapkv:window=8", "tova", "h2o", "pyramidkv:window=8", "chunkkv:window=8", "shotkv:window=8",
-                                    "pyramidinfer:window=64", "knorm", "keydiff", "expected_attention:window=16"])
+                                    "pyramidinfer:window=64", "knorm", "keydiff", "expected_attention:window=16", *DIFFER])
 def test_scores_cross_and_rows_do_not(device, path, policy):
     n_head, n_layer = 4, 4
     ctx = context(path, policy)
@@ -114,6 +120,73 @@ def test_scores_cross_and_rows_do_not(device, path, policy):
     window = 16*n_head*32*2 if policy.startswith("expected") else 0  # of queries, which are fitted on the host
     norms = 2*N*4 if policy.startswith("expected") else 0
     assert device.read <= n_layer*(n_head*N*4 + window + norms + 64)
+
+
+class Given(pykvc.Policy):
+    """Heads keep the slots it is told to, -1s first."""
+    name, heads_differ = "given", True
+
+    def __init__(self, slots):
+        self.slots = slots
+
+    def score(self, layer):
+        return np.zeros((layer.n_head_kv, layer.n_kv), np.float32)
+
+    def budgets(self, request):
+        return [x.shape[1] for x in self.slots]
+
+    def keep(self, il, request, n_keep):
+        return self.slots[il]
+
+
+@pytest.mark.parametrize("how", [{}, {"type_k": "q8_0", "type_v": "q8_0"}, {"flash_attn": "off"}])
+@pytest.mark.parametrize("n_gpu_layers", [99, 2])
+def test_heads_that_differ_answer_as_on_the_host(device, path, n_gpu_layers, how):
+    """The same sets, in two sequences of different lengths, a second prompt and single tokens: only rounding differs."""
+    rng = np.random.default_rng(0)
+
+    def some(n, n_most):  # of n slots: heads of n_most and of one and two blocks less, the last ten in each
+        def head(n_less):
+            return [-1]*n_less + sorted([*rng.choice(n - 10, n_most - n_less - 10, replace=False), *range(n - 10, n)])
+        return [np.array([head(BLOCK*((il + h) % 3)) for h in range(2)], np.int32) for il in range(4)]
+
+    how = {"n_seq_max": 2, "n_ctx": 4096, **how}
+    given = Given([])
+    contexts = [context(path, given, layers, **how) for layers in (n_gpu_layers, 0)]
+    logits = [[], []]
+
+    def decode(tokens, seq):
+        for ctx, rows in zip(contexts, logits):
+            ctx.decode(tokens, seq)
+            rows.append(ctx.logits().copy())
+
+    for seq, n, n_most in ((0, N, 560), (1, N + 300, 640)):
+        decode(TOKENS[:n], seq)
+        given.slots = some(n, n_most)
+        assert all(ctx.evict(seq) for ctx in contexts)
+        decode(TOKENS[n:n + 20], seq)
+    for token in TOKENS[:4]:
+        for seq in (0, 1):
+            decode(np.array([token], np.int32), seq)
+    assert np.ptp(held(contexts[0]), axis=1).max() == 2*BLOCK and in_blocks(contexts[0])
+    np.testing.assert_allclose(*logits, atol=0.1)
+
+
+def test_heads_of_any_length_are_refused_there(device, path):
+    """A policy of one's own that keeps whatever it likes: the cache stays as it was."""
+    slots = [np.stack([np.arange(40), np.where(np.arange(40) < 7, -1, np.arange(40))]).astype(np.int32)]*4
+    ctx = context(path, Given(slots))
+    ctx.decode(TOKENS[:N])
+    with pytest.raises(ValueError, match="whole blocks of 256.*40 and 33.*n_gpu_layers 0"):
+        ctx.evict()
+    assert (held(ctx) == N).all()
+    ctx.decode(TOKENS[:3])
+
+
+@pytest.mark.parametrize("policy", ["adakv:window=8", "keydiff:share=all"])
+def test_cells_that_heads_share_are_the_hosts(device, path, policy):
+    with pytest.raises(ValueError, match="only on the CPU"):
+        context(path, policy, cells="512")
 
 
 def test_a_cache_that_stays_on_the_host(device, path):
@@ -142,7 +215,7 @@ def test_layers_differ_by_blocks_over_many_turns(device, path):
         assert np.isfinite(ctx.logits()).all()
 
 
-@pytest.mark.parametrize("policy", ["snapkv:window=8", "h2o", "keydiff:share=layers"])
+@pytest.mark.parametrize("policy", ["snapkv:window=8", "h2o", "keydiff:share=layers", *DIFFER])
 def test_states_tails_and_copies(device, path, policy):
     ctx = context(path, policy, n_seq_max=2, n_ctx=1024)
     ctx.decode(TOKENS[:N])
@@ -150,7 +223,7 @@ def test_states_tails_and_copies(device, path, policy):
     state = ctx.save_seq()
     ctx.decode(TOKENS[:20])
     expected = ctx.logits().copy()
-    if policy != "h2o":  # whose sums cannot be taken back
+    if not policy.startswith("h2o"):  # whose sums cannot be taken back
         assert ctx.remove_tail(N)
         ctx.decode(TOKENS[:20])
         np.testing.assert_allclose(ctx.logits(), expected, atol=2e-2)

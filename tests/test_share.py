@@ -195,6 +195,23 @@ def test_whole_blocks_take_no_more_than_the_budget(n_block, budget):
     assert blocks.sum() <= n_layer*(budget + n_block) and (abs(blocks - exact) < 2*n_block).all()
 
 
+@pytest.mark.parametrize("n_block", [16, 64])
+@pytest.mark.parametrize("spec", ["keydiff:share=all", "snapkv:share=layer,window=8", "adakv:window=8"])
+def test_whole_blocks_of_heads_take_no_more_than_the_budget(spec, n_block):
+    """Where heads differ, they do; each keeps its best, and as many as before but for two blocks."""
+    rng, n_layer, n_kv, budget = np.random.default_rng(n_block), 5, 1000, 300
+    pos = [np.tile(np.arange(n_kv, dtype=np.int32), (4, 1))]*n_layer
+    scores = [(rng.random((4, n_kv))*rng.uniform(0.5, 2, (4, 1))).astype(np.float32) for _ in range(n_layer)]
+    plans = [_core.plan(spec, pos, scores, budget, n_block=n) for n in (1, n_block)]
+    exact, blocks = (np.array([(x >= 0).sum(axis=1) for x in plan]) for plan in plans)
+    assert exact.sum() == 4*n_layer*budget and np.ptp(exact, axis=1).min() > n_block
+    assert not ((blocks.max() - blocks) % n_block).any() and (abs(blocks - exact) < 2*n_block).all()
+    assert 4*n_layer*(budget - 1) <= blocks.sum() <= 4*n_layer*budget
+    for one, other in zip(*plans):
+        for a, b in zip(one, other):
+            assert np.isin(a[a >= 0], b).all() or np.isin(b[b >= 0], a).all()
+
+
 def test_a_python_policy_with_rules_of_its_own_cannot_share():
     class Own(pykvc.Policy):
         name, share = "own_rule", "layers"

@@ -267,7 +267,7 @@ static py::list plan(const std::string & text, const std::vector<i32_array> & po
         r.spans.push_back({ s.first, s.second });
     }
     py::list res;
-    r.heads = head_lengths(*pol, r);
+    r.heads = heads_in_blocks(r, pol->heads(r), n_block, pol->min_budget());
     const auto n_keep = in_blocks(r, pol->budgets(r), n_block, pol->min_budget());
     for (size_t l = 0; l < pos.size(); ++l) {
         i32_array slots({ (py::ssize_t) r.n_head_kv, (py::ssize_t) n_keep[l] });
@@ -300,6 +300,6 @@ void bind_policy(py::module_ & m) {
             "attn_rows"_a = py::none(), "value_rows"_a = py::none(), "budget"_a = 0, "score() of a policy over host arrays: F32 [n_head_kv, n_kv].");
     m.def("plan", &plan, "spec"_a, "pos"_a, "score"_a, "budget"_a, py::kw_only(), "prompt"_a = true, "n_frozen"_a = py::none(),
             "spans"_a = std::vector<std::pair<int32_t, int32_t>>(), "room"_a = false, "n_block"_a = 1,
-            "budgets() and keep() of a policy: slots kept a layer, I32 [n_head_kv, n_keep], -1 where a head keeps fewer. n_block: layers differ by "
-            "whole blocks of so many slots, 256 on a GPU.");
+            "budgets() and keep() of a policy: slots kept a layer, I32 [n_head_kv, n_keep], -1 where a head keeps fewer. n_block: layers "
+            "and heads differ by whole blocks of so many slots, 256 on a GPU.");
 }

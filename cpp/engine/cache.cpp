@@ -1,5 +1,7 @@
 // The cache of a context that evicts: llama.cpp's, but for what its engine knows better.
 
+#include "engine.h"
+
 #include "llama-kv-cache.h"
 
 #include <algorithm>

@@ -1,19 +1,25 @@
 #pragma once
 
 // Where llama.cpp creates a cache that may evict: its own class where the context has no policy, else one that asks an
-// engine.
-
-#include "engine.h"
+// engine. All of llama.cpp reads this header, so it names our classes and includes none of their headers.
 
 #include "llama-hparams.h"
 #include "llama-memory.h"
 
-class llama_kv_cache;
-class llama_kv_cache_context;
+class  llama_kv_cache;
+class  llama_kv_cache_context;
+class  llm_graph_result;
+struct llm_graph_context;
+struct llama_model;
 
 namespace kvc {
 
 class cache;
+class engine;
+class evictor;
+class layout;
+class scorer;
+class taps;
 
 // As the constructor of llama_kv_cache.
 llama_kv_cache * new_cache(

@@ -106,6 +106,10 @@ std::shared_ptr<const config> bound(std::shared_ptr<const config> cfg, const lla
         }
     }
     why = !cparams.flash_attn ? "with flash attention" : why;
+    if (why == "on the CPU" && cfg->pol->heads_differ() && !cfg->pol->share.layers_differ()) {
+        throw std::invalid_argument(cfg->spec + ": with kv_cells heads of different lengths share their rows only on the CPU: use n_gpu_layers 0, or "
+                "offload_kqv off");
+    }
     if (cfg->pol->share.layers_differ() && !why.empty()) {
         if (cfg->own_share) {
             throw std::invalid_argument(cfg->spec + ": with kv_cells layers share their rows only " + why + ": give share=head");

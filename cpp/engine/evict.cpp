@@ -59,17 +59,21 @@ static bool holds_frozen(const request & r, const policy & pol) {
 
 // Where only some layers are offloaded, those on the host come by a few rows more.
 int32_t evictor::n_block() const {
-    return layout.by_head() ? 1 : 256; // by_head: all of the cache is on the host
+    return layout.on_host() ? 1 : 256;
 }
 
 // The one place that says what views of the cache are off the host: they begin at whole blocks, and so are whole blocks
 // themselves.
-static void check_blocks(const std::string & who, const std::vector<int32_t> & n_keep, int32_t n_block) {
+static void check_blocks(const std::string & who, const std::vector<int32_t> & n_keep, const std::vector<std::vector<int32_t>> & slots, int32_t n_block) {
     const int32_t n_base = *std::max_element(n_keep.begin(), n_keep.end());
-    for (const int32_t n : n_keep) {
-        if ((n_base - n) % n_block != 0) {
-            throw std::logic_error(who + ": layers of " + std::to_string(n_base) + " and " + std::to_string(n) + " rows do not differ by whole blocks of " +
-                    std::to_string(n_block));
+    for (size_t l = 0; l < n_keep.size(); ++l) {
+        for (size_t h = 0; h < slots[l].size(); h += n_keep[l]) {
+            const int32_t n = n_keep[l] - first_slot(slots[l].data() + h, n_keep[l]);
+            if ((n_base - n) % n_block != 0) {
+                throw std::invalid_argument(who + ": off the CPU what layers and heads keep differs by whole blocks of " + std::to_string(n_block) +
+                        " rows, and here are " + std::to_string(n_base) + " and " + std::to_string(n) + ": keep the cache on the CPU (n_gpu_layers 0, "
+                        "or offload_kqv off)");
+            }
         }
     }
 }
@@ -151,12 +155,14 @@ bool evictor::run(llama_context * lctx, const job & j) {
     if (j.why == cause::room && cfg->pooled && !holds_frozen(r, *conf.pol)) {
         unfreeze(r);
     }
-    r.heads = alike ? std::vector<std::vector<int32_t>>() : head_lengths(*conf.pol, r);
+    const int32_t n_block = this->n_block();
+    if (!alike) {
+        r.heads = heads_in_blocks(r, conf.pol->heads(r), n_block, conf.pol->min_budget());
+    }
     std::vector<int32_t> n_keep = alike ? std::vector<int32_t>(layout.n_layer(), n_target) : conf.pol->budgets(r);
     if ((int32_t) n_keep.size() != layout.n_layer()) {
         throw std::invalid_argument(conf.spec + ": budgets() must give one number per layer, " + std::to_string(layout.n_layer()));
     }
-    const int32_t n_block = this->n_block();
     for (int32_t l = 0; cfg->is_bounded() && l < layout.n_layer(); ++l) {
         const int32_t n_rows = (int32_t) (cfg->pooled ? kv.get_size() : kv.layers[l].k->ne[1]);
         const int32_t n_most = n_rows - n_to_free(s, j.n_new) - (conf.layers_differ ? n_block - 1 : 0);
@@ -170,7 +176,6 @@ bool evictor::run(llama_context * lctx, const job & j) {
         }
     }
     n_keep = in_blocks(r, n_keep, n_block, conf.pol->min_budget());
-    check_blocks(conf.spec, n_keep, n_block);
     std::vector<std::vector<int32_t>> slots(layout.n_layer());
     each_layer(lctx, *conf.pol, layout.n_layer(), [&](int32_t l) {
         if (n_keep[l] < 1 || n_keep[l] > r.layers[l].n_kv) {
@@ -181,6 +186,7 @@ bool evictor::run(llama_context * lctx, const job & j) {
         conf.pol->keep(r, l, n_keep[l], slots[l].data());
         check_plan(conf.spec, l, r.layers[l], layout.n_head_kv(), n_keep[l], conf.pol->heads_differ(), slots[l]);
     });
+    check_blocks(conf.spec, n_keep, slots, n_block);
     st.plan_ms += ms_since(t0);
 
     if (mask.on) { // test only: the same keep sets as a mask over the cache as it is

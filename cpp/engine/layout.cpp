@@ -1,8 +1,8 @@
 // Where the rows of layers and heads lie.
 //
 //   on a device             as llama.cpp has them: a row is all heads of a cell, [n_embd_k, n_rows, n_seq]
-//   on the host             the rows of a head lie together: [head_dim, n_rows, n_head_kv, n_seq] in the same memory. What
-//                           a query reads of a head is one piece then, and heads may have different lengths
+//   on the host, and where  the rows of a head lie together: [head_dim, n_rows, n_head_kv, n_seq] in the same memory. What
+//   heads differ            a query reads of a head is one piece then, and heads may have different lengths
 //   from one pool           the same, and pool.cpp says where a head begins
 //
 // Transposed values lie by channel, so by head, anyway. Row 0 of a head stands for cell cell_begin(layer, head).
@@ -32,11 +32,8 @@ layout::layout(std::shared_ptr<const config> cfg_, const llama_model & model, ll
             throw std::invalid_argument("this model cannot evict: its layers have different numbers of KV heads");
         }
     }
-    heads_apart = std::all_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) { return ggml_backend_buffer_is_host(layer.k->buffer); });
-    if (cfg->pol->heads_differ() && !heads_apart) {
-        throw std::invalid_argument(cfg->spec + " gives KV heads different budgets: only the CPU's attention has been tested with "
-                    "heads of different lengths, so use n_gpu_layers 0, or offload_kqv off");
-    }
+    all_on_host = std::all_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) { return ggml_backend_buffer_is_host(layer.k->buffer); });
+    heads_apart = all_on_host || cfg->pol->heads_differ();
     if (cfg->pooled) {
         find_pool();
     }

@@ -33,6 +33,7 @@ public:
 
     int32_t n_layer() const;
     int32_t n_head_kv() const { return n_hkv; }
+    bool    on_host() const { return all_on_host; }             // of all layers
     bool    by_head() const { return heads_apart; }             // the rows of a head lie together
     int32_t n_parts() const { return heads_apart ? n_hkv : 1; } // of a layer, with rows of their own
     std::vector<bool> sides() const; // of a cache, as `values`: keys, and values unless they are a part of the keys (MLA)
@@ -92,7 +93,7 @@ private:
     llama_kv_cache    & kv;
     const std::vector<sequence> & sequences;
     int32_t   n_hkv = 0;
-    bool      heads_apart = false;
+    bool      all_on_host = false, heads_apart = false;
     pool_rows pool;
 };
 

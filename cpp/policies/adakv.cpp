@@ -26,19 +26,21 @@ struct adakv : window_policy {
         return true;
     }
 
-    // The longest head of each layer.
-    std::vector<int32_t> budgets(const request & r) const override {
-        std::vector<int32_t> n_keep;
+    std::vector<std::vector<int32_t>> heads(const request & r) const override {
+        std::vector<std::vector<int32_t>> res;
         for (const layer_plan & lp : r.layers) {
-            n_keep.push_back(0);
+            res.emplace_back();
             for (const slot_marks & head : choose(r, lp, lp.n_kv)) {
-                n_keep.back() = std::max(n_keep.back(), count_marked(head));
+                res.back().push_back(count_marked(head));
             }
         }
-        return n_keep;
+        return res;
     }
 
     void keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) const override {
+        if (!r.heads.empty() && n_keep >= *std::max_element(r.heads[il].begin(), r.heads[il].end())) {
+            return policy::keep(r, il, n_keep, out); // the best of each head, as many as it was given
+        }
         for (const slot_marks & head : choose(r, r.layers[il], n_keep)) {
             const int32_t n = count_marked(head);
             std::fill(out, out + n_keep - n, -1);

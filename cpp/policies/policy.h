@@ -97,7 +97,7 @@ struct request {
     int32_t budget;          // slots to keep in a layer on average, the frozen ones included
     std::vector<layer_plan> layers;
     std::vector<span>       spans;   // ascending, disjoint; empty unless needs().spans
-    std::vector<std::vector<int32_t>> heads; // [n_layer][n_head_kv] slots of each head: head_lengths(), empty unless heads share
+    std::vector<std::vector<int32_t>> heads; // [n_layer][n_head_kv] slots of each head: heads(), or empty
 };
 
 class policy {
@@ -118,6 +118,11 @@ public:
     // True: KV heads of a layer may keep different numbers, r.budget on average; a head takes the rows it keeps. budgets()
     // says how many the longest head of each layer keeps. Only where generated tokens stay.
     virtual bool heads_differ() const { return share.heads_differ(); }
+
+    // Slots of each head, [n_layer][n_head_kv], where they differ and are known before keep(); else empty. The default
+    // does what `share` says. Off the CPU they are rounded to whole blocks: a policy whose heads differ and that does
+    // not know them runs on the CPU alone.
+    virtual std::vector<std::vector<int32_t>> heads(const request & r) const { return head_lengths(*this, r); }
 
     // Slots each layer keeps. The mean over layers is r.budget exactly; no layer asks for more than it has. The default
     // does what `share` says; a policy with another rule declares no share.

@@ -58,6 +58,9 @@ std::vector<int32_t> whole_budgets(const request & r, const std::vector<double> 
 // be, layers keep more than n_keep.
 std::vector<int32_t> in_blocks(const request & r, const std::vector<int32_t> & n_keep, int32_t n_block, int32_t n_least);
 
+// The same of heads, where they differ: [n_layer][n_head_kv], or nothing.
+std::vector<std::vector<int32_t>> heads_in_blocks(const request & r, std::vector<std::vector<int32_t>> heads, int32_t n_block, int32_t n_least);
+
 // What a head certainly keeps where its budget holds it: finite, so that it can be compared.
 constexpr float BEST_SCORE = std::numeric_limits<float>::max();
 
