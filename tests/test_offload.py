@@ -183,10 +183,73 @@ def test_heads_of_any_length_are_refused_there(device, path):
     ctx.decode(TOKENS[:3])
 
 
-@pytest.mark.parametrize("policy", ["adakv:window=8", "keydiff:share=all"])
-def test_cells_that_heads_share_are_the_hosts(device, path, policy):
-    with pytest.raises(ValueError, match="only on the CPU"):
-        context(path, policy, cells="512")
+POOLED = ["keydiff:share=layers", "snapkv:window=8,share=layers", "keydiff:share=all", "adakv:window=8,kernel=1,alpha=0"]
+
+
+@pytest.mark.parametrize("cache", ["f16", "q8_0"])
+@pytest.mark.parametrize("policy", POOLED)
+def test_a_pool_answers_as_rows_of_their_own_do(device, path, policy, cache):
+    """Two sequences, whose layers and heads draw their rows from one pool (cells); prompts that fit, so that both keep the same."""
+    how = {"n_seq_max": 2, "n_ctx": 4096, "type_k": cache, "type_v": cache}
+    pooled, plain = context(path, policy, cells="1536", **how), context(path, policy, **how)
+    for seq, n in ((0, N), (1, N + 300), (0, 200)):
+        for ctx in (pooled, plain):
+            ctx.begin_prompt(seq)
+            ctx.decode(TOKENS[:n], seq)
+        assert all(ctx.evict(seq) for ctx in (pooled, plain)) and in_blocks(pooled)
+        assert all(map(np.array_equal, pooled.kept(seq), plain.kept(seq)))
+        for other in (0, 1):
+            for ctx in (pooled, plain):
+                ctx.decode(TOKENS[n:n + 20], other)
+            np.testing.assert_allclose(pooled.logits(), plain.logits(), atol=2e-2)
+    assert pooled.stats()["bytes_allocated"] < plain.stats()["bytes_allocated"]/2
+    pooled.clear(1)
+    pooled.copy(0, 1)
+    for seq in (0, 1):
+        pooled.decode(TOKENS[20:25], seq)
+        plain.decode(TOKENS[20:25], 0) if seq == 0 else None
+        np.testing.assert_allclose(pooled.logits(), plain.logits(), atol=2e-2)
+
+
+@pytest.mark.parametrize("policy", POOLED)
+def test_a_pool_that_is_too_small_for_the_prompt(device, path, policy):
+    """It is evicted in mid-prompt. Rows that a graph moves are the ones that the host would, and do not cross; a state has them
+    all, and goes on the same."""
+    states, read = [], []
+    for lacking in ([], ["GET_ROWS"]):
+        ctx = context(path, policy, cells="768", n_ctx=4096)
+        _core.pretend_lacking(lacking)
+        try:
+            for token in range(0, 2500, 500):
+                ctx.decode(TOKENS[token:token + 500])
+                assert in_blocks(ctx) and held(ctx).sum() <= 768*8
+            device.reset()
+            assert ctx.evict()
+            read.append(device.read)
+            ctx.decode(TOKENS[:40])
+        finally:
+            _core.pretend_lacking([])
+        assert ctx.stats()["n_evictions"] > 3 and np.isfinite(ctx.logits()).all()
+        states.append((ctx.save(), ctx.logits().tobytes()))
+    assert states[0] == states[1] and read[1] > 2*read[0]
+    again = context(path, policy, cells="768", n_ctx=4096)
+    again.load(states[0][0])
+    for x in (ctx, again):
+        x.decode(TOKENS[:200])
+    np.testing.assert_array_equal(ctx.logits(), again.logits())
+    assert all(x.remove_tail(x.pos_max() - 100) for x in (ctx, again)) and all(map(np.array_equal, ctx.kept(), again.kept()))
+    with pytest.raises(ValueError, match="damaged"):
+        again.load(states[0][0][:-5000])
+    again.decode(TOKENS[:40])
+    assert again.pos_max() == 39 and np.isfinite(again.logits()).all()
+
+
+@pytest.mark.parametrize("how, why", [({"n_gpu_layers": 2}, "only on one device"), ({"flash_attn": "off"}, "only with flash attention")])
+def test_where_there_is_no_pool(device, path, how, why, capfd):
+    for policy in ("adakv:window=8", "keydiff:share=all"):
+        with pytest.raises(ValueError, match=why):
+            context(path, policy, cells="512", **how)
+    assert "share=head" in context(path, "keydiff", cells="512", **how).policy
 
 
 def test_a_cache_that_stays_on_the_host(device, path):
@@ -236,6 +299,23 @@ def test_states_tails_and_copies(device, path, policy):
     again = ctx.logits().copy()
     ctx.decode(TOKENS[20:25], 1)
     np.testing.assert_allclose(ctx.logits(), again, atol=2e-2)
+
+
+@pytest.fixture(scope="module")
+def wordy(tmp_path_factory):
+    """With as many tokens as a small model knows: llama.cpp's compute buffer is then of its usual size."""
+    return tiny.write(tmp_path_factory.mktemp("offload")/"wordy.gguf", n_layer=2, n_vocab=32768)
+
+
+@pytest.mark.parametrize("policy", PLAIN + DIFFER)
+def test_an_eviction_takes_no_memory_that_was_not_reserved(device, wordy, policy):
+    """It computes in llama.cpp's compute buffer, which is there from the beginning, and which --fit counts."""
+    ctx = context(wordy, policy, n_ubatch=512)
+    reserved = device.allocated
+    ctx.decode(TOKENS[:N])
+    assert ctx.evict()
+    ctx.decode(TOKENS[:30])
+    assert device.allocated - reserved < 2**20
 
 
 @pytest.mark.parametrize("policy", ["pyramidinfer", "snapkv:window=1024"])

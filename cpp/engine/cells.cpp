@@ -99,16 +99,13 @@ std::shared_ptr<const config> bound(std::shared_ptr<const config> cfg, const lla
                 "the budget of " + std::to_string(n_budget) + " tokens and n_ubatch " + std::to_string(cparams.n_ubatch) + " new ones");
     }
 
-    std::string why; // layers cannot draw their rows from a pool
-    for (uint32_t il : layers) {
-        if (on_gpu(model, cparams, il)) {
-            why = "on the CPU";
-        }
-    }
-    why = !cparams.flash_attn ? "with flash attention" : why;
-    if (why == "on the CPU" && cfg->pol->heads_differ() && !cfg->pol->share.layers_differ()) {
-        throw std::invalid_argument(cfg->spec + ": with kv_cells heads of different lengths share their rows only on the CPU: use n_gpu_layers 0, or "
-                "offload_kqv off");
+    const auto device = [&](uint32_t il) { return on_gpu(model, cparams, il) ? model.dev_layer(il) : nullptr; };
+    const bool off_host = std::any_of(layers.begin(), layers.end(), device);
+    const bool one_device = std::all_of(layers.begin(), layers.end(), [&](uint32_t il) { return device(il) == device(layers[0]); });
+    const std::string why = !cparams.flash_attn ? "with flash attention" : !one_device ? "on one device" : ""; // there is no pool
+    if (off_host && !why.empty() && cfg->pol->heads_differ() && !cfg->pol->share.layers_differ()) {
+        throw std::invalid_argument(cfg->spec + ": with kv_cells heads of different lengths share their rows off the CPU only " + why +
+                ": use n_gpu_layers 0, or offload_kqv off");
     }
     if (cfg->pol->share.layers_differ() && !why.empty()) {
         if (cfg->own_share) {
@@ -136,7 +133,6 @@ std::shared_ptr<const config> bound(std::shared_ptr<const config> cfg, const lla
     const bool own_length = c->layers_differ && !c->pol->heads_differ() && !c->pooled;
     const auto n_keep = own_length ? c->pol->budgets(r) : std::vector<int32_t>(layers.size(), r.budget);
 
-    const bool off_host = std::any_of(layers.begin(), layers.end(), [&](uint32_t il) { return on_gpu(model, cparams, il); });
     c->rows.resize(hp.n_layer(), 0);
     for (size_t i = 0; i < layers.size(); ++i) {
         uint32_t n = (uint32_t) n_keep[i] + cparams.n_ubatch;
@@ -144,6 +140,9 @@ std::shared_ptr<const config> bound(std::shared_ptr<const config> cfg, const lla
             n = GGML_PAD(n, N_PAD) + N_PAD; // kernels want whole blocks, and run() keeps up to one block more
         }
         c->rows[layers[i]] = std::min(n, cparams.n_ctx_seq);
+    }
+    if (c->pooled && off_host) {
+        c->rows[layers[0]] += N_PAD; // attention reads whole blocks, also of the last heads
     }
     const uint32_t n_max = *std::max_element(c->rows.begin(), c->rows.end());
     if (hp.swa_type != LLAMA_SWA_TYPE_NONE && n_max < hp.n_swa + cparams.n_ubatch) {
@@ -157,7 +156,7 @@ llama_cparams memory_cparams(const std::shared_ptr<const config> & cfg, const ll
     llama_cparams res = cparams;
     if (cfg && cfg->n_cells > 0) {
         const uint32_t n_most = *std::max_element(cfg->rows.begin(), cfg->rows.end());
-        res.n_ctx_seq = cfg->pooled ? std::min(cparams.n_ctx_seq, N_LONGEST*n_most) : n_most;
+        res.n_ctx_seq = cfg->pooled ? std::min(cparams.n_ctx_seq, GGML_PAD(N_LONGEST*n_most, N_PAD)) : n_most;
     }
     return res;
 }

@@ -9,7 +9,7 @@
 // lacks. The rows themselves begin at 0 of the layer's tensors: row = cell - cell_begin(layer). Each KV head of a layer
 // keeps rows of its own. Keys keep the RoPE position they were written with.
 //
-// On the host the rows of a head lie together (layout.cpp), so heads may keep different numbers: head h has its own
+// Where the rows of a head lie together (layout.cpp), heads may keep different numbers: head h has its own
 // beginning, row = cell - cell_begin(layer, h). Neighbouring heads of one length are a *lane*, which attention takes in
 // one call. What is counted in slots is rectangular all the same, [n_head_kv, n_slots] of the longest head: the first
 // slots of a shorter one are empty (position -1), and no row stands for them.

@@ -57,11 +57,6 @@ static bool holds_frozen(const request & r, const policy & pol) {
     return n <= (int64_t) r.layers.size()*std::max(0, r.budget - pol.min_budget());
 }
 
-// Where only some layers are offloaded, those on the host come by a few rows more.
-int32_t evictor::n_block() const {
-    return layout.on_host() ? 1 : 256;
-}
-
 // The one place that says what views of the cache are off the host: they begin at whole blocks, and so are whole blocks
 // themselves.
 static void check_blocks(const std::string & who, const std::vector<int32_t> & n_keep, const std::vector<std::vector<int32_t>> & slots, int32_t n_block) {
@@ -75,6 +70,20 @@ static void check_blocks(const std::string & who, const std::vector<int32_t> & n
                         "or offload_kqv off)");
             }
         }
+    }
+}
+
+// Rounded to blocks, they may be more than a pool has.
+void evictor::check_pool(const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep, int32_t n_new) const {
+    std::vector<int32_t> n_held;
+    for (size_t l = 0; l < slots.size(); ++l) {
+        for (size_t h = 0; h < slots[l].size(); h += n_keep[l]) {
+            n_held.push_back(n_keep[l] - first_slot(slots[l].data() + h, n_keep[l]));
+        }
+    }
+    if (cfg->pooled && layout.n_to_share(n_held) < n_new) {
+        throw std::invalid_argument(cfg->spec + ": kv_cells have too few rows for what its layers keep, in whole blocks of " +
+                std::to_string(layout.n_block()) + ": give more, or share=head");
     }
 }
 
@@ -155,7 +164,7 @@ bool evictor::run(llama_context * lctx, const job & j) {
     if (j.why == cause::room && cfg->pooled && !holds_frozen(r, *conf.pol)) {
         unfreeze(r);
     }
-    const int32_t n_block = this->n_block();
+    const int32_t n_block = layout.n_block(); // where only some layers are offloaded, those on the host come by a few rows more
     if (!alike) {
         r.heads = heads_in_blocks(r, conf.pol->heads(r), n_block, conf.pol->min_budget());
     }
@@ -187,6 +196,7 @@ bool evictor::run(llama_context * lctx, const job & j) {
         check_plan(conf.spec, l, r.layers[l], layout.n_head_kv(), n_keep[l], conf.pol->heads_differ(), slots[l]);
     });
     check_blocks(conf.spec, n_keep, slots, n_block);
+    check_pool(slots, n_keep, j.n_new);
     st.plan_ms += ms_since(t0);
 
     if (mask.on) { // test only: the same keep sets as a mask over the cache as it is
@@ -279,7 +289,12 @@ void evictor::compact(llama_context * lctx, uint32_t s, const std::vector<std::v
     kv.v_heads[s] = n_base;
     taps.clear_free_sums(s);
     if (cfg->pooled) {
-        layout.lay_out(s, layout.rows_held(s));
+        const auto n_held = layout.rows_held(s);
+        const auto moves = layout.lay_out(s, n_held);
+        for (const bool values : layout.sides()) {
+            shift_rows(lctx, layout.pool_of(values), moves);
+        }
+        layout.clear_free(s, n_held);
     }
     layout.give_back_rows(s, false);
 }

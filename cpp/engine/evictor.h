@@ -57,7 +57,7 @@ private:
     int32_t n_to_free(uint32_t s, int32_t n_new) const;
 
     // evict.cpp
-    int32_t n_block() const; // rows by which layers differ: what kernels want of views off the host
+    void check_pool(const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep, int32_t n_new) const; // throws
     void    score_layers(llama_context * lctx, uint32_t s, int32_t budget, std::vector<std::vector<int32_t>> & pos,
                          std::vector<std::vector<float>> & score) const;
     void    compact(llama_context * lctx, uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep);

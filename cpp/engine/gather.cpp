@@ -21,7 +21,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <memory>
+#include <numeric>
 
 namespace kvc {
 
@@ -175,6 +177,18 @@ static void gather(llama_context * lctx, const std::vector<piece> & pieces) {
     run_graph(lctx, res, last, [&]() { ggml_backend_tensor_set(all, slots.data(), 0, ggml_nbytes(all)); });
 }
 
+// Pieces one after the other, on a device that can; else each by other means.
+static void gather_all(llama_context * lctx, const std::vector<piece> & pieces, const std::function<void(const piece &)> & otherwise) {
+    for (size_t i = 0; i < pieces.size(); i += N_PIECES) {
+        const std::vector<piece> some(pieces.begin() + i, pieces.begin() + std::min(i + N_PIECES, pieces.size()));
+        try {
+            gather(lctx, some);
+        } catch (const std::exception &) { // no memory for the graph: rows that moved have to be followed by the others
+            std::for_each(some.begin(), some.end(), otherwise);
+        }
+    }
+}
+
 void move_rows(llama_context * lctx, const std::vector<piece> & pieces) {
     std::vector<piece> here, there; // in the host's memory, each of rows of its own; on a device that can
     for (const piece & p : pieces) {
@@ -187,13 +201,38 @@ void move_rows(llama_context * lctx, const std::vector<piece> & pieces) {
         }
     }
     on_threads(lctx, (int32_t) here.size(), [&](int32_t i) { move_by_host(here[i]); });
-    for (size_t i = 0; i < there.size(); i += N_PIECES) {
-        const std::vector<piece> some(there.begin() + i, there.begin() + std::min(i + N_PIECES, there.size()));
-        try {
-            gather(lctx, some);
-        } catch (const std::exception &) { // no memory for the graph: rows that moved have to be followed by the others
-            std::for_each(some.begin(), some.end(), [&](const piece & p) { move_by_host(p); });
+    gather_all(lctx, there, move_by_host);
+}
+
+void shift_rows(llama_context * lctx, ggml_tensor * t, const std::vector<row_move> & moves) {
+    const size_t n_row = t->nb[1];
+    if (ggml_backend_buffer_is_host(t->buffer)) {
+        for (const row_move & m : moves) {
+            memmove((char *) t->data + m.to*n_row, (char *) t->data + m.from*n_row, m.n*n_row);
         }
+        return;
+    }
+    const auto rows = rows_of_cache(t, 0, n_row, 0, t->ne[1], t->ne[0], 1);
+    const int64_t n_most = std::max<int64_t>(1, N_BYTES/n_row);
+    std::vector<int32_t> all(t->ne[1]); // a piece's slots are neighbours
+    std::iota(all.begin(), all.end(), 0);
+    std::vector<piece> pieces;
+    for (const row_move & m : moves) {
+        const int64_t n_piece = (m.n + n_most - 1)/n_most;
+        for (int64_t k = 0; k < n_piece; ++k) { // up: the last piece first
+            const int64_t i = (m.to < m.from ? k : n_piece - 1 - k)*n_most, n = std::min(n_most, m.n - i);
+            pieces.push_back({ rows, (int32_t) (m.to + i), (int32_t) n, all.data() + m.from + i, (int32_t) n });
+        }
+    }
+    const auto through_host = [&](const piece & p) {
+        std::vector<char> staged(p.n*n_row);
+        ggml_backend_tensor_get(t, staged.data(), p.slots[0]*n_row, staged.size());
+        ggml_backend_tensor_set(t, staged.data(), p.begin*n_row, staged.size());
+    };
+    if (can_gather(rows)) {
+        gather_all(lctx, pieces, through_host);
+    } else {
+        std::for_each(pieces.begin(), pieces.end(), through_host);
     }
 }
 

@@ -40,4 +40,10 @@ void add_pieces(const cache_rows & rows, int32_t n, const int32_t * slots, std::
 
 void move_rows(llama_context * lctx, const std::vector<piece> & pieces);
 
+// Rows [from, from + n) of a tensor become its rows [to, to + n).
+struct row_move { int64_t from, to, n; };
+
+// One move after the other, so that none may write over rows that a later one takes.
+void shift_rows(llama_context * lctx, ggml_tensor * t, const std::vector<row_move> & moves);
+
 } // namespace kvc

@@ -33,7 +33,7 @@ layout::layout(std::shared_ptr<const config> cfg_, const llama_model & model, ll
         }
     }
     all_on_host = std::all_of(kv.layers.begin(), kv.layers.end(), [](const auto & layer) { return ggml_backend_buffer_is_host(layer.k->buffer); });
-    heads_apart = all_on_host || cfg->pol->heads_differ();
+    heads_apart = all_on_host || cfg->pol->heads_differ() || cfg->pooled;
     if (cfg->pooled) {
         find_pool();
     }
@@ -193,7 +193,7 @@ int64_t layout::rows_of_lane(uint32_t s0, int64_t n_seq, int32_t ikv, int32_t h,
         begin  = std::min<int64_t>(begin, cell_begin(s, ikv, h));
         n_most = std::max(n_most, place_of(s, ikv, h, false).n_rows);
     }
-    return std::min(n_kv - begin, n_most);
+    return std::min(n_kv - begin, (n_most + n_block() - 1)/n_block()*n_block()); // what is not the head's is masked
 }
 
 // Of a layer's keys or values, or of one head's where they differ: a run, or of transposed values one for each channel.

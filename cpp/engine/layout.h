@@ -2,6 +2,7 @@
 
 // Where the rows of layers and heads lie, and how many each holds: layout.cpp, pool.cpp, resident.cpp.
 
+#include "gather.h"
 #include "sequence.h"
 
 #include "ggml-cpp.h"
@@ -33,7 +34,7 @@ public:
 
     int32_t n_layer() const;
     int32_t n_head_kv() const { return n_hkv; }
-    bool    on_host() const { return all_on_host; }             // of all layers
+    int32_t n_block() const { return all_on_host ? 1 : 256; }   // rows by which layers and heads differ
     bool    by_head() const { return heads_apart; }             // the rows of a head lie together
     int32_t n_parts() const { return heads_apart ? n_hkv : 1; } // of a layer, with rows of their own
     std::vector<bool> sides() const; // of a cache, as `values`: keys, and values unless they are a part of the keys (MLA)
@@ -66,9 +67,13 @@ public:
     // -- the pool, where heads draw their rows from one
     bool     has_pool() const { return pool.k; }
     int64_t  pool_begin(uint32_t s, int32_t ikv, int32_t h) const { return pool.regions[s][ikv*n_hkv + h].at; }
+    ggml_tensor * pool_of(bool values) const { return values ? pool.v : pool.k; }
     int32_t  n_to_share(const std::vector<int32_t> & n_held) const;
-    bool     lay_out(uint32_t s, const std::vector<int32_t> & n_held); // [n_layer, n_head_kv]; false: there is no pool
-    bool     even_out(uint32_t s);
+    // Every head gets room for the rows it holds, I32 [n_layer, n_head_kv], and what is free is all heads' alike. The moves
+    // that this takes of the pool's rows, in an order in which none writes over another; the caller makes them.
+    std::vector<row_move> lay_out(uint32_t s, const std::vector<int32_t> & n_held);
+    void     clear_free(uint32_t s, const std::vector<int32_t> & n_held) const;
+    bool     even_out(uint32_t s); // false: there is no pool
     void     copy_rows(uint32_t s0, uint32_t s1);
     void     clear_rows(uint32_t s);
 

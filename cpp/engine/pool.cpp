@@ -4,7 +4,8 @@
 //
 // The pool is the buffer that llama.cpp allocated: its first bytes are rows of keys, behind them lie rows of values, one
 // sequence after the other. A row is one head's. What moves is where a head begins (place_of); graphs of before are
-// dropped, as at every eviction. On the host, V not transposed.
+// dropped, as at every eviction. V is not transposed. Off the host attention reads whole blocks: of the last heads as far
+// as a block each behind the pool.
 
 #include "layout.h"
 
@@ -25,8 +26,8 @@ void layout::find_pool() {
     for (const auto & layer : kv.layers) {
         const bool alike = layer.k->buffer == first.k->buffer && layer.k->nb[1] == first.k->nb[1] &&
             (!layer.v || (layer.v->buffer == first.k->buffer && layer.v->nb[1] == first.v->nb[1]));
-        if (!alike || !ggml_backend_buffer_is_host(first.k->buffer) || kv.v_trans) {
-            throw std::invalid_argument(cfg->spec + ": with kv_cells layers share their rows only in one buffer of the CPU, with rows of one "
+        if (!alike || kv.v_trans) {
+            throw std::invalid_argument(cfg->spec + ": with kv_cells layers share their rows only in one buffer of one device, with rows of one "
                     "size and flash attention: give share=head");
         }
     }
@@ -37,7 +38,7 @@ void layout::find_pool() {
     pool.ctx.reset(ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }));
     char * at = (char *) ggml_backend_buffer_get_base(first.k->buffer);
     const auto place_rows = [&](const ggml_tensor * of) {
-        auto * t = ggml_new_tensor_2d(pool.ctx.get(), of->type, of->ne[0]/n_hkv, pool.n_rows*kv.n_stream);
+        auto * t = ggml_new_tensor_2d(pool.ctx.get(), of->type, of->ne[0]/n_hkv, pool.n_rows*kv.n_stream + (n_block() - 1)*n_hkv);
         ggml_backend_tensor_alloc(first.k->buffer, t, at);
         at += GGML_PAD(ggml_nbytes(t), ggml_backend_buffer_get_alignment(first.k->buffer));
         return t;
@@ -57,11 +58,7 @@ int32_t layout::n_to_share(const std::vector<int32_t> & n_held) const {
     return (int32_t) (n_rest < 0 ? -1 : std::min(n_rest/(int64_t) n_held.size(), n_most));
 }
 
-// Gives every head the rows it holds, which are moved, and what is free to all alike: graphs of before are of no use then.
-bool layout::lay_out(uint32_t s, const std::vector<int32_t> & n_held) {
-    if (!pool.k) {
-        return false;
-    }
+std::vector<row_move> layout::lay_out(uint32_t s, const std::vector<int32_t> & n_held) {
     const int32_t n_free = n_to_share(n_held);
     if (n_free < 0) {
         throw std::invalid_argument(cfg->spec + ": kv_cells have too few rows for what the layers hold");
@@ -74,32 +71,36 @@ bool layout::lay_out(uint32_t s, const std::vector<int32_t> & n_held) {
         at += now[i].n_rows;
     }
     // They lie in one order before and after: those that move down do so from the first on, then those that move up from the last.
-    for (const bool values : sides()) {
-        auto * t = values ? pool.v : pool.k;
-        const auto move = [&](size_t i) {
-            const int64_t n = std::min(n_held[i], before[i].n_rows); // fewer before a state is read
-            memmove((char *) t->data + now[i].at*t->nb[1], (char *) t->data + before[i].at*t->nb[1], n*t->nb[1]);
-        };
-        for (size_t i = 0; i < now.size(); ++i) {
-            if (now[i].at < before[i].at) {
-                move(i);
-            }
-        }
-        for (size_t i = now.size(); i-- > 0;) {
-            if (now[i].at > before[i].at) {
-                move(i);
-            }
-        }
-        for (size_t i = 0; i < now.size(); ++i) { // attention reads free rows, and NaN is not masked away
-            memset((char *) t->data + (now[i].at + n_held[i])*t->nb[1], 0, n_free*t->nb[1]);
+    std::vector<row_move> down, up;
+    for (size_t i = 0; i < now.size(); ++i) {
+        if (now[i].at != before[i].at && n_held[i] > 0) {
+            (now[i].at < before[i].at ? down : up).push_back({ before[i].at, now[i].at, n_held[i] });
         }
     }
-    return true;
+    down.insert(down.end(), up.rbegin(), up.rend());
+    return down;
+}
+
+// Attention reads free rows, too, and NaN is not masked away. On a device, where this may not be possible, they are zeros or
+// what a head held once.
+void layout::clear_free(uint32_t s, const std::vector<int32_t> & n_held) const {
+    for (const bool values : sides()) {
+        auto * t = values ? pool.v : pool.k;
+        for (size_t i = 0; all_on_host && i < n_held.size(); ++i) {
+            const region & r = pool.regions[s][i];
+            memset((char *) t->data + (r.at + n_held[i])*t->nb[1], 0, (r.n_rows - n_held[i])*t->nb[1]);
+        }
+    }
 }
 
 // Of an empty sequence: as many rows for each head.
 bool layout::even_out(uint32_t s) {
-    return lay_out(s, std::vector<int32_t>((size_t) n_layer()*n_hkv, 0));
+    if (has_pool()) {
+        const std::vector<int32_t> none((size_t) n_layer()*n_hkv, 0);
+        lay_out(s, none);
+        clear_free(s, none);
+    }
+    return has_pool();
 }
 
 // A sequence's rows become another's, at the same places.
@@ -111,8 +112,14 @@ void layout::copy_rows(uint32_t s0, uint32_t s1) {
     }
     for (const bool values : sides()) {
         auto * t = values ? pool.v : pool.k;
-        const size_t n_bytes = pool.n_rows*t->nb[1];
-        memcpy((char *) t->data + s1*n_bytes, (char *) t->data + s0*n_bytes, n_bytes);
+        ggml_context_ptr ctx(ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }));
+        const auto rows_of = [&](uint32_t s) {
+            auto * view = ggml_view_2d(ctx.get(), t, t->ne[0], pool.n_rows, t->nb[1], s*pool.n_rows*t->nb[1]);
+            ggml_backend_view_init(view);
+            return view;
+        };
+        auto * from = rows_of(s0), * to = rows_of(s1);
+        ggml_backend_tensor_copy(from, to);
     }
 }
 
@@ -120,7 +127,7 @@ void layout::copy_rows(uint32_t s0, uint32_t s1) {
 void layout::clear_rows(uint32_t s) {
     for (const bool values : sides()) {
         if (auto * t = values ? pool.v : pool.k) {
-            memset((char *) t->data + s*pool.n_rows*t->nb[1], 0, pool.n_rows*t->nb[1]);
+            ggml_backend_tensor_memset(t, 0, s*pool.n_rows*t->nb[1], pool.n_rows*t->nb[1]);
         }
     }
     for (const auto & layer : kv.layers) {

@@ -86,7 +86,9 @@ bool engine::state_read_rows(llama_io_read_i & io, uint32_t s) {
         return false;
     }
     if (cfg->pooled) {
-        stale |= layout.lay_out(s, n_rows);
+        layout.lay_out(s, n_rows);
+        layout.clear_free(s, n_rows);
+        stale = true;
     }
     for (size_t i = 0; i < n_rows.size(); ++i) {
         const int32_t l = (int32_t) i/layout.n_parts(), h = (int32_t) i % layout.n_parts();
