@@ -53,8 +53,14 @@ def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Calla
 
 
 def refuse(sentence: str) -> int:
-    print(sentence.splitlines()[0], file=sys.stderr)  # llama.cpp may have added its log
+    """Arguments are named as Python has them, kv_budget; a shell's user typed --kv-budget."""
+    first = sentence.splitlines()[0]  # llama.cpp may have added its log
+    print(re.sub(r"\bkv_(policy|budget|decode_budget|cells|query)\b", as_flag, first), file=sys.stderr)
     return 2
+
+
+def as_flag(name: re.Match[str]) -> str:
+    return "--" + name.group().replace("_", "-")
 
 
 def values(given: Sequence[str] | None) -> list[str]:

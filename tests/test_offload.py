@@ -1,9 +1,11 @@
 """Layers whose memory is not the host's, on a device that the CPU plays (tests/stock/counting.cpp): what is kept, and
 what crosses."""
 import counting
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tiny
+from hypothesis import HealthCheck, given, settings
 
 import pykvc
 from pykvc import _core
@@ -209,6 +211,50 @@ def test_a_pool_answers_as_rows_of_their_own_do(device, path, policy, cache):
         pooled.decode(TOKENS[20:25], seq)
         plain.decode(TOKENS[20:25], 0) if seq == 0 else None
         np.testing.assert_allclose(pooled.logits(), plain.logits(), atol=2e-2)
+
+
+SEQ = st.integers(0, 1)
+STEPS = st.lists(st.one_of(
+    st.tuples(st.just("decode"), SEQ, st.sampled_from([1, 3, 90, 400, 700])), st.tuples(st.just("evict"), SEQ, st.just(0)),
+    st.tuples(st.just("tail"), SEQ, st.integers(1, 60)), st.tuples(st.just("copy"), SEQ, st.just(0)),
+    st.tuples(st.just("state"), SEQ, st.just(0)), st.tuples(st.just("clear"), SEQ, st.just(0))), min_size=6, max_size=16)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=STEPS, policy=st.sampled_from(POOLED), n_gpu_layers=st.sampled_from([99, 0]))
+def test_whatever_is_done_to_a_pool(device, path, steps, policy, n_gpu_layers):
+    """As to rows of their own: the same slots, the same logits but for rounding."""
+    how = {"n_seq_max": 2, "n_ctx": 4096}
+    contexts = [context(path, policy, n_gpu_layers, cells="1792", **how), context(path, policy, n_gpu_layers, **how)]
+    for step, seq, n in steps:
+        told = []
+        for ctx in contexts:
+            last = ctx.pos_max(seq)
+            try:
+                if step == "decode" and last + n < 1400:  # no eviction in mid-prompt
+                    ctx.decode(TOKENS[last + 1:last + 1 + n], seq)
+                    told.append(ctx.logits().copy())
+                elif step == "evict":
+                    ctx.begin_prompt(seq)
+                    told.append(ctx.evict(seq))
+                elif step == "tail":
+                    told.append(ctx.remove_tail(max(last - n, 0), seq))
+                elif step == "copy" and last >= 0:
+                    ctx.clear(1 - seq)
+                    ctx.copy(seq, 1 - seq)
+                elif step == "state" and last >= 0:
+                    ctx.load_seq(ctx.save_seq(seq), 1 - seq)
+                elif step == "clear":
+                    ctx.clear(seq)
+            except ValueError as error:  # a window whose queries were removed
+                told.append(str(error))
+        if step == "decode" and told:
+            np.testing.assert_allclose(*told, atol=2e-2)
+        else:
+            assert told[:1] == told[1:]
+        for s in (0, 1):
+            assert all(map(np.array_equal, *(ctx.kept(s) for ctx in contexts)))
+    assert n_gpu_layers == 0 or in_blocks(contexts[0])
 
 
 @pytest.mark.parametrize("policy", POOLED)
