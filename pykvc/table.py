@@ -38,14 +38,14 @@ def show(policies: Sequence[dict[str, Any]], parameters: bool) -> None:
     """Prints the table, or one policy with its parameters."""
     from rich.console import Console
     from rich.markup import escape
+    from rich.padding import Padding
     from rich.table import Table
     console = Console()
     if not parameters:
-        table = Table("policy", "what it keeps", "generated tokens", "arXiv", box=None, header_style="bold", pad_edge=False)
-        table.columns[0].no_wrap = True
         for p in policies:
-            table.add_row(escape(p["name"]), escape(p["title"]), DECODE[p["decode"]], p["paper"])
-        console.print(table)
+            paper = f"; arXiv {p['paper']}" if p["paper"] else ""
+            console.print(f"[bold]{escape(p['name'])}[/bold] (generated tokens: {DECODE[p['decode']]}{paper})", highlight=False)
+            console.print(Padding(escape(p["title"]), (0, 0, 0, 4)), highlight=False)
         console.print(f"\n{WHEN}\n\n`pykvc policies NAME` shows the parameters of one.", markup=False, highlight=False)
         return
     for p in policies:
