@@ -26,7 +26,7 @@
 //   layout     where the rows of layers and heads lie: layout.cpp, pool.cpp, resident.cpp
 //   taps       what attention leaves behind, query window and sums: taps.cpp, tap.cpp
 //   scorer     what a policy looks at, and its scores: signal.cpp, attn*.cpp, reduce.cpp, fit.cpp, heard.cpp, output.cpp
-//   evictor    limits.cpp, what a sequence may hold; evict.cpp, scores -> plan -> compaction
+//   evictor    limits.cpp, what a sequence may hold; evict.cpp, scores -> plan -> compaction; plan.cpp, its checks
 //   engine     what llama.cpp and callers of ours ask:
 //
 //     config.cpp  which policy a context gets, and which models can evict; cells.cpp, with fewer cells than tokens

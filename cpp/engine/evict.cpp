@@ -24,22 +24,6 @@ static double ms_since(int64_t t0) {
     return 1e-3*(ggml_time_us() - t0);
 }
 
-static void check_plan(const std::string & who, int32_t il, const layer_plan & lp, int32_t n_hkv, int32_t n_keep, bool heads_differ,
-        const std::vector<int32_t> & slots) {
-    for (int32_t h = 0; h < n_hkv; ++h) {
-        const int32_t * keep = slots.data() + (size_t) h*n_keep;
-        const int32_t first = first_slot(lp.pos + (size_t) h*lp.n_kv, lp.n_kv);
-        for (int32_t i = heads_differ ? first_slot(keep, n_keep) : 0; i < n_keep; ++i) {
-            const int32_t cur  = keep[i];
-            const int32_t prev = i > 0 ? keep[i - 1] : -1;
-            if (cur <= prev || cur < first || cur >= lp.n_kv) {
-                throw std::invalid_argument(who + ": keep() of layer " + std::to_string(il) + " must give ascending slots in [" +
-                        std::to_string(first) + ", " + std::to_string(lp.n_kv) + "), got " + std::to_string(cur) + " after " + std::to_string(prev));
-            }
-        }
-    }
-}
-
 // A prompt that was never compressed leaves no room beside it: it is not frozen.
 static void unfreeze(request & r) {
     for (auto & layer : r.layers) {
@@ -55,36 +39,6 @@ static bool holds_frozen(const request & r, const policy & pol) {
         n += layer.n_frozen;
     }
     return n <= (int64_t) r.layers.size()*std::max(0, r.budget - pol.min_budget());
-}
-
-// The one place that says what views of the cache are off the host: they begin at whole blocks, and so are whole blocks
-// themselves.
-static void check_blocks(const std::string & who, const std::vector<int32_t> & n_keep, const std::vector<std::vector<int32_t>> & slots, int32_t n_block) {
-    const int32_t n_base = *std::max_element(n_keep.begin(), n_keep.end());
-    for (size_t l = 0; l < n_keep.size(); ++l) {
-        for (size_t h = 0; h < slots[l].size(); h += n_keep[l]) {
-            const int32_t n = n_keep[l] - first_slot(slots[l].data() + h, n_keep[l]);
-            if ((n_base - n) % n_block != 0) {
-                throw std::invalid_argument(who + ": off the CPU what layers and heads keep differs by whole blocks of " + std::to_string(n_block) +
-                        " rows, and here are " + std::to_string(n_base) + " and " + std::to_string(n) + ": keep the cache on the CPU (n_gpu_layers 0, "
-                        "or offload_kqv off)");
-            }
-        }
-    }
-}
-
-// Rounded to blocks, they may be more than a pool has.
-void evictor::check_pool(const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep, int32_t n_new) const {
-    std::vector<int32_t> n_held;
-    for (size_t l = 0; l < slots.size(); ++l) {
-        for (size_t h = 0; h < slots[l].size(); h += n_keep[l]) {
-            n_held.push_back(n_keep[l] - first_slot(slots[l].data() + h, n_keep[l]));
-        }
-    }
-    if (cfg->pooled && layout.n_to_share(n_held) < n_new) {
-        throw std::invalid_argument(cfg->spec + ": kv_cells have too few rows for what its layers keep, in whole blocks of " +
-                std::to_string(layout.n_block()) + ": give more, or share=head");
-    }
 }
 
 // Work on n layers, at once if the policy can be asked so.
@@ -193,10 +147,8 @@ bool evictor::run(llama_context * lctx, const job & j) {
         }
         slots[l].resize((size_t) layout.n_head_kv()*n_keep[l]);
         conf.pol->keep(r, l, n_keep[l], slots[l].data());
-        check_plan(conf.spec, l, r.layers[l], layout.n_head_kv(), n_keep[l], conf.pol->heads_differ(), slots[l]);
     });
-    check_blocks(conf.spec, n_keep, slots, n_block);
-    check_pool(slots, n_keep, j.n_new);
+    check(r, conf, slots, n_keep, j.n_new);
     st.plan_ms += ms_since(t0);
 
     if (mask.on) { // test only: the same keep sets as a mask over the cache as it is

@@ -56,8 +56,11 @@ private:
     int64_t n_over(uint32_t s) const;
     int32_t n_to_free(uint32_t s, int32_t n_new) const;
 
+    // plan.cpp
+    void    check(const request & r, const config & conf, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep,
+                  int32_t n_new) const; // throws
+
     // evict.cpp
-    void check_pool(const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep, int32_t n_new) const; // throws
     void    score_layers(llama_context * lctx, uint32_t s, int32_t budget, std::vector<std::vector<int32_t>> & pos,
                          std::vector<std::vector<float>> & score) const;
     void    compact(llama_context * lctx, uint32_t s, const std::vector<std::vector<int32_t>> & slots, const std::vector<int32_t> & n_keep);
