@@ -26,7 +26,7 @@ help:
 	@echo "make cuda-wheel CUDA_ARCHS=90-real    the same for GPUs of NVIDIA, on any Linux machine: 40 CPU minutes for each kind"
 	@echo "make gpu-kit CUDA_ARCHS=90-real    that wheel, what it takes and the tests' reference, for a machine without network or compiler"
 	@echo "make sanitize  the tests under the address and undefined-behaviour sanitizers: hours; PYTEST_ARGS=\"-m 'not network'\""
-	@echo "               leaves out those that take real weights"
+	@echo "               leaves out most of those that take real weights"
 	@echo "make clean     everything that was built (downloads stay in ~/.cache/pykvc)"
 
 # Code for this machine's CPU alone is built in a third of the time.
