@@ -27,7 +27,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from . import _core, chat, command, options
+from . import chat, command, options
 from .context import Context, Mark
 from .llm import LLM
 from .policy import F32
@@ -309,24 +309,15 @@ class PykvcLM(TemplateLM):
 
 
 def _sequences(batch_size: int | str | None, how: dict[str, Any]) -> int:
-    """How many, of --batch_size; one where the policy does not go into several."""
+    """How many, of --batch_size; one with kv_cells."""
     text = str(batch_size or 1).partition(":")[0]
     if text != "auto" and not (text.isdecimal() and int(text)):
         raise ValueError(f"batch_size is a whole number of 1 or more, or auto, not {batch_size!r}")
     n = N_AUTO if text == "auto" else int(text)
-    spec = how.get("kv_policy")
-    alone = bool(how.get("kv_cells")) or isinstance(spec, str) and _heads_differ(spec)
-    if n > 1 and alone:
-        print(f"{spec}: one request at a time, since kv_cells and heads of different lengths do not go into several "
-              "sequences", file=sys.stderr)
-    return 1 if alone else n
-
-
-def _heads_differ(spec: str) -> bool:
-    """May heads of a layer keep different numbers?"""
-    line = next((p for p in _core.policies() if p["name"] == spec.partition(":")[0]), None)
-    return line is not None and (line["heads_differ"] or
-                                 options.parameters(_core.parse_spec(spec)).get("share") in ("layer", "all"))
+    if n > 1 and how.get("kv_cells"):
+        print("kv_cells: one request at a time, since requests side by side share their examples, which cells may evict", file=sys.stderr)
+        return 1
+    return n
 
 
 def _picked(logits: F32, ids: list[int]) -> Scored:

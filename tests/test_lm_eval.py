@@ -169,15 +169,16 @@ def test_question_out_evicts_the_examples_before_it_reads_the_question(model_pat
             assert score[0] == pytest.approx(total, abs=0.2)
 
 
+@pytest.mark.parametrize("policy", [OUT["kv_policy"], "adakv:window=8", "keydiff:share=all"])
 @pytest.mark.parametrize("protocol, n", [("question-out", 1), ("question-in", 5)])
-def test_sixteen_at_a_time_share_the_examples(model_path, capsys, protocol, n):
-    """Evaluated once; evicted once where the question is not known, else with each question."""
-    lm = PykvcLM(str(model_path), n_ctx=512, batch_size=16, **{**OUT, "protocol": protocol})
+def test_sixteen_at_a_time_share_the_examples(model_path, capsys, protocol, n, policy):
+    """Evaluated once; evicted once where the question is not known, else with each question. Heads may differ."""
+    lm = PykvcLM(str(model_path), n_ctx=512, batch_size=16, **{**OUT, "protocol": protocol, "kv_policy": policy})
     assert lm.llm._session.ctx.n_seq_max == 16
     contexts = [of(name) for name in ("Dan", "Ann", "Cleo", "Eve", "Bob")]
     texts = lm.generate_until(asked("generate_until", *((context, HOW) for context in contexts)), disable_tqdm=True)
     assert f" {n} evictions in 5 requests" in capsys.readouterr().err
-    with pykvc.LLM(model_path, n_ctx=512, n_seq_max=16, kv_policy=OUT["kv_policy"], kv_budget=32) as llm:
+    with pykvc.LLM(model_path, n_ctx=512, n_seq_max=16, kv_policy=policy, kv_budget=32) as llm:
         head, question_in = "".join(SHOTS).rstrip(), protocol == "question-in"
         n_head = len(llm.tokenize(head))
         assert texts == [answer.text for answer in llm.generate_batch(
@@ -224,7 +225,7 @@ def test_mistakes_of_a_protocol(model_path, capsys):
                 lambda: lm.loglikelihood(asked("loglikelihood", ("Q: Who?\nA:", " Ann")), disable_tqdm=True)):
         with pytest.raises(ValueError, match="question-out has nothing to evict"):
             ask()
-    alone = PykvcLM(str(model_path), n_ctx=512, batch_size="auto", **{**OUT, "kv_policy": "adakv:window=8"})
+    alone = PykvcLM(str(model_path), n_ctx=512, batch_size="auto", n_ubatch=64, kv_cells=256, **OUT)
     assert alone.n_parallel == 1 and "one request at a time" in capsys.readouterr().err
 
 
