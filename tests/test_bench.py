@@ -236,7 +236,7 @@ def test_environment_is_not_read(path, monkeypatch):  # or a row would not be wh
 
 @pytest.mark.parametrize("args, says", [
     (["-o", "xml"], "md, csv, json, jsonl"), (["-r", 0], "repetitions"), (["-p", "12,x"], "n_prompt"), (["-p", ""], "n_prompt"),
-    (["--random", "-f", "text"], "not both"), (["-f", "nowhere.txt"], "nowhere.txt"), (["--kv-policy", "snapkv"], "kv_budget"),
+    (["--random", "-f", "text"], "not both"), (["-f", "nowhere.txt"], "nowhere.txt"), (["--kv-policy", "snapkv"], "--kv-budget"),
     (["--kv-policy", "h2o", "--kv-budget", 40, "-ctv", "q8_0", "--random", "-n", 2], "quantized V"),
     (["--kv-policy", "full,snapkv:windows=3", "--kv-budget", 9], "window"), (["-fa", "perhaps"], "flash_attn")])
 @pytest.mark.parametrize("output", ["md", "json"])

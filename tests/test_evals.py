@@ -289,7 +289,7 @@ def test_a_damaged_line_and_a_second_writer_are_refused(tmp_path):
     (["--task", "niah", "--policy", "snapvk"], "snapkv"),
     (["--task", "niah", "--policy", "snapkv"], "--budget"),
     (["--task", "niah", "--policy", "snapkv", "--budget", "1.5"], "--budget"),
-    (["--task", "niah", "--policy", "snapkv", "--budget", "8"], "kv_budget"),
+    (["--task", "niah", "--policy", "snapkv", "--budget", "8"], "--kv-budget 8"),
     (["--task", "niah", "--policy", "finch:window=4", "--budget", "128"], "kv_query"),
     (["--task", "niah", "--protocol", "both"], "question-in"),
     (["--task", "niah", "--type-k", "q3"], "q8_0"),

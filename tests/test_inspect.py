@@ -113,7 +113,7 @@ def test_command_line_writes_page_and_picture(tmp_path):
 
 @pytest.mark.parametrize("args, says", [
     (["-p", "a", "-o", "out.gif"], ".html"), (["-p", "a", "-o", "nowhere/out.html"], "no such folder"), (["-p", "a"], "--output"), (["-o", "a.html"], "-p TEXT"),
-    (["-p", "a b c", "-o", "a.html", "--kv-policy", "snapvk"], "snapkv"), (["-p", "a b c", "-o", "a.html", "--kv-policy", "snapkv"], "kv_budget"),
+    (["-p", "a b c", "-o", "a.html", "--kv-policy", "snapvk"], "snapkv"), (["-p", "a b c", "-o", "a.html", "--kv-policy", "snapkv"], "--kv-budget"),
     (["-p", "a b c", "-o", "a.html", "--segment", "re:("], "regular expression"), (["-p", "a b c", "-o", "a.html", "--window", "0"], "window"),
     (["-p", "a "*600, "-o", "a.html", "-c", "256"], "n_ctx"), (["-f", "nowhere.txt", "-o", "a.html"], "nowhere.txt")])
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch, args, says):
