@@ -37,8 +37,7 @@ def plan(spec: str, pos: Sequence[I32], score: Sequence[F32], budget: int, *, pr
          n_frozen: Sequence[int] | None = None, spans: Sequence[tuple[int, int]] = (), room: bool = False,
          n_block: int = 1) -> list[I32]:
     """budgets() and keep() of a policy: pos, score a layer [n_head_kv, n_kv] -> slots kept a layer, I32 [n_head_kv, n_keep],
-    -1 where a head keeps fewer. n_block: layers and heads differ by whole blocks of so many slots,
-    256 on a GPU."""
+    -1 where a head keeps fewer. n_block: layers and heads differ by whole blocks of so many slots, 256 on a GPU."""
 
 # -- units of a UTF-8 text, spans of bytes: pykvc/spans.py has them in characters --------------------------------------
 

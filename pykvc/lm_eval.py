@@ -315,7 +315,8 @@ def _sequences(batch_size: int | str | None, how: dict[str, Any]) -> int:
         raise ValueError(f"batch_size is a whole number of 1 or more, or auto, not {batch_size!r}")
     n = N_AUTO if text == "auto" else int(text)
     if n > 1 and how.get("kv_cells"):
-        print("kv_cells: one request at a time, since requests side by side share their examples, which cells may evict", file=sys.stderr)
+        print("kv_cells: one request at a time, since requests side by side share their examples, which cells may evict",
+              file=sys.stderr)
         return 1
     return n
 

@@ -44,7 +44,8 @@ def show(policies: Sequence[dict[str, Any]], parameters: bool) -> None:
     if not parameters:
         for p in policies:
             paper = f"; arXiv {p['paper']}" if p["paper"] else ""
-            console.print(f"[bold]{escape(p['name'])}[/bold] (generated tokens: {DECODE[p['decode']]}{paper})", highlight=False)
+            tokens = f"(generated tokens: {DECODE[p['decode']]}{paper})"
+            console.print(f"[bold]{escape(p['name'])}[/bold] {tokens}", highlight=False)
             console.print(Padding(escape(p["title"]), (0, 0, 0, 4)), highlight=False)
         console.print(f"\n{WHEN}\n\n`pykvc policies NAME` shows the parameters of one.", markup=False, highlight=False)
         return

@@ -144,7 +144,7 @@ class Given(pykvc.Policy):
 @pytest.mark.parametrize("how", [{}, {"type_k": "q8_0", "type_v": "q8_0"}, {"flash_attn": "off"}])
 @pytest.mark.parametrize("n_gpu_layers", [99, 2])
 def test_heads_that_differ_answer_as_on_the_host(device, path, n_gpu_layers, how):
-    """The same sets, in two sequences of different lengths, a second prompt and single tokens: only rounding differs."""
+    """The same sets, in two sequences of different lengths, a second prompt and single tokens: but for rounding."""
     rng = np.random.default_rng(0)
 
     def some(n, n_most):  # of n slots: heads of n_most and of one and two blocks less, the last ten in each
@@ -191,7 +191,8 @@ POOLED = ["keydiff:share=layers", "snapkv:window=8,share=layers", "keydiff:share
 @pytest.mark.parametrize("cache", ["f16", "q8_0"])
 @pytest.mark.parametrize("policy", POOLED)
 def test_a_pool_answers_as_rows_of_their_own_do(device, path, policy, cache):
-    """Two sequences, whose layers and heads draw their rows from one pool (cells); prompts that fit, so that both keep the same."""
+    """Two sequences, whose layers and heads draw their rows from one pool (cells). Their prompts fit, so both keep the
+    same."""
     how = {"n_seq_max": 2, "n_ctx": 4096, "type_k": cache, "type_v": cache}
     pooled, plain = context(path, policy, cells="1536", **how), context(path, policy, **how)
     for seq, n in ((0, N), (1, N + 300), (0, 200)):
@@ -259,8 +260,8 @@ def test_whatever_is_done_to_a_pool(device, path, steps, policy, n_gpu_layers):
 
 @pytest.mark.parametrize("policy", POOLED)
 def test_a_pool_that_is_too_small_for_the_prompt(device, path, policy):
-    """It is evicted in mid-prompt. Rows that a graph moves are the ones that the host would, and do not cross; a state has them
-    all, and goes on the same."""
+    """It is evicted in mid-prompt. Rows that a graph moves are the ones that the host would, and do not cross. A state
+    has them all, and goes on the same."""
     states, read = [], []
     for lacking in ([], ["GET_ROWS"]):
         ctx = context(path, policy, cells="768", n_ctx=4096)

@@ -1,8 +1,8 @@
 // Where the rows of layers and heads lie.
 //
 //   on a device             as llama.cpp has them: a row is all heads of a cell, [n_embd_k, n_rows, n_seq]
-//   on the host, and where  the rows of a head lie together: [head_dim, n_rows, n_head_kv, n_seq] in the same memory. What
-//   heads differ            a query reads of a head is one piece then, and heads may have different lengths
+//   on the host, and where  the rows of a head lie together: [head_dim, n_rows, n_head_kv, n_seq] in the same memory.
+//   heads differ            What a query reads of a head is one piece then, and heads may have different lengths
 //   from one pool           the same, and pool.cpp says where a head begins
 //
 // Transposed values lie by channel, so by head, anyway. Row 0 of a head stands for cell cell_begin(layer, head).
@@ -128,7 +128,7 @@ layout::place layout::place_of(uint32_t s, int32_t ikv, int32_t h, bool values) 
     const size_t n_head = ggml_row_size(t->type, n_dim);
     if (pool.k) {
         const auto & r = pool.regions[s][ikv*n_hkv + h];
-        return { values ? pool.v : pool.k, r.at*n_head, n_head, 0, r.n_rows };
+        return { pool_of(values), r.at*n_head, n_head, 0, r.n_rows };
     }
     if (by_head()) {
         return { t, s*t->nb[2] + h*n_rows*n_head, n_head, 0, n_rows };

@@ -69,8 +69,8 @@ public:
     int64_t  pool_begin(uint32_t s, int32_t ikv, int32_t h) const { return pool.regions[s][ikv*n_hkv + h].at; }
     ggml_tensor * pool_of(bool values) const { return values ? pool.v : pool.k; }
     int32_t  n_to_share(const std::vector<int32_t> & n_held) const;
-    // Every head gets room for the rows it holds, I32 [n_layer, n_head_kv], and what is free is all heads' alike. The moves
-    // that this takes of the pool's rows, in an order in which none writes over another; the caller makes them.
+    // Every head gets room for the rows it holds, I32 [n_layer, n_head_kv], and all get as many free ones. What has to
+    // move of the pool, in an order in which no move writes over rows that a later one takes; the caller makes the moves.
     std::vector<row_move> lay_out(uint32_t s, const std::vector<int32_t> & n_held);
     void     clear_free(uint32_t s, const std::vector<int32_t> & n_held) const;
     bool     even_out(uint32_t s); // false: there is no pool

@@ -4,8 +4,8 @@
 //
 // The pool is the buffer that llama.cpp allocated: its first bytes are rows of keys, behind them lie rows of values, one
 // sequence after the other. A row is one head's. What moves is where a head begins (place_of); graphs of before are
-// dropped, as at every eviction. V is not transposed. Off the host attention reads whole blocks: of the last heads as far
-// as a block each behind the pool.
+// dropped, as at every eviction. V is not transposed. Off the host attention reads whole blocks: of the last heads as
+// far as a block each behind the pool.
 
 #include "layout.h"
 
@@ -81,12 +81,15 @@ std::vector<row_move> layout::lay_out(uint32_t s, const std::vector<int32_t> & n
     return down;
 }
 
-// Attention reads free rows, too, and NaN is not masked away. On a device, where this may not be possible, they are zeros or
-// what a head held once.
+// Attention reads free rows, too, and NaN is not masked away. On a device, where this may not be possible, they are
+// zeros or what a head held once.
 void layout::clear_free(uint32_t s, const std::vector<int32_t> & n_held) const {
+    if (!all_on_host) {
+        return;
+    }
     for (const bool values : sides()) {
-        auto * t = values ? pool.v : pool.k;
-        for (size_t i = 0; all_on_host && i < n_held.size(); ++i) {
+        auto * t = pool_of(values);
+        for (size_t i = 0; i < n_held.size(); ++i) {
             const region & r = pool.regions[s][i];
             memset((char *) t->data + (r.at + n_held[i])*t->nb[1], 0, (r.n_rows - n_held[i])*t->nb[1]);
         }
@@ -111,7 +114,7 @@ void layout::copy_rows(uint32_t s0, uint32_t s1) {
         pool.regions[s1][i] = { r.at + n_apart, r.n_rows };
     }
     for (const bool values : sides()) {
-        auto * t = values ? pool.v : pool.k;
+        auto * t = pool_of(values);
         ggml_context_ptr ctx(ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }));
         const auto rows_of = [&](uint32_t s) {
             auto * view = ggml_view_2d(ctx.get(), t, t->ne[0], pool.n_rows, t->nb[1], s*pool.n_rows*t->nb[1]);
@@ -126,7 +129,7 @@ void layout::copy_rows(uint32_t s0, uint32_t s1) {
 // What a failed restore may have left behind: attention reads free rows, too, and NaN is not masked away.
 void layout::clear_rows(uint32_t s) {
     for (const bool values : sides()) {
-        if (auto * t = values ? pool.v : pool.k) {
+        if (auto * t = pool_of(values)) {
             ggml_backend_tensor_memset(t, 0, s*pool.n_rows*t->nb[1], pool.n_rows*t->nb[1]);
         }
     }
