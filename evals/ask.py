@@ -4,8 +4,8 @@ question-in (query-aware):     the context and the question are evaluated, then 
 question-out (query-agnostic): the context is evaluated and evicted; then each question is asked from that very state.
 
 Either way a context is evaluated once for all its questions and all budgets of a policy, and the text of a prompt is
-tokenized in these two parts. With question-out that evaluation, and kvzip's repetition, serve all shares of the policy,
-too.
+tokenized in these two parts. With question-out that evaluation serves other policies, too (Case.serves), and kvzip's
+repetition all its shares.
 """
 import itertools
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import Any, Iterable, Iterator, Sequence
 
 import pykvc
+from pykvc import options
 from pykvc.context import Context
 
 from .cases import Case
@@ -34,8 +35,8 @@ def shared(item: Item, prompt: Prompt, case: Case, protocol: str) -> str:
 def ask(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str, n_threads: int | None = None,
         out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
     """(item, figures and answer), one after the other, of one context. Cases follow one another; they differ in their
-    budgets, with question-out in their shares, too. prefill_ms of the context counts in the first row, evict_ms in the
-    first of each case."""
+    budgets, with question-out in their policies, too. prefill_ms of the context counts in the first row, evict_ms in
+    the first of each case."""
     question_in = protocol == "question-in"
     for case, item, prompt, before in contexts(llm, asked, protocol):
         n_before = llm.stats()["n_evictions"]
@@ -45,7 +46,8 @@ def ask(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str, n_threads: int | 
         n_prompt = before.n_tokens + len(llm.tokenize(prompt.tail, add_special=False))
         yield item, _figures(answer, 0 if question_in else before.n_tokens, n_prompt,
                              answer.kv["kept"] if question_in else before.kept,
-                             before.n_evictions + llm.stats()["n_evictions"] - n_before, llm.stats()["cells_allocated"])
+                             before.n_evictions + llm.stats()["n_evictions"] - n_before, llm.stats()["cells_allocated"]
+                             ) | {"bytes_allocated": allocated(llm, case)}
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,12 @@ def evict(llm: pykvc.LLM, case: Case) -> tuple[list[int], int, float]:
         llm.compress(**case.budgets)
     stats = llm.stats()
     return [int(n) for n in stats["kept"]], stats["n_evictions"] - before, ms(begin)
+
+
+def allocated(llm: pykvc.LLM, case: Case) -> int:
+    """Bytes of a context of the case's own policy: of another one that serves it the window of queries is longer."""
+    stats, (has, own) = llm.stats(), (options.needs(policy)["window"] for policy in (llm.policy, case.policy))
+    return stats["bytes_allocated"] - (stats["bytes_signals"]*(has - own)//has if has else 0)
 
 
 def _spent_ms(llm: pykvc.LLM) -> float:

@@ -45,11 +45,12 @@ class Case:
             return 0
         return max(n_ubatch, options.parameter(self.policy, "chunk") + N_REQUEST)
 
-    @property
-    def heads_differ(self) -> bool:
-        """May heads of a layer keep different numbers?"""
-        table = {policy["name"]: policy["heads_differ"] for policy in _core.policies()}
-        return table[self.name] or options.parameters(self.policy).get("share") in ("layer", "all")
+    def serves(self, other: "Case") -> bool:
+        """Can a context evaluated for this one be evicted as `other`, with the same outcome as in its own? Sums of
+        attention turn flash attention off, and a probe takes cells."""
+        ours, theirs = options.needs(self.policy), options.needs(other.policy)
+        return (not _core.lacks(self.policy, other.policy) and ours["sums"] == theirs["sums"]
+                and ours["spans"] >= theirs["spans"] and self.n_probe(0) == other.n_probe(0))
 
     @property
     def budgets(self) -> dict:

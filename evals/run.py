@@ -9,7 +9,7 @@ import pykvc
 from pykvc import _core
 
 from .ask import ask, ask_batch, together
-from .cases import exceeds
+from .cases import Case, exceeds
 from .items import Item
 from .report import changed, listed
 from .stats import mean
@@ -34,8 +34,10 @@ def run(plans: Plan | Sequence[Plan], model: str | None, size: Callable[[int], N
     size: is told how many tokens there are to evaluate; watch: how many were, and what is under way.
     ValueError for every mistake in a plan, before anything is evaluated."""
     with _ready([plans] if isinstance(plans, Plan) else plans, model) as (jobs, book):
-        size(sum(job.weight(book.subject) for job in book.left(jobs)))
-        for sweep in sweeps(jobs):
+        book.score_rest(jobs)
+        left = book.left(jobs)
+        size(sum(job.weight(book.subject) for job in left))
+        for sweep in sweeps(left, book.subject):
             _answer(sweep, book, watch)
         return list(itertools.chain.from_iterable(
             _problems(of, book) for of in grouped(jobs, lambda job: job.configuration).values()))
@@ -89,11 +91,12 @@ class Book:
 
 # -- answers --------------------------------------------------------------------------------------------------------
 
-def _open(subject: Subject, job: Job, n_parallel: int = 1) -> pykvc.LLM:
+def _open(subject: Subject, job: Job, case: Case, n_parallel: int = 1) -> pykvc.LLM:
+    """case: the job's, or one that serves it."""
     plan = job.plan
-    n_ctx = job.n_ctx + job.case.n_probe(plan.n_ubatch)
+    n_ctx = job.n_ctx + case.n_probe(plan.n_ubatch)
     return pykvc.LLM(subject.path, n_ctx=n_ctx, n_batch=plan.n_ubatch, n_ubatch=plan.n_ubatch, n_threads=plan.n_threads,
-                     n_gpu_layers=plan.n_gpu_layers, n_seq_max=n_parallel, seed=plan.seed, **job.case.settings())
+                     n_gpu_layers=plan.n_gpu_layers, n_seq_max=n_parallel, seed=plan.seed, **case.settings())
 
 
 def _checked_alike(job: Job) -> tuple:
@@ -105,29 +108,27 @@ def _checked_alike(job: Job) -> tuple:
 def _check(jobs: Sequence[Job], subject: Subject) -> None:
     """A budget that cannot be, or a question too long to be asked after each chunk, is a mistake now and not in an
     hour."""
-    with _open(subject, jobs[-1]) as llm:
+    with _open(subject, jobs[-1], jobs[-1].case) as llm:
         if jobs[0].case.asks:
             queries = {job.prompt.query for job in jobs}
             llm.prefill("a", kv_query=max(queries, key=lambda query: len(llm.tokenize(query))))
 
 
 def _answer(sweep: list[Job], book: Book, watch: Watch) -> None:
-    book.score_rest(sweep)
-    if not (todo := book.left(sweep)):
-        return
-    what = _name(sweep)
+    """The first one's policy serves all."""
+    case, todo, what = sweep[0].case, book.left(sweep), _name(sweep)
     watch(0, what)
     if todo[0].plan.n_parallel > 1 and len(todo) > 1 and not hasattr(task(todo[0].task), "ask") and together(
             job.case for job in todo):
         _together(todo, book, what, watch)
-    _one_by_one(book.left(todo), book, what, watch)
+    _one_by_one(book.left(todo), case, book, what, watch)
 
 
 def _together(todo: list[Job], book: Book, what: str, watch: Watch) -> None:
     """What crashes is asked again, alone, to find out which row it is."""
     n_parallel = min(todo[0].plan.n_parallel, len(todo))
     try:
-        with _open(book.subject, todo[0], n_parallel) as llm:
+        with _open(book.subject, todo[0], todo[0].case, n_parallel) as llm:
             for i, figures in ask_batch(llm, [job.asked for job in todo], todo[0].protocol, n_parallel):
                 book.save(todo[i], {**figures, "n_parallel": n_parallel})
                 watch(todo[i].weight(book.subject), what)
@@ -135,15 +136,15 @@ def _together(todo: list[Job], book: Book, what: str, watch: Watch) -> None:
         print(f"{what}: {type(error).__name__}: {error}; one by one from here", flush=True)
 
 
-def _one_by_one(todo: list[Job], book: Book, what: str, watch: Watch) -> None:
-    llm, first = None, next((job for job in todo if job.case.heads_differ), None)  # the others are variants of it
+def _one_by_one(todo: list[Job], case: Case, book: Book, what: str, watch: Watch) -> None:
+    llm = None
     try:
         for _, of_context in itertools.groupby(todo, key=lambda job: job.context):
             left = list(of_context)
             while left:
                 plan, put = left[0].plan, getattr(task(left[0].task), "ask", ask)
                 try:
-                    llm = llm or _open(book.subject, first or left[0])
+                    llm = llm or _open(book.subject, left[0], case)
                     for _, figures in put(llm, [job.asked for job in left], left[0].protocol, plan.n_threads, plan.out):
                         book.save(left[0], figures)
                         watch(left.pop(0).weight(book.subject), what)
@@ -171,10 +172,12 @@ def _score(item: Item, row: Row, scores: Rows) -> None:
 # -- what went wrong ------------------------------------------------------------------------------------------------
 
 def _name(jobs: Sequence[Job]) -> str:
-    """With the budgets of all of them."""
+    """With the policies and budgets of all of them."""
     case = jobs[0].case
     if len(budgets := dict.fromkeys(job.case.budget or job.case.decode_budget for job in jobs)) > 1:
         case = replace(case, budget="/".join(budgets), decode_budget="")
+    if len(policies := dict.fromkeys(job.case.policy for job in jobs)) > 1:
+        case = replace(case, policy="/".join(policies))
     return listed(jobs[0].task, changed(jobs[0].task, jobs[0].settings), jobs[0].protocol) + f": {case.label()}"
 
 

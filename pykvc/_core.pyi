@@ -21,6 +21,9 @@ def parse_spec(spec: str) -> str:
 def needs(spec: str) -> dict[str, Any]:
     """What a policy with these parameters is given, as the table has it for the default ones."""
 
+def lacks(has: str, wants: str) -> str:
+    """Why Context.set_policy(wants) is refused in a context that was made for `has`; '' where it is not."""
+
 def parse_budget(text: str, name: str = "kv_budget") -> tuple[str, float]:
     """('none' | 'tokens' | 'ratio', value)."""
 

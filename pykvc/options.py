@@ -155,14 +155,6 @@ def parameters(policy: str) -> dict[str, str]:
     return dict(item.split("=") for item in policy.partition(":")[2].split(",") if "=" in item)
 
 
-def unshared(policy: str) -> str:
-    """A canonical spec without what it says of its budget's share: the same for policies that share an evaluated
-    context."""
-    name, own = policy.partition(":")[0], parameters(policy)
-    kept = ",".join(f"{key}={value}" for key, value in own.items() if key != "share")
-    return f"{name}:{kept}" if kept else name
-
-
 def parameter(policy: str, name: str) -> int:
     """A number of tokens of a canonical spec; 0 without such a parameter."""
     return int(parameters(policy).get(name, 0))

@@ -1,6 +1,7 @@
 """Studies: a file says what is run, the folder holds it, and the report shows it. Small data of our own, SmolLM2."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,14 +10,14 @@ from typer.testing import CliRunner
 import pykvc
 from pykvc import batch
 from evals import ask as asking
-from evals import flags, panels, report, run, settings, study
+from evals import flags, panels, report, run, settings, study, work
 from evals.cases import Case, cases
 from evals.cli import app
-from evals.items import Options
+from evals.items import Item, Options
 from evals.prompts import count, render
 from evals.tasks import TASKS, fidelity, gsm8k
 from evals.tools import attention, latency
-from evals.work import Plan, open_model
+from evals.work import Job, Plan, open_model, sweeps
 from test_evals_tasks import folder  # noqa: F401  (a fixture)
 
 SMALL = '''
@@ -189,6 +190,43 @@ def test_side_by_side_is_one_by_one(tmp_path, folder):  # noqa: F811
     for name, row in one.items():
         for what in ("n_context", "n_prompt", "kept", "evictions", "cells_allocated", "answer", "bytes_used", "bytes_full"):
             assert row[what] == three[name][what], (name, what)
+
+
+def test_policies_share_a_context(tmp_path, folder, monkeypatch):  # noqa: F811
+    """Under question-out: what each has is what it has alone, bytes of its window of queries included. The examples are evaluated once
+    for every policy that needs something of its own."""
+    several = ["snapkv:window=8", "keydiff:share=all", "knorm", "criticalkv:window=8", "adakv:window=8", "tova", "shotkv:window=8,recent=8", "h2o",
+               "kvzip:chunk=64", "kvzip:chunk=64,share=all"]
+    evaluated, prefill = [], pykvc.LLM.prefill
+    monkeypatch.setattr(pykvc.LLM, "prefill", lambda self, *args, **how: evaluated.append(self.policy.partition(":")[0]) or prefill(self, *args, **how))
+
+    def rows_of(policies, out):
+        plan = Plan(["mmlu"], cases(policies, ["0.5", "64"], ["none"], ["none"], ["f16"], ["f16"]), ["question-out"], out, folder, 1, n_threads=2,
+                    settings={"mmlu": {"shots": 2}})
+        assert run.run(plan, None) == []
+        return {(row["item"], row["policy"], row["budget"]): row for row in answers(out)}
+
+    together = rows_of(several, tmp_path/"together")
+    assert sorted(evaluated) == sorted(["adakv", "criticalkv", "shotkv", "h2o", "kvzip"]) and len(together) == 2*len(several)
+    alone = {}
+    for i, policy in enumerate(several):
+        alone |= rows_of([policy], tmp_path/str(i))
+    assert together.keys() == alone.keys()
+    for name, row in together.items():
+        for what in ("n_context", "n_prompt", "kept", "evictions", "cells_allocated", "answer", "bytes_used", "bytes_full", "bytes_allocated"):
+            assert row[what] == alone[name][what], (name, what)
+
+
+@pytest.mark.parametrize("n_head, how, expected", [(4000, {}, True), (700, {}, False), (700, dict(n_parallel=1), True), (4000, dict(n_gpu_layers=99), False)])
+def test_policies_share_a_context_where_that_pays(monkeypatch, n_head, how, expected):
+    """Three policies, two budgets, 100 tokens an answer: two evaluations saved, or 600 tokens generated side by side."""
+    monkeypatch.setattr(work, "count", lambda vocabulary, text: len(text))
+    plan = Plan(["gsm8k"], cases(["snapkv", "knorm", "tova"], ["0.5", "0.25"], ["none"], ["none"], ["f16"], ["f16"]), ["question-out"], Path("out"),
+                **{"n_parallel": 16, **how})
+    item, prompt = Item("a", "A?", gold="", max_tokens=100), work.Prompt("x"*n_head, "A?", [], "A?")
+    jobs = [Job(plan, "gsm8k", {}, case, "question-out", 0, item, prompt) for case in plan.cases]
+    found = sweeps(jobs, SimpleNamespace(vocabulary=None))
+    assert [len(sweep) for sweep in found] == ([6] if expected else [2, 2, 2]) and sorted(sum(found, []), key=jobs.index) == jobs
 
 
 def test_budgets_of_a_policy_share_a_context(tmp_path, folder, monkeypatch):  # noqa: F811

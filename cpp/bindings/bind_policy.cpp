@@ -194,6 +194,11 @@ static py::list table() {
     return res;
 }
 
+static std::unique_ptr<policy> made(const std::string & text) {
+    const auto sp = parse_spec(text);
+    return sp.info->make_policy(sp.p);
+}
+
 static void check_2d(const py::array & a, const char * name) {
     if (a.ndim() != 2) {
         throw std::invalid_argument(std::string(name) + " must be [n_head_kv, n_kv]");
@@ -287,9 +292,11 @@ void bind_policy(py::module_ & m) {
     m.def("parse_spec", [](const std::string & s) { return parse_spec(s).canonical(); }, "spec"_a,
             "The canonical form of a spec: every parameter, in declared order. ValueError names what is valid.");
     m.def("needs", [](const std::string & s) {
-        const auto sp = parse_spec(s);
-        return needs_dict(sp.info->make_policy(sp.p)->need());
+        return needs_dict(made(s)->need());
     }, "spec"_a, "What a policy with these parameters is given, as the table has it for the default ones.");
+    m.def("lacks", [](const std::string & has, const std::string & wants) {
+        return lacks(*made(has), *made(wants));
+    }, "has"_a, "wants"_a, "Why Context.set_policy(wants) is refused in a context that was made for `has`; '' where it is not.");
     m.def("parse_budget", [](const std::string & s, const std::string & name) {
         const auto b = parse_budget(s, name.c_str());
         return py::make_tuple(b.kind == budget::none ? "none" : b.kind == budget::tokens ? "tokens" : "ratio", b.value);

@@ -149,16 +149,8 @@ std::shared_ptr<const config> engine::variant(const char * policy, const char * 
         const auto own = make_config(text, "", "", cfg->is_bounded() ? cfg->cells_text : "", guess, cfg->pooled);
         refuse_latent(*own, model, kv);
         check_weights(own->pol->share, kv.layers.size());
-        const auto & has = cfg->need, & wants = own->need;
-        const std::string why =
-            wants.window > has.window ? "needs the last " + std::to_string(wants.window) + " queries, and this context keeps " + std::to_string(has.window) :
-            wants.sums  && !has.sums                       ? "needs attention summed over all queries" :
-            wants.future > 0 && has.future == 0            ? "needs a fit of the queries to come" :
-            wants.probe != probe::none && wants.probe != has.probe ? "asks questions of its own" :
-            wants.probe != probe::none && (wants.chunk != has.chunk || wants.plus != has.plus) ? "hears the repetition in another way (softmax, plus)" :
-            wants.outputs && !has.outputs                  ? "needs the norms of what values become behind the output projection" :
-            own->pol->heads_differ() && !cfg->pol->heads_differ() ? "gives heads different budgets" :
-            own->spec != cfg->spec && cfg->is_bounded() && !cfg->pooled && (own->layers_differ || cfg->layers_differ) ? "does not fit the cells of " + cfg->spec : "";
+        const bool fits = own->spec == cfg->spec || !cfg->is_bounded() || cfg->pooled || !(own->layers_differ || cfg->layers_differ);
+        const std::string why = !fits ? "does not fit the cells of " + cfg->spec : lacks(*cfg->pol, *own->pol);
         if (!why.empty()) {
             throw std::invalid_argument("kv_policy " + own->spec + " " + why + ": this context was created with " + cfg->spec +
                     ", and takes policies that need no more than that one");

@@ -28,6 +28,34 @@ static void exp_all(float * x, int64_t n) { // n: a multiple of KVC_ATTN_LANES
 #endif
 }
 
+// x [n][n_lane] = exp(x - max), where a maximum of -inf is that of a lane that sees nothing; sum [n_lane] of each lane.
+static void attn_exp(float * GGML_RESTRICT x, const float * GGML_RESTRICT max, float * GGML_RESTRICT sum, int64_t n, int64_t n_lane) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    for (int64_t i = 0; i < n_lane; i += 16) {
+        const __m512 m = _mm512_loadu_ps(max + i);
+        const __m512 less = _mm512_mask_mov_ps(m, _mm512_cmp_ps_mask(m, _mm512_set1_ps(-INFINITY), _CMP_EQ_OQ), _mm512_setzero_ps());
+        __m512 acc = _mm512_setzero_ps();
+        for (int64_t j = 0; j < n; ++j) {
+            const __m512 y = ggml_v_expf(_mm512_sub_ps(_mm512_loadu_ps(x + j*n_lane + i), less));
+            _mm512_storeu_ps(x + j*n_lane + i, y);
+            acc = _mm512_add_ps(acc, y);
+        }
+        _mm512_storeu_ps(sum + i, acc);
+    }
+#else
+    memset(sum, 0, n_lane*sizeof(float));
+    for (int64_t j = 0; j < n; ++j) {
+        for (int64_t i = 0; i < n_lane; ++i) {
+            x[j*n_lane + i] -= max[i] == -INFINITY ? 0.0f : max[i];
+        }
+        exp_all(x + j*n_lane, n_lane);
+        for (int64_t i = 0; i < n_lane; ++i) {
+            sum[i] += x[j*n_lane + i];
+        }
+    }
+#endif
+}
+
 #if defined(__AVX512F__)
 // RM cells times RN vectors of lanes.
 template<int RM, int RN>
@@ -111,24 +139,13 @@ static void attn_tile(const attn_slab & s, int64_t it, const float * keys, int64
             x[j*n_lane + i] = first + j >= begin[i] && first + j < end[i] ? x[j*n_lane + i] : -INFINITY;
         }
     }
-    memcpy(max, x, n_lane*sizeof(float));
-    for (int64_t j = 1; j < n; ++j) {
+    std::fill_n(max, n_lane, -INFINITY);
+    for (int64_t j = 0; j < n; ++j) {
         for (int64_t i = 0; i < n_lane; ++i) {
             max[i] = x[j*n_lane + i] > max[i] ? x[j*n_lane + i] : max[i];
         }
     }
-    for (int64_t j = 0; j < n; ++j) {
-        for (int64_t i = 0; i < n_lane; ++i) {
-            x[j*n_lane + i] -= max[i] == -INFINITY ? 0.0f : max[i];
-        }
-    }
-    exp_all(x, n*n_lane);
-    memset(sum, 0, n_lane*sizeof(float));
-    for (int64_t j = 0; j < n; ++j) {
-        for (int64_t i = 0; i < n_lane; ++i) {
-            sum[i] += x[j*n_lane + i];
-        }
-    }
+    attn_exp(x, max, sum, n, n_lane);
 }
 
 // What each lane's numbers of a tile are to be multiplied with: weight*exp(tile's maximum - maximum)/sum.
@@ -172,9 +189,17 @@ struct attn_factors {
     }
 };
 
-// Over the lanes of a head: the sum, or the largest.
+// Over the lanes of a head: the sum, or the largest, of halves, quarters, and so on.
 template<bool largest>
 static float attn_lanes(const float * x, const float * factor, int64_t n) {
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+    __m512 acc = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 16) {
+        const __m512 y = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_loadu_ps(factor + i));
+        acc = largest ? _mm512_max_ps(acc, y) : _mm512_add_ps(acc, y);
+    }
+    return largest ? _mm512_reduce_max_ps(acc) : _mm512_reduce_add_ps(acc);
+#else
     float acc[KVC_ATTN_LANES] = {};
     for (int64_t i = 0; i < n; i += KVC_ATTN_LANES) {
         for (int64_t l = 0; l < KVC_ATTN_LANES; ++l) {
@@ -188,6 +213,7 @@ static float attn_lanes(const float * x, const float * factor, int64_t n) {
         }
     }
     return acc[0];
+#endif
 }
 
 template<bool largest>
@@ -247,9 +273,11 @@ static void kvc_attn_tiles(ggml_tensor * dst, int ith, int nth, void *) {
     std::vector<float> keys(KVC_ATTN_TILE*n_dim); // [tile][head_dim]
     for (int64_t item = n_item*ith/nth; item < n_item*(ith + 1)/nth; ++item) {
         const int64_t h = item/n_tile, it = item % n_tile;
-        for (int64_t j = it*KVC_ATTN_TILE; j < std::min((it + 1)*KVC_ATTN_TILE, n_kv); ++j) {
-            const int64_t row = rows ? ((const int32_t *) rows->data)[j] : j;
-            kvc::fa_to_f32(k->type, (const char *) k->data + h*k->nb[1] + row*k->nb[2], &keys[j % KVC_ATTN_TILE*n_dim], n_dim);
+        const int64_t j0 = it*KVC_ATTN_TILE, n_row = std::min<int64_t>(KVC_ATTN_TILE, n_kv - j0);
+        const int64_t n_at_once = rows || k->nb[2] != ggml_row_size(k->type, n_dim) ? 1 : n_row; // rows that lie together
+        for (int64_t j = 0; j < n_row; j += n_at_once) {
+            const int64_t row = rows ? ((const int32_t *) rows->data)[j0 + j] : j0 + j;
+            kvc::fa_to_f32(k->type, (const char *) k->data + h*k->nb[1] + row*k->nb[2], &keys[j*n_dim], n_at_once*n_dim);
         }
         kvc::attn_tile(kvc::attn_slab(dst, n_kv, h), it, keys.data(), n_dim, (const float *) ((const char *) q->data + h*q->nb[2]),
                 (const int32_t *) ((const char *) range->data + h*range->nb[2]));

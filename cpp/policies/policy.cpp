@@ -7,6 +7,17 @@
 
 namespace kvc {
 
+std::string lacks(const policy & has, const policy & wants) {
+    const needs a = has.need(), b = wants.need();
+    return b.window > a.window ? "needs the last " + std::to_string(b.window) + " queries, and this context keeps " + std::to_string(a.window) :
+        b.sums && !a.sums              ? "needs attention summed over all queries" :
+        b.future > 0 && a.future == 0  ? "needs a fit of the queries to come" :
+        b.probe != probe::none && b.probe != a.probe ? "asks questions of its own" :
+        b.probe != probe::none && (b.chunk != a.chunk || b.plus != a.plus) ? "hears the repetition in another way (softmax, plus)" :
+        b.outputs && !a.outputs        ? "needs the norms of what values become behind the output projection" :
+        wants.heads_differ() && !has.heads_differ() ? "gives heads different budgets" : "";
+}
+
 // Every layer keeps its frozen slots and the same number D of others: D = r.budget where nothing is frozen. After a
 // pyramid the layers' frozen parts differ, and D = r.budget - their mean, which is whole when the prompt's budgets
 // met their mean exactly; it is rounded so that no other history can break it.

@@ -148,6 +148,9 @@ public:
     virtual void keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) const;
 };
 
+// Why a context that was made for one policy cannot take another; empty: it can.
+std::string lacks(const policy & has, const policy & wants);
+
 // When a method evicts generated tokens, if it does.
 enum class decode_mode { none, whole, generated }; // never | all cells compete | the prompt is frozen
 

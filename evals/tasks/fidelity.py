@@ -26,7 +26,7 @@ import pykvc
 from pykvc.spans import sentence_spans
 
 from .. import store
-from ..ask import Asked, contexts, evict, ms
+from ..ask import Asked, allocated, contexts, evict, ms
 from ..items import Item, Options
 from ..prompts import Prompt
 from . import registry
@@ -185,7 +185,7 @@ def ask(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str, n_threads: int | 
         if protocol == "question-in":
             kept, n_evictions, evict_ms = evict(llm, case)
         n_before = llm.stats()["n_evictions"]
-        figures = _compare(llm, references[item.id], first)
+        figures = _compare(llm, references[item.id], first) | {"bytes_allocated": allocated(llm, case)}
         yield item, {"n_context": before.n_tokens*(protocol == "question-out"), "n_prompt": n_prompt, "kept": kept,
                      "evictions": before.n_evictions + n_evictions + llm.stats()["n_evictions"] - n_before,
                      "prefill_ms": round(prefill_ms, 1), "evict_ms": evict_ms, **figures}
@@ -200,7 +200,7 @@ def _compare(llm: pykvc.LLM, reference: Reference, first: np.ndarray) -> dict[st
         same += [int(x) for x in p.argmax(axis=1) == q.argmax(axis=1)]
     stats = llm.stats()
     return {"n_predicted": len(kl),
-            **{name: stats[name] for name in ("cells_allocated", "bytes_used", "bytes_full", "bytes_allocated")},
+            **{name: stats[name] for name in ("cells_allocated", "bytes_used", "bytes_full")},
             "decode_ms": ms(begin), "stop_reason": "length", "answer": json.dumps({"kl": kl, "same": same})}
 
 

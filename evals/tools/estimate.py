@@ -27,7 +27,7 @@ def sentence(plans: Sequence[Plan], model: str | None) -> str:
     if not left:
         return f"{subject.name}: nothing is left to do of {len(jobs)} rows"
     n_prefill, n_decode = 0, {True: 0.0, False: 0.0}  # several questions at once, one after the other
-    for sweep in sweeps(left):
+    for sweep in sweeps(left, subject):
         forced = hasattr(task(sweep[0].task), "ask")  # teacher-forced: nothing is generated
         heads = {job.context: job.prompt.head for job in sweep}
         n_prefill += sum(count(subject.vocabulary, head) for head in heads.values())
