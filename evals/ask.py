@@ -71,17 +71,18 @@ def contexts(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str) -> Iterator[
     prefill_ms, n_before = ms(begin), llm.stats()["n_evictions"] - start
     context = Context(llm, n_tokens)
     for k, (case, of_case) in enumerate(itertools.groupby(asked, key=lambda one: one[2])):
-        n_evictions, spent = llm.stats()["n_evictions"], _spent_ms(llm)
+        n_evictions, work, spent = llm.stats()["n_evictions"], llm._session.work, _spent_ms(llm)
         if evicts := protocol == "question-out" and case.compresses:
             context.compress(case.policy if case.policy != llm.policy else None, case.budget or None,
                              case.decode_budget or None)
         elif k:
-            context.go_back()
+            context.go_back(to_evict=True)
+        spent = _spent_ms(llm) - spent*(llm._session.work is work)  # to go back is to count anew
         before = Before(n_tokens, context.kept, n_before + evicts*(llm.stats()["n_evictions"] - n_evictions),
-                        prefill_ms*(k == 0), evicts*round(_spent_ms(llm) - spent, 1))
+                        prefill_ms*(k == 0), evicts*round(spent, 1))
         for i, (item, prompt, _) in enumerate(of_case):
             if i:
-                context.go_back()
+                context.go_back(to_evict=protocol == "question-in")
                 before = replace(before, prefill_ms=0.0, evict_ms=0.0)
             yield case, item, prompt, before
 

@@ -11,7 +11,7 @@ from typing import Any, Iterator, Sequence
 
 from pykvc import __version__, _core, models, weights
 
-from .ask import Asked, shared
+from .ask import Asked, shared, side_by_side
 from .cases import Case
 from .items import Item, Options
 from .prompts import Prompt, count, render
@@ -175,9 +175,9 @@ def sweeps(jobs: Sequence[Job], subject: Subject) -> list[list[Job]]:
                 case = replace(case, policy="")
         return id(job.plan), job.task, job.protocol, budgets, case
     found: list[list[Job]] = []
-    for of in grouped(jobs, alike).values():
-        of_each, served = list(grouped(of, lambda job: job.case.policy).values()), list(_served(of))
-        found += served if _pays(of, len(of_each) - len(served), subject) else of_each
+    for served in itertools.chain.from_iterable(map(_served, grouped(jobs, alike).values())):
+        of_each = list(grouped(served, lambda job: job.case.policy).values())
+        found += [served] if _pays(served, len(of_each) - 1, subject) else of_each
     return found
 
 
@@ -195,9 +195,10 @@ def _pays(jobs: Sequence[Job], n_saved: int, subject: Subject) -> bool:
     """Is evaluating every context n_saved times less worth asking one question after the other? On a CPU a generated
     token then takes as long as four of a prompt, side by side as one; a GPU prefers side by side."""
     plan, heads = jobs[0].plan, {job.context: job.prompt.head for job in jobs}
+    if plan.n_parallel == 1 or hasattr(task(jobs[0].task), "ask") or not all(side_by_side(job.case) for job in jobs):
+        return True
     n_evaluated = n_saved*sum(count(subject.vocabulary, head) for head in heads.values())
-    n_generated = sum(job.item.max_tokens for job in jobs)
-    return plan.n_parallel == 1 or plan.n_gpu_layers == 0 and n_evaluated > 3*n_generated
+    return plan.n_gpu_layers == 0 and n_evaluated > 3*sum(job.item.max_tokens for job in jobs)
 
 
 def _load(name: str, options: Options) -> list[Item]:

@@ -31,17 +31,20 @@ class Mark:
 
     def __init__(self, session: Session) -> None:
         self.session, self.n_tokens, self.moment = weakref.proxy(session), session.n_tokens, session.moment  # close() frees it at once
+        self.n_cuts = session.n_cuts
         self.snapshot = session.snapshot(cells=session.evicts or session.ctx.pos_floor() > 0)
 
-    def return_to(self) -> None:
-        """ValueError: a whole cache was emptied since, or holds other tokens."""
+    def return_to(self, to_evict: bool = False) -> None:
+        """to_evict: with its signals, too. What came after it has taken the place of its last queries, and added to the sums of attention.
+        ValueError: a whole cache was emptied since, or holds other tokens."""
         session, about = self.session, self.snapshot.about
         there = session.moment == self.moment and session.tokens[:self.n_tokens] == about["tokens"]
-        if there and session.cut(self.n_tokens):  # nothing was evicted since: what came after is all that is to go
-            session.recall(self.snapshot)
+        untouched = (session.n_cuts, session.n_tokens) == (self.n_cuts, self.n_tokens)
+        if there and (untouched or not to_evict or self.snapshot.cells is None) and session.cut(self.n_tokens):
+            session.recall(self.snapshot)  # nothing was evicted since: what came after is all that is to go
         elif self.snapshot.cells is not None:
             session.restore(self.snapshot)
-            self.moment = session.moment
+            self.moment, self.n_cuts = session.moment, session.n_cuts
         else:
             raise ValueError("the LLM was used for something else meanwhile, and a whole cache is not copied: make the context again")
 
@@ -82,7 +85,7 @@ class Context:
         """Evicts the whole context down to a budget; questions are then asked from there. False: nothing was over it.
 
         policy: another one, which needs no more signals than the LLM's own: "keydiff" or "snapkv" under LLM(kv_policy="kvzip"),
-        "kvzip:share=layers" under "kvzip:share=all". Variants of kvzip share one repetition, but for softmax and plus.
+        "kvzip:share=layers" under "kvzip:share=all". Variants of kvzip share one repetition, but for softmax, plus and sinks.
         A list evicts by one after the other, each down to its own of a list of budgets (kvpress' ComposedPress):
         compress(["knorm", "snapkv"], [0.5, 0.25]) keeps a quarter, chosen by snapkv among the half that knorm chose.
         budget, decode_budget: as LLM's kv_budget and kv_decode_budget, whose own hold if they are None. ValueError names what is valid."""
@@ -92,7 +95,7 @@ class Context:
         steps = steps_of(session, policy, budget, decode_budget)
         start = self._asked if self._asked and self._asks(steps[0][0]) else self._whole
         session.begin_turn()
-        start.return_to()
+        start.return_to(to_evict=True)
         try:
             evicted = [self._evict(*step, first=i == 0) for i, step in enumerate(steps)]
         except BaseException:
@@ -131,10 +134,11 @@ class Context:
         return self._llm.generate(question, **{"spans": () if question is not None else None, **how, "reset": False, "compress": False})
 
     @queued
-    def go_back(self) -> None:
-        """Has the LLM hold the context as it is now, whole or compressed, and nothing after it."""
+    def go_back(self, to_evict: bool = False) -> None:
+        """Has the LLM hold the context as it is now, whole or compressed, and nothing after it. to_evict: for an eviction that follows,
+        with the last queries and the sums of attention as they were; otherwise those of the last question may have taken their place."""
         self._session.begin_turn()
-        self._now.return_to()
+        self._now.return_to(to_evict)
 
     @queued
     def stats(self) -> dict[str, Any]:

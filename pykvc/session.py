@@ -49,6 +49,7 @@ class Session:
         self.turns = turns or Turns()
         self.in_batch = False  # sequences hold what a batch has evaluated
         self._n_fresh = 0  # how often the cache was emptied or replaced
+        self.n_cuts = 0    # and how often a tail was cut off
         self.progress: Callable[[int, int], None] | None = None  # told (tokens done, tokens in all) of a prompt
         self.tell: Callable[[str], None] = _tell  # what should not be silent, a sentence
         self._told = False
@@ -310,6 +311,7 @@ class Session:
             if not self.ctx.remove_tail(n_tokens):
                 return False
             self._cut(n_tokens, fresh=False)
+            self.n_cuts += 1
             self.n_probed = min(self.n_probed, n_tokens)
             self.spans = [span for span in self.spans if span[1] <= n_tokens]
         self.pending = None

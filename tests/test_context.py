@@ -34,6 +34,25 @@ def test_questions_do_not_see_each_other_nor_policies():
         assert n_evaluated > 0
 
 
+@pytest.mark.parametrize("policy", ["snapkv:window=16", "h2o", "expected_attention:window=16"])
+def test_a_question_takes_no_part_in_a_later_eviction(policy):
+    """Its queries come after the context's last ones, and what it gives to cells is no sum of the context's."""
+    with pykvc.LLM(**HOW, kv_policy=policy, kv_budget=256) as llm:
+        ctx = llm.context(TEXT)
+        assert not ctx.compress(budget=2000)  # it has fewer
+        ctx.ask(QUESTION, max_tokens=20)
+        assert ctx.compress(budget=200) and [k.tolist() for k in llm.kept()] == alone(policy, 200, QUESTION)[0]
+
+
+def test_repetitions_are_heard_with_the_same_sinks():
+    """kvzip's softmax is over them, too."""
+    with pykvc.LLM(**HOW, kv_policy="kvzip:chunk=256,sinks=4", kv_budget=256) as llm:
+        ctx = llm.context(TEXT)
+        with pytest.raises(ValueError, match="sinks"):
+            ctx.compress(policy="kvzip:chunk=256,sinks=64")
+        assert ctx.compress(policy="kvzip:chunk=256,softmax=chunk,recent=8")
+
+
 def test_one_repetition_serves_every_share():
     with pykvc.LLM(**HOW, kv_policy="kvzip:share=all,chunk=256", kv_budget=256) as llm:
         ctx = llm.context(TEXT)

@@ -196,18 +196,18 @@ def test_policies_share_a_context(tmp_path, folder, monkeypatch):  # noqa: F811
     """Under question-out: what each has is what it has alone, bytes of its window of queries included. The examples are evaluated once
     for every policy that needs something of its own."""
     several = ["snapkv:window=8", "keydiff:share=all", "knorm", "criticalkv:window=8", "adakv:window=8", "tova", "shotkv:window=8,recent=8", "h2o",
-               "kvzip:chunk=64", "kvzip:chunk=64,share=all"]
+               "kvzip:chunk=64", "kvzip:chunk=64,share=all", "kvzip:chunk=64,sinks=8"]
     evaluated, prefill = [], pykvc.LLM.prefill
     monkeypatch.setattr(pykvc.LLM, "prefill", lambda self, *args, **how: evaluated.append(self.policy.partition(":")[0]) or prefill(self, *args, **how))
 
     def rows_of(policies, out):
-        plan = Plan(["mmlu"], cases(policies, ["0.5", "64"], ["none"], ["none"], ["f16"], ["f16"]), ["question-out"], out, folder, 1, n_threads=2,
+        plan = Plan(["mmlu"], cases(policies, ["1000", "0.5", "64"], ["none"], ["none"], ["f16"], ["f16"]), ["question-out"], out, folder, 1, n_threads=2,
                     settings={"mmlu": {"shots": 2}})
         assert run.run(plan, None) == []
         return {(row["item"], row["policy"], row["budget"]): row for row in answers(out)}
 
     together = rows_of(several, tmp_path/"together")
-    assert sorted(evaluated) == sorted(["adakv", "criticalkv", "shotkv", "h2o", "kvzip"]) and len(together) == 2*len(several)
+    assert sorted(evaluated) == sorted(["adakv", "criticalkv", "shotkv", "h2o", "kvzip", "kvzip"]) and len(together) == 3*len(several)
     alone = {}
     for i, policy in enumerate(several):
         alone |= rows_of([policy], tmp_path/str(i))

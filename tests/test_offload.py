@@ -1,6 +1,7 @@
 """Layers whose memory is not the host's, on a device that the CPU plays (tests/stock/counting.cpp): what is kept, and
 what crosses."""
 import counting
+import gguf
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -212,6 +213,46 @@ def test_a_pool_answers_as_rows_of_their_own_do(device, path, policy, cache):
         pooled.decode(TOKENS[20:25], seq)
         plain.decode(TOKENS[20:25], 0) if seq == 0 else None
         np.testing.assert_allclose(pooled.logits(), plain.logits(), atol=2e-2)
+
+
+def test_a_head_that_wins_every_ranking_has_no_more_rows_than_there_are(device, tmp_path):
+    """Its keys are short, which knorm keeps: cut to what kv_cells have, heads still differ by blocks."""
+    path = tiny.write(tmp_path/"llama.gguf", n_layer=4)
+    weights = next(t for t in gguf.GGUFReader(path, "r+").tensors if t.name == "blk.1.attn_k.weight")
+    weights.data[:32] *= 0.05
+    weights.data.flush()
+    ctx = context(path, "knorm:share=all", budget="", cells="768", n_ctx=1024, n_ubatch=64)
+    for i in range(0, 1024, 64):
+        ctx.decode(TOKENS[i:i + 64])
+        assert in_blocks(ctx)
+    assert ctx.stats()["n_evictions"] > 2
+
+
+@pytest.mark.parametrize("policy", DIFFER)
+def test_less_and_less(device, path, policy):
+    """Heads that differ already, which hold less than a block above the others' blocks."""
+    ctx = context(path, policy)
+    ctx.decode(TOKENS[:1400])
+    before = held(ctx)
+    for budget in ("1100", "700", "420", "260", "130", "70", "40"):
+        ctx.set_budget(budget, "")
+        ctx.evict()  # not where blocks have left less already
+        assert in_blocks(ctx) and (held(ctx) <= before).all() and held(ctx).min() > 0
+        assert held(ctx).sum() <= int(budget)*before.size
+        before = held(ctx)
+    ctx.decode(TOKENS[:20])
+
+
+@pytest.mark.parametrize("policy, cells", [("adakv:window=8,kernel=1,alpha=0", ""), ("adakv:window=8,kernel=1,alpha=0", "1536"), ("keydiff:share=all", "")])
+def test_a_state_of_a_cache_on_the_host_has_no_blocks(device, path, policy, cells):
+    host, there = context(path, policy, n_gpu_layers=0, cells=cells), context(path, policy, cells=cells)
+    host.decode(TOKENS[:N])
+    host.evict()
+    assert not in_blocks(host)
+    with pytest.raises(ValueError, match="saved on the CPU"):
+        there.load_seq(host.save_seq())
+    there.decode(TOKENS[:N])
+    assert there.evict() and in_blocks(there)
 
 
 SEQ = st.integers(0, 1)

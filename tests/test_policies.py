@@ -301,3 +301,14 @@ def test_budget(text, expected):
 def test_bad_budget(text):
     with pytest.raises(ValueError, match="decode_budget.*512.*25%"):
         _core.parse_budget(text, "decode_budget")
+
+
+def test_heads_that_hold_less_than_a_block():
+    """What is left of a block above the other head's blocks may be more than such a head has: both then keep a little less."""
+    pos = np.full((2, 1118), -1, np.int32)
+    pos[0], pos[1, -94:] = np.arange(1118), np.arange(1024, 1118)
+    score = np.where(pos < 0, -np.inf, np.random.default_rng(3).random(pos.shape)).astype(np.float32)
+    score[0] += 1
+    kept = _core.plan("keydiff:share=all", [pos], [score], 552, n_block=256)[0]
+    n = (kept >= 0).sum(axis=1)
+    assert (n[0] - n[1]) % 256 == 0 and 0 < n[1] <= 94 and 552 < n[0] and n.sum() <= 2*552

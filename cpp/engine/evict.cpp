@@ -119,21 +119,30 @@ bool evictor::run(llama_context * lctx, const job & j) {
         unfreeze(r);
     }
     const int32_t n_block = layout.n_block(); // where only some layers are offloaded, those on the host come by a few rows more
+    const auto n_most = [&](int32_t l) { // rows that kv_cells have for a layer, those that blocks round up to apart
+        const int32_t n_rows = (int32_t) (cfg->pooled ? kv.get_size() : kv.layers[l].k->ne[1]);
+        return n_rows - n_to_free(s, j.n_new) - (conf.layers_differ ? n_block - 1 : 0);
+    };
     if (!alike) {
-        r.heads = heads_in_blocks(r, conf.pol->heads(r), n_block, conf.pol->min_budget());
+        auto heads = conf.pol->heads(r);
+        for (size_t l = 0; n_block > 1 && cfg->is_bounded() && l < heads.size(); ++l) {
+            for (int32_t & n : heads[l]) {
+                n = std::min(n, n_most((int32_t) l));
+            }
+        }
+        r.heads = heads_in_blocks(r, std::move(heads), n_block, conf.pol->min_budget());
     }
     std::vector<int32_t> n_keep = alike ? std::vector<int32_t>(layout.n_layer(), n_target) : conf.pol->budgets(r);
     if ((int32_t) n_keep.size() != layout.n_layer()) {
         throw std::invalid_argument(conf.spec + ": budgets() must give one number per layer, " + std::to_string(layout.n_layer()));
     }
+    const bool capped = n_block > 1 && !r.heads.empty(); // above; cut once more they would be no blocks
     for (int32_t l = 0; cfg->is_bounded() && l < layout.n_layer(); ++l) {
-        const int32_t n_rows = (int32_t) (cfg->pooled ? kv.get_size() : kv.layers[l].k->ne[1]);
-        const int32_t n_most = n_rows - n_to_free(s, j.n_new) - (conf.layers_differ ? n_block - 1 : 0);
-        if (j.why != cause::room && !conf.layers_differ && n_keep[l] > n_most) {
+        if (j.why != cause::room && !conf.layers_differ && n_keep[l] > n_most(l)) {
             throw std::invalid_argument(conf.spec + ": budgets() gives layer " + std::to_string(l) + " " + std::to_string(n_keep[l]) +
-                    " slots, kv_cells leaves it " + std::to_string(n_most));
+                    " slots, kv_cells leaves it " + std::to_string(n_most(l)));
         }
-        n_keep[l] = std::min(alike ? n_most : std::min(n_keep[l], n_most), r.layers[l].n_kv);
+        n_keep[l] = std::min(alike ? n_most(l) : capped ? n_keep[l] : std::min(n_keep[l], n_most(l)), r.layers[l].n_kv);
         if (r.layers[l].n_frozen > n_keep[l]) {
             unfreeze(r);
         }

@@ -48,16 +48,37 @@ std::vector<int32_t> whole_budgets(const request & r, const std::vector<double> 
     return n_keep;
 }
 
+// The largest number, at most n_block below n_base, from which all parts can differ by whole blocks: some hold so few that not
+// every number will do.
+static int32_t base_of_blocks(int32_t n_base, const std::vector<int32_t> & n_has, const std::vector<int32_t> & n_least, int32_t n_block) {
+    const auto fits = [&](int32_t base) {
+        for (size_t i = 0; i < n_has.size(); ++i) {
+            const int32_t n_most = std::min(base, n_has[i] - ((n_has[i] - base) % n_block + n_block) % n_block);
+            if (n_most < n_least[i]) {
+                return false;
+            }
+        }
+        return true;
+    };
+    for (int32_t base = n_base; base > std::max(0, n_base - n_block); --base) {
+        if (fits(base)) {
+            return base;
+        }
+    }
+    throw std::invalid_argument("off the CPU what layers and heads keep differs by whole blocks of " + std::to_string(n_block) +
+            " rows, and some hold too few for that: keep the cache on the CPU (n_gpu_layers 0, or offload_kqv off)");
+}
+
 // in_blocks() of any parts of a cache: n_has slots are there of each, and n_least of them have to stay.
 static std::vector<int32_t> parts_in_blocks(const std::vector<int32_t> & n_keep, const std::vector<int32_t> & n_has, const std::vector<int32_t> & n_least,
         int32_t n_block) {
     const size_t n_part = n_keep.size();
-    const int32_t n_base = *std::max_element(n_keep.begin(), n_keep.end());
+    const int32_t n_base = base_of_blocks(*std::max_element(n_keep.begin(), n_keep.end()), n_has, n_least, n_block);
     std::vector<int32_t> res(n_part);
     std::vector<size_t> order(n_part); // those that round down lose least first
     int64_t n_more = 0; // than n_keep
     for (size_t i = 0; i < n_part; ++i) {
-        const int32_t gap = n_base - n_keep[i], need = n_base - n_has[i];
+        const int32_t gap = std::max(0, n_base - n_keep[i]), need = std::max(0, n_base - n_has[i]);
         res[i]   = n_base - std::max(gap/n_block, (need + n_block - 1)/n_block)*n_block;
         order[i] = i;
         n_more += res[i] - n_keep[i];

@@ -13,7 +13,8 @@ std::string lacks(const policy & has, const policy & wants) {
         b.sums && !a.sums              ? "needs attention summed over all queries" :
         b.future > 0 && a.future == 0  ? "needs a fit of the queries to come" :
         b.probe != probe::none && b.probe != a.probe ? "asks questions of its own" :
-        b.probe != probe::none && (b.chunk != a.chunk || b.plus != a.plus) ? "hears the repetition in another way (softmax, plus)" :
+        b.probe != probe::none && (b.chunk != a.chunk || b.plus != a.plus || (b.chunk && wants.n_sink() != has.n_sink())) ?
+                "hears the repetition in another way (softmax, plus, sinks)" :
         b.outputs && !a.outputs        ? "needs the norms of what values become behind the output projection" :
         wants.heads_differ() && !has.heads_differ() ? "gives heads different budgets" : "";
 }
