@@ -35,8 +35,8 @@ class Mark:
         self.snapshot = session.snapshot(cells=session.evicts or session.ctx.pos_floor() > 0)
 
     def return_to(self, to_evict: bool = False) -> None:
-        """to_evict: with its signals, too. What came after it has taken the place of its last queries, and added to the sums of attention.
-        ValueError: a whole cache was emptied since, or holds other tokens."""
+        """to_evict: with its signals, too. What came after it has taken the place of its last queries, and has added to the
+        sums of attention. ValueError: a whole cache was emptied since, or holds other tokens."""
         session, about = self.session, self.snapshot.about
         there = session.moment == self.moment and session.tokens[:self.n_tokens] == about["tokens"]
         untouched = (session.n_cuts, session.n_tokens) == (self.n_cuts, self.n_tokens)
@@ -135,8 +135,10 @@ class Context:
 
     @queued
     def go_back(self, to_evict: bool = False) -> None:
-        """Has the LLM hold the context as it is now, whole or compressed, and nothing after it. to_evict: for an eviction that follows,
-        with the last queries and the sums of attention as they were; otherwise those of the last question may have taken their place."""
+        """Has the LLM hold the context as it is now, whole or compressed, and nothing after it.
+
+        to_evict: for an eviction that follows, with the last queries and the sums of attention as they were. Otherwise
+        those of the last question may have taken their place."""
         self._session.begin_turn()
         self._now.return_to(to_evict)
 

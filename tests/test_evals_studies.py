@@ -193,8 +193,8 @@ def test_side_by_side_is_one_by_one(tmp_path, folder):  # noqa: F811
 
 
 def test_policies_share_a_context(tmp_path, folder, monkeypatch):  # noqa: F811
-    """Under question-out: what each has is what it has alone, bytes of its window of queries included. The examples are evaluated once
-    for every policy that needs something of its own."""
+    """Under question-out: what each has is what it has alone, bytes of its window of queries included. The examples are
+    evaluated once for every policy that needs something of its own."""
     several = ["snapkv:window=8", "keydiff:share=all", "knorm", "criticalkv:window=8", "adakv:window=8", "tova", "shotkv:window=8,recent=8", "h2o",
                "kvzip:chunk=64", "kvzip:chunk=64,share=all", "kvzip:chunk=64,sinks=8"]
     evaluated, prefill = [], pykvc.LLM.prefill

@@ -304,7 +304,8 @@ def test_bad_budget(text):
 
 
 def test_heads_that_hold_less_than_a_block():
-    """What is left of a block above the other head's blocks may be more than such a head has: both then keep a little less."""
+    """What is left of a block above the other head's blocks may be more than such a head has. Both then keep a little
+    less."""
     pos = np.full((2, 1118), -1, np.int32)
     pos[0], pos[1, -94:] = np.arange(1118), np.arange(1024, 1118)
     score = np.where(pos < 0, -np.inf, np.random.default_rng(3).random(pos.shape)).astype(np.float32)

@@ -28,12 +28,11 @@ static void check_slots(const std::string & who, int32_t il, const layer_plan & 
 // The one place that says what views of the cache are off the host: they begin at whole blocks, and so are whole blocks
 // themselves.
 static void check_blocks(const std::string & who, int32_t n_base, const std::vector<int32_t> & n_held, int32_t n_block) {
-    for (const int32_t n : n_held) {
-        if ((n_base - n) % n_block != 0) {
-            throw std::invalid_argument(who + ": off the CPU what layers and heads keep differs by whole blocks of " + std::to_string(n_block) +
-                    " rows, and here are " + std::to_string(n_base) + " and " + std::to_string(n) + ": keep the cache on the CPU (n_gpu_layers 0, "
-                    "or offload_kqv off)");
-        }
+    const int32_t n = off_blocks(n_base, n_held, n_block);
+    if (n >= 0) {
+        throw std::invalid_argument(who + ": off the CPU what layers and heads keep differs by whole blocks of " + std::to_string(n_block) +
+                " rows, and here are " + std::to_string(n_base) + " and " + std::to_string(n) + ": keep the cache on the CPU (n_gpu_layers 0, "
+                "or offload_kqv off)");
     }
 }
 

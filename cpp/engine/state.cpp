@@ -81,12 +81,9 @@ bool engine::state_read_rows(llama_io_read_i & io, uint32_t s) {
     std::vector<int32_t> n_rows;
     get(io, n_rows);
     const bool fits = (int32_t) n_rows.size() == layout.n_layer()*layout.n_parts() && *std::min_element(n_rows.begin(), n_rows.end()) >= 0;
-    const bool in_blocks = !fits || std::all_of(n_rows.begin(), n_rows.end(), [&](int32_t n) {
-        return (*std::max_element(n_rows.begin(), n_rows.end()) - n) % layout.n_block() == 0;
-    });
-    if (!in_blocks) {
-        LLAMA_LOG_ERROR("%s: off the CPU what layers and heads hold differs by whole blocks of %d rows, and this state was saved on the CPU\n",
-                __func__, layout.n_block());
+    if (fits && off_blocks(*std::max_element(n_rows.begin(), n_rows.end()), n_rows, layout.n_block()) >= 0) {
+        LLAMA_LOG_ERROR("%s: off the CPU what layers and heads hold differs by whole blocks of %d rows, and this state was "
+                "saved on the CPU\n", __func__, layout.n_block());
         return false;
     }
     if (!fits || (cfg->pooled && layout.n_to_share(n_rows) < 0)) {

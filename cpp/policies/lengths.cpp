@@ -48,8 +48,8 @@ std::vector<int32_t> whole_budgets(const request & r, const std::vector<double> 
     return n_keep;
 }
 
-// The largest number, at most n_block below n_base, from which all parts can differ by whole blocks: some hold so few that not
-// every number will do.
+// The largest number, less than a block below n_base, from which all parts can differ by whole blocks. Where some hold
+// few slots, not every number will do.
 static int32_t base_of_blocks(int32_t n_base, const std::vector<int32_t> & n_has, const std::vector<int32_t> & n_least, int32_t n_block) {
     const auto fits = [&](int32_t base) {
         for (size_t i = 0; i < n_has.size(); ++i) {
@@ -67,6 +67,11 @@ static int32_t base_of_blocks(int32_t n_base, const std::vector<int32_t> & n_has
     }
     throw std::invalid_argument("off the CPU what layers and heads keep differs by whole blocks of " + std::to_string(n_block) +
             " rows, and some hold too few for that: keep the cache on the CPU (n_gpu_layers 0, or offload_kqv off)");
+}
+
+int32_t off_blocks(int32_t n_base, const std::vector<int32_t> & n_held, int32_t n_block) {
+    const auto found = std::find_if(n_held.begin(), n_held.end(), [&](int32_t n) { return (n_base - n) % n_block != 0; });
+    return found == n_held.end() ? -1 : *found;
 }
 
 // in_blocks() of any parts of a cache: n_has slots are there of each, and n_least of them have to stay.

@@ -61,6 +61,9 @@ std::vector<int32_t> in_blocks(const request & r, const std::vector<int32_t> & n
 // The same of heads, where they differ: [n_layer][n_head_kv], or nothing.
 std::vector<std::vector<int32_t>> heads_in_blocks(const request & r, std::vector<std::vector<int32_t>> heads, int32_t n_block, int32_t n_least);
 
+// Of lengths that have to be whole blocks below n_base, the first that is not; -1: all are.
+int32_t off_blocks(int32_t n_base, const std::vector<int32_t> & n_held, int32_t n_block);
+
 // What a head certainly keeps where its budget holds it: finite, so that it can be compared.
 constexpr float BEST_SCORE = std::numeric_limits<float>::max();
 
