@@ -5,7 +5,7 @@ import json
 import logging
 import random
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 from .store import Row
 
@@ -73,6 +73,17 @@ def apart(found: list[Row], n: int, draw: int) -> tuple[list[Row], list[Row]]:
 def drawn(found: list[Row], draw: int) -> list[Row]:
     """In another order, with a seed other than 0."""
     return random.Random(draw).sample(found, len(found)) if draw else found
+
+
+def of_draw(found: list[Any], n: int | None, fresh: int, draw: int) -> list[Any]:
+    """The first n to ask; with --fresh those of this draw alone, after the n of each draw before."""
+    if not fresh:
+        return found[:n]
+    if draw < 1 or n is None:
+        raise ValueError("--fresh goes with --draw 1 or more, and --n")
+    if draw*n > len(found):
+        raise ValueError(f"--draw {draw} --fresh with --n {n} asks up to number {draw*n}, and there are {len(found)}")
+    return found[(draw - 1)*n:draw*n]
 
 
 def take(flag: str, found: list[Row], n: int, least: int = 1) -> list[Row]:

@@ -67,6 +67,7 @@ HELP = {  # of settings of tasks
     "exemplars": "gsm8k, longgenbench, commonsense_qa: cot, train; auto.",
     "order": "gsm8k, longgenbench: a seed for another order of the examples; 0: as they are.",
     "draw": "gsm8k, longgenbench, humaneval, safety: a seed for other examples; 0: the first.",
+    "fresh": "Tasks with --draw: 1: each draw has questions of its own.",
     "questions": "longgenbench, longgenbench_mmlu: of one generation; kv_retrieval: of one object.",
     "sets": "longbench, safety, ruler: parts of it, with commas.",
     "announce": "ruler: 0: contexts that do not tell what will be asked.",

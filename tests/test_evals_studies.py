@@ -66,7 +66,7 @@ def test_every_study_can_be_planned(name):
 
 
 def test_a_study_has_a_number_and_a_name():
-    assert study.find("1") == study.find("sensitivity") == study.find("1-sensitivity") and len(study.names()) == 11
+    assert study.find("1") == study.find("sensitivity") == study.find("1-sensitivity") and len(study.names()) == 12
     text = CliRunner().invoke(app, ["list"]).stdout
     assert all(f"study {name}: " in text for name in study.names())
 

@@ -603,3 +603,14 @@ def test_log_softmax_sums_to_1():
     x = np.array([1000.0, 999.0, -1000.0], dtype=np.float32)
     [one] = fidelity.log_probabilities(x, np.empty((0, 3), np.float32))
     assert np.exp(one, dtype=np.float64).sum() == pytest.approx(1) and one.dtype == np.float32 and mmlu.LABELS == "ABCD" and kv_retrieval.ACROSS == "depth"
+
+
+def test_each_draw_may_ask_questions_of_its_own(folder):
+    how = dict(n=1, exemplars="train", shots=1, fresh=1)
+    first, second = (load("gsm8k", folder, **how, draw=draw)[0] for draw in (1, 2))
+    assert first.id.partition("/")[0] != second.id.partition("/")[0] and first.id.endswith("/1-train-draw1")
+    assert load("gsm8k", folder, **{**how, "fresh": 0}, draw=2)[0].question == first.question
+    for wrong, why in (({"draw": 0}, "--fresh goes with --draw"), ({"draw": 1, "n": None}, "and --n"),
+                       ({"draw": 1000}, "--draw 1000 --fresh with --n 1 asks up to number 1000")):
+        with pytest.raises(ValueError, match=why):
+            load("gsm8k", folder, **how | wrong)

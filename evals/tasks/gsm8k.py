@@ -4,7 +4,7 @@ Paper: Cobbe et al. 2021, arXiv 2110.14168; data: openai/gsm8k (MIT). --exemplar
 (arXiv 2201.11903), as carried by lm-evaluation-harness (MIT), in gsm8k/cot_exemplars of the data folder. --exemplars
 train: the training split, for more than eight. auto: cot where the folder has them, else train; an item's id says
 which. --order N: the examples in another order, drawn with seed N; 0: as they are. --draw N: other examples of the
-training split, drawn with seed N.
+training split, drawn with seed N; with --fresh 1 each draw has questions of its own, too.
 
 Scored as lm-evaluation-harness scores its gsm8k_cot, by both of its filters: `strict` takes the first number after "The
 answer is", `flexible` the last number of the answer. `flexible` is the score: an evicted model that forgot the format
@@ -13,10 +13,10 @@ may still be right.
 import random
 import re
 
-from ..data import drawn, rows, take
+from ..data import drawn, of_draw, rows, take
 from ..items import Item, Options
 
-SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0, "draw": 0}
+SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0, "draw": 0, "fresh": 0}
 FIELDS = ("question", "answer")
 # Of lm_eval/tasks/gsm8k/gsm8k-cot.yaml: the filters, and what comparing ignores, one after the other
 STRICT = re.compile(r"The answer is (\-?[0-9\.\,]+).")
@@ -26,12 +26,12 @@ IGNORED = ",", r"\$", r"(?s).*#### ", r"\.$"
 
 def load(options: Options) -> list[Item]:
     kind, shown = exemplars(options, least=0)
+    found = rows(options.data_dir, "gsm8k/test", ("openai/gsm8k", "main", "test"), FIELDS)
     shots = [f"Q: {row['question'].strip()}\nA: {worked(row['answer'])}\n\n" for row in shown]
     return [Item(id=f"{row.get('id', i)}/{kind}", shots=shots, question=f"Q: {row['question'].strip()}\nA:", cue="A:",
                  query=row["question"].strip(),
                  gold=number(row["answer"].split("####")[-1]), stop=["Q:"], max_tokens=320)
-            for i, row in enumerate(rows(options.data_dir, "gsm8k/test", ("openai/gsm8k", "main", "test"),
-                                         FIELDS)[:options.n])]
+            for i, row in of_draw(list(enumerate(found)), options.n, options["fresh"], options["draw"])]
 
 
 def exemplars(options: Options, least: int = 1) -> tuple[str, list[dict]]:

@@ -18,10 +18,10 @@ import warnings
 from typing import Iterator
 
 from .. import sandbox
-from ..data import apart, rows
+from ..data import apart, of_draw, rows
 from ..items import Item, Options
 
-SETTINGS = {"shots": 0, "draw": 0, "unsafe_code": False}
+SETTINGS = {"shots": 0, "draw": 0, "fresh": 0, "unsafe_code": False}
 FIELDS = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
 ASK = "Complete the Python function above. Answer with the whole function in one code block."
 STUB = "    pass\n\n"  # ends the prompt's function
@@ -37,7 +37,7 @@ def load(options: Options) -> list[Item]:
         sandbox.passes("")  # can it be locked in?
     found = rows(options.data_dir, "humaneval/test", ("openai/openai_humaneval", None, "test"), FIELDS)
     asked, examples = apart(found, options["shots"], options["draw"])
-    return [_item(row, examples, options) for row in asked[:options.n]]
+    return [_item(row, examples, options) for row in of_draw(asked, options.n, options["fresh"], options["draw"])]
 
 
 def _item(row: dict, examples: list[dict], options: Options) -> Item:

@@ -16,11 +16,11 @@ count it; "1,500" is right for 1,500, which theirs looks up as 500.
 import re
 from typing import Any, Callable, Sequence
 
-from ..data import rows, take
+from ..data import of_draw, rows, take
 from ..items import Item, Options
 from . import gsm8k
 
-SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0, "draw": 0, "questions": 20}
+SETTINGS = {"shots": 8, "exemplars": "auto", "order": 0, "draw": 0, "fresh": 0, "questions": 20}
 LEAD = ("Answer each question step by step, adhering to the format shown in the examples provided. Start each response "
         "with 'Answer_' and introduce the final response with 'The answer is'. Do not repeat the question. Ensure that "
         "you respond to all the questions presented, regardless of their number.\n\n")
@@ -33,8 +33,9 @@ def load(options: Options) -> list[Item]:
     shown = [(row["question"], gsm8k.worked(row["answer"])) for row in examples]
     return [item(f"{begin}+{per_item}/{kind}", LEAD, shown, [row["question"] for row in asked],
                  [gsm8k.number(row["answer"].split("####")[-1]) for row in asked])
-            for begin in range(0, len(found) - per_item + 1, per_item)
-            for asked in [found[begin:begin + per_item]]][:options.n]
+            for begin in of_draw(list(range(0, len(found) - per_item + 1, per_item)), options.n, options["fresh"],
+                                 options["draw"])
+            for asked in [found[begin:begin + per_item]]]
 
 
 def unit(item: str, tags: dict) -> str:
