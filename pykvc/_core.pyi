@@ -152,6 +152,7 @@ class Context:
     def logits(self) -> F32: """[n_rows, n_vocab] of the last decode"""
     def pos_max(self, seq: int = 0) -> int: """last position, -1: empty"""
     def pos_floor(self, seq: int = 0) -> int: """first position a tail removal may start at"""
+    def heard_from(self, pos: int, end: int, seq: int = 0) -> int: ...
     def remove_tail(self, pos: int, seq: int = 0) -> bool:
         """Removes [pos, end); False and unchanged below the floor."""
     def clear(self, seq: int = -1) -> None: ...

@@ -176,7 +176,7 @@ def _can_evict(session: Session, budget: tuple[str, str] | None) -> bool:
 
 
 def _evaluate(session: Session, seq: int, ids: list[int], spans: list[Span], first: int) -> None:
-    if session.needs_spans and spans:
+    if session.needs_spans and (spans or first == 0):  # else those of the prefix stay
         session.ctx.set_spans([(begin + first, end + first) for begin, end in spans], seq)
     if session.evicts:
         session.ctx.begin_prompt(seq)

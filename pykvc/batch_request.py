@@ -1,6 +1,8 @@
 """What LLM.generate_batch() was asked: its arguments, read and checked before anything is evaluated."""
 from typing import Any, NamedTuple, Sequence
 
+import numpy as np
+
 from . import options, prompts as prompts_of, sampling, spans as units
 from .arguments import Budget
 from .batch import Prefix
@@ -24,8 +26,10 @@ def read(session: Session, prompts: Sequence[str | Sequence[int]], llm_seed: int
          kv_decode_budget: Budget | Sequence[Budget] = None, kv_query: str | None = None, compress: bool | None = None,
          sampling_params: SamplingParams | Sequence[SamplingParams] | None = None, **own: Any) -> BatchRequest:
     """ValueError for every mistake. llm_seed: of what has no seed of its own. own: fields of SamplingParams."""
-    if isinstance(prompts, str) or not prompts:
+    if isinstance(prompts, str) or not isinstance(prompts, (Sequence, np.ndarray)) or len(prompts) == 0:
         raise ValueError("prompts is a list of strings or of lists of token ids, and not empty")
+    if not isinstance(prefix, (str, Sequence, type(None))):
+        raise ValueError(f"prefix is a string, or a list of them, one for each prompt, not {prefix!r}")
     own_spans: list[Sequence[units.Span] | None] = [None]*len(prompts)
     if shots is not None:
         if any(given is not None for given in (prefix, spans, segment)):

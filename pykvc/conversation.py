@@ -10,7 +10,9 @@ It may be longer than the cache: with kv_cells the policy evicts whenever the ce
 its oldest turns are dropped and the rest is evaluated once more. One LLM holds one conversation at a time: where two
 take turns, each is evaluated anew.
 """
+import threading
 import weakref
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Generator, Literal, Sequence, overload
 
@@ -42,6 +44,7 @@ class Conversation:
         head: list[Message] = [{"role": "system", "content": system}] if system else []
         self.messages = chat.check_messages([*head, *messages]) if head or messages else []
         self._llm, self._template = llm, template
+        self._turn = threading.RLock()  # of threads that share it: one question after the other
         self._asked: weakref.ref[Generator[str, None, Generation]] | None = None
 
     @overload
@@ -58,10 +61,21 @@ class Conversation:
         A Generation's kv has, beside what LLM.chat() tells, `dropped`: turns that n_ctx had no room for any more.
         Turns are dropped until half of what a prompt may take is free again. Room is kept for max_tokens, at most half
         of n_ctx. ValueError, and nothing has changed: an empty message, or one that n_ctx has no room for."""
+        with self._turn:
+            pieces = self._say(text, how)
+            if stream:
+                return pieces
+            for _ in pieces:
+                pass
+            return pieces.result
+
+    def _say(self, text: str, how: dict[str, Any]) -> "Stream":
         from .generation import Stream
         self.end()
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"a message is a string that is not empty, not {text!r}")
+        if how.get("echo"):
+            raise ValueError("echo: a conversation's answer is a message, which has no prompt in it")
         own = {name: how.pop(name) for name in sampling.NAMES & how.keys()}
         how["sampling_params"] = chosen = sampling.of_call(how.get("sampling_params"), own, max_tokens=N_ANSWER)
         asked, n_dropped = self._fitting([*self.messages, {"role": "user", "content": text}], chosen.max_tokens)
@@ -70,12 +84,7 @@ class Conversation:
         inner = self._llm.chat(asked, stream=True, **self._template, **how)
         answer = self._answer(asked, inner, n_dropped)
         self._asked = weakref.ref(answer)
-        pieces = Stream(answer)
-        if stream:
-            return pieces
-        for _ in pieces:
-            pass
-        return pieces.result
+        return Stream(answer)
 
     def _answer(self, asked: list[Message], pieces: "Stream", n_dropped: int) -> Generator[str, None, "Generation"]:
         said = []
@@ -103,7 +112,8 @@ class Conversation:
         """Breaks off an answer that is still being streamed."""
         answer = self._asked() if self._asked else None
         if answer is not None:
-            answer.close()
+            with suppress(ValueError):  # another thread reads it just now, and the model's next call ends it
+                answer.close()
 
     def clear(self) -> None:
         """Forgets all messages but the system's."""

@@ -65,6 +65,10 @@ def _cut(session: Session, asked: Chat, ids: list[int]) -> tuple[int, str]:
     if n == len(held):
         return n, ""
     n = min(n, session.n_tokens)
+    if session.evicts:
+        n = session.ctx.heard_from(n, len(ids))
+    if n == 0:
+        return 0, ""
     if session.floor > n or not (session.cut(n) or (session.floor and session.cut(session.floor))):  # a recurrent state goes back to the floor alone
         return 0, f"the history differs from what was evaluated at token {n}, and this cache cannot go back there"
     return session.n_tokens, ""

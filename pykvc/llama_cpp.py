@@ -144,6 +144,7 @@ class Llama(_Theirs):
     Threads may share it: their calls queue, and a call that evaluates something ends the streams of before (RuntimeError)."""
 
     _requires_eval: bool  # theirs
+    n_tokens: int
 
     def __init__(self, model_path: str, *, kv_policy: str | Policy | None = None, kv_budget: int | float | str | None = None,
                  kv_decode_budget: int | float | str | None = None, kv_cells: int | str | None = None, **kwargs: Any) -> None:
@@ -224,9 +225,8 @@ class Llama(_Theirs):
         super().reset()
 
     def eval(self, tokens: Sequence[int]) -> None:
-        if len(tokens) > 0:  # of what theirs evaluates at once
-            self._n_rows = (len(tokens) - 1) % self.n_batch + 1 if self._logits_all else 1
         if not self._kv.evicts:
+            self._count_rows(len(tokens))
             self._requires_eval = self._requires_eval or len(tokens) > 0  # until it has
             super().eval(tokens)
             return
@@ -235,6 +235,8 @@ class Llama(_Theirs):
             self._kv.phase = "prompt"
         if not self._kv.remove_tail(0, self.n_tokens, -1):
             raise ValueError(f"the cache was compressed: it goes on from {self._kv.n_seen} tokens or more, or from 0, not from {self.n_tokens}")
+        tokens = [*self._unheard(len(tokens)), *tokens]
+        self._count_rows(len(tokens))
         self._kv.begin(tokens, self.n_tokens, self._input_ids.tolist())
         try:
             super().eval(tokens)
@@ -242,6 +244,19 @@ class Llama(_Theirs):
             self.reset()  # of what was evaluated a part is there; the next call begins anew
             raise RuntimeError(_core.why_failed(str(error))) from None
         self._kv.end(self.n_tokens)
+
+    def _count_rows(self, n: int) -> None:
+        if n > 0:  # of what theirs evaluates at once
+            self._n_rows = (n - 1) % self.n_batch + 1 if self._logits_all else 1
+
+    def _unheard(self, n_new: int) -> list[int]:
+        """Of a prompt that goes on with n_new tokens what it is scored by, where an answer has taken the place of these
+        queries: it is taken out of the cache, to be evaluated again."""
+        n: int = self.n_tokens
+        first = self._opened.heard_from(n, n + n_new) if self._kv.phase == "prompt" and n_new > 0 else n
+        if first < n and self._kv.remove_tail(0, first, -1):
+            self.n_tokens = first
+        return [int(token) for token in self.input_ids[self.n_tokens:n]]
 
     @classmethod
     def from_pretrained(cls, repo_id: str, filename: str, additional_files: Sequence[str] | None = None, local_dir: str | os.PathLike | None = None,
@@ -304,12 +319,21 @@ for _name in (*_ENDING, *_WAITING):
     setattr(Llama, _name, _in_turn(getattr(Llama, _name), ends=_name in _ENDING))
 
 
+_CACHE_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 30: "bf16"}  # ggml_type
+
+
 def _check_numbers(given: dict[str, Any]) -> None:
     """Those that theirs hands on to C as they are, where others become large, or end the process."""
     for name, low, high in (("n_ctx", 0, options.N_CTX_MAX), ("n_batch", 1, 2**31 - 1), ("n_ubatch", 0, 2**31 - 1),
                             ("n_threads", -1, 512), ("n_threads_batch", -1, 512)):
         if given.get(name) is not None:
             options.whole(name, given[name], low, high)
+    for name in ("type_k", "type_v"):
+        if given.get(name) is not None and given[name] not in _CACHE_TYPES:
+            known = ", ".join(f"{number} ({kind})" for number, kind in _CACHE_TYPES.items())
+            raise ValueError(f"{name} is one of {known}, not {given[name]!r}")
+    if given.get("lora_path") is not None and not os.path.isfile(given["lora_path"]):
+        raise ValueError(f"lora_path: there is no file {given['lora_path']}")
 
 
 def _checked(detokenize: Callable[..., bytes], model: "_core.Model") -> Callable[..., bytes]:

@@ -14,6 +14,7 @@ harness does not say where a question begins, so it is what follows the last few
 
 Neighbours with the same examples share them: they are evaluated once, under question-out evicted once, too.
 """
+import random
 import sys
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -74,6 +75,7 @@ class PykvcLM(TemplateLM):
         self.max_gen_toks = options.whole("max_gen_toks", max_gen_toks, 1)
         self.n_parallel = _sequences(batch_size, how)
         self.llm = LLM(model, n_seq_max=self.n_parallel, **how)
+        self.seeds = random.Random(self.llm.seed)
         self.session = self.llm._session
         self.evicts = self.session.evicts and self.session.has_budget
         self._questions: dict[str, int] = {}     # where they begin in chats that apply_chat_template() wrote
@@ -209,7 +211,8 @@ class PykvcLM(TemplateLM):
         how = normalize_gen_kwargs(given, self.max_gen_toks)
         drawn = {name: how[name] for name in ("top_k", "top_p", "min_p") if name in how} if how["do_sample"] else {}
         return SamplingParams(max_tokens=how["max_gen_toks"], stop=[stop for stop in how["until"] if stop],
-                              temperature=float(how.get("temperature", 1.0)) if how["do_sample"] else 0.0, **drawn)
+                              temperature=float(how.get("temperature", 1.0)) if how["do_sample"] else 0.0,
+                              seed=self.seeds.randrange(2**32 - 1), **drawn)  # repeats of a request are other samples
 
     # -- the cache ---------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Iterable, cast
 
 from . import _core, rpc
 from .policy import Policy
@@ -60,7 +60,7 @@ def budgets(kv_budget: Any, kv_decode_budget: Any, n: int, session: "Session") -
     None: both are."""
     found = []
     for name, value in (("kv_budget", kv_budget), ("kv_decode_budget", kv_decode_budget)):
-        values = [value]*n if value is None or isinstance(value, (int, float, str)) else list(value)
+        values = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]*n
         if len(values) != n:
             raise ValueError(f"{name} is one value or a list of {n}, one for each prompt, not of {len(values)}")
         given = [budget(name, v) for v in values]

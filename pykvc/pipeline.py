@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Sequence
 from . import sampling
 from .context import steps_of
 from .sampling import Sampler, SamplingParams
-from .spans import Span, segment_spans
+from .spans import Span, check_spans, segment_spans
 from .user_turn import asked
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def pipeline(llm: "LLM", context: str, questions: Sequence[str], policy: str | S
     as it is. sampling_params, or its fields by name: as generate(). ValueError for every mistake, before anything is evaluated."""
     if not isinstance(context, str) or not context.strip():
         raise ValueError(f"context is a text that is not empty, not {context!r}")
-    if isinstance(questions, str) or not questions or not all(isinstance(q, str) and q.strip() for q in questions):
+    if isinstance(questions, str) or not isinstance(questions, Sequence) or not questions or not all(isinstance(q, str) and q.strip() for q in questions):
         raise ValueError(f"questions is a list of strings, none of them empty, not {questions!r}")
     if span_unit != "chars":
         raise ValueError("spans of a pipeline's text are in characters, since the chat template goes round it")
@@ -37,7 +37,9 @@ def pipeline(llm: "LLM", context: str, questions: Sequence[str], policy: str | S
         raise ValueError("give spans or segment, not both")
     session, how = llm._session, sampling.of_call(sampling_params, own)
     Sampler(session.model, how, llm.seed)
-    if spans is None and (segment or session.needs_spans):
+    if spans is not None:
+        spans = check_spans(spans, len(context), "characters")
+    elif segment or session.needs_spans:
         spans = segment_spans(context, segment or "sentence")
     found = asked(session.model, context, questions, system, raw, llm.chat_template)
     if (policy is not None or budget is not None) and not session.evicts:

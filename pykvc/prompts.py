@@ -30,7 +30,7 @@ def query(session: "Session", text: str | None) -> list[int]:
 
 def join(shots: Sequence[str] | None, question: str | None) -> tuple[str, list[Span]]:
     """(prompt, character spans): every shot is a span, the question is in none."""
-    if shots is None or isinstance(shots, str) or not isinstance(question, str):
+    if not isinstance(shots, Iterable) or isinstance(shots, str) or not isinstance(question, str):
         raise ValueError("shots is a list of strings and question a string: give both")
     shots = list(shots)
     spans = piece_spans(shots)

@@ -178,10 +178,12 @@ class Race:
         self.stats = ours.ctx.stats()
         if ours.session is not None:
             self.probe_ms.append(probed/1e6)
-            self.probe_pcts.append(100*probed/max(1, self.whole_ns))
+            if self.whole_ns > 0:
+                self.probe_pcts.append(100*probed/self.whole_ns)
         if self.case.evicts:
             self.evict_ms.append(took/1e6)
-            self.evict_pcts.append(100*took/max(1, self.whole_ns))
+            if self.whole_ns > 0:
+                self.evict_pcts.append(100*took/self.whole_ns)
             for part, ms in self.parts_ms.items():
                 ms.append(self.stats[part] - self.before[part])
 

@@ -7,7 +7,8 @@
 import json
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Mapping, Sequence
+from numbers import Real
+from typing import Any, Mapping, Sequence, cast
 
 import numpy as np
 
@@ -153,5 +154,5 @@ def _check_bias(bias: Any) -> None:
         raise ValueError(f"logit_bias is a dict of token: number, not {bias!r}")
     for token, value in bias.items():
         whole("a token of logit_bias", token, 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or value == math.inf:
+        if isinstance(value, bool) or not isinstance(value, Real) or not -math.inf <= cast(float, value) <= 3e38:
             raise ValueError(f"logit_bias of token {token} is a number or -inf, not {value!r}")

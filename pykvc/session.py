@@ -128,9 +128,8 @@ class Session:
         """Appends prompt tokens, after the pending one."""
         pending = [] if self.pending is None else [self.pending]
         start = self.n_tokens + len(pending)
-        self.spans += [(begin + start, end + start) for begin, end in spans]
-        if self.needs_spans and self.spans:
-            self.ctx.set_spans(self.spans)
+        self.spans = self.spans + [(begin + start, end + start) for begin, end in spans]
+        self._set_spans()
         self._begin_prompt(ids)
         begin, probed_ms = perf_counter(), self.probe.ms
         self._decode_prompt(pending + ids)
@@ -217,8 +216,13 @@ class Session:
             done += n
             yield self.ctx.logits()
 
+    def _set_spans(self) -> None:
+        if self.needs_spans:
+            self.ctx.set_spans(self.spans)  # none, too: what lies in no span stays
+
     def _cut(self, n_tokens: int, fresh: bool) -> None:
         del self.tokens[n_tokens:]
+        self.spans = [(begin, min(end, n_tokens)) for begin, end in self.spans if begin < n_tokens]
         self._fresh, self._logits = fresh, None
 
     # -- logits -----------------------------------------------------------------------------------------------------
@@ -313,7 +317,6 @@ class Session:
             self._cut(n_tokens, fresh=False)
             self.n_cuts += 1
             self.n_probed = min(self.n_probed, n_tokens)
-            self.spans = [span for span in self.spans if span[1] <= n_tokens]
         self.pending = None
         return True
 
@@ -342,7 +345,7 @@ class Session:
     def recall(self, there: Snapshot) -> None:
         """What is beside the cells, which are there."""
         self.tokens, self.pending, self._logits = list(there.about["tokens"]), there.about["pending"], there.logits
-        self._fresh = False
+        self._fresh, self.work = False, self.new_work()
         self.spans = [tuple(span) for span in there.about["spans"]]
         self.compressed, self.kept = there.about["compressed"], there.about["kept"]
         self.by_hand = there.about.get("by_hand", self.compressed)  # an older file does not say
@@ -355,8 +358,7 @@ class Session:
             policy, budget, decode_budget = there.own
             self.ctx.set_policy(policy, budget or self.setup["kv_budget"], decode_budget or self.setup["kv_decode_budget"])
             self.own = there.own
-        if self.needs_spans and self.spans:
-            self.ctx.set_spans(self.spans)
+        self._set_spans()
 
     def state(self) -> list[bytes]:
         """What LLM.save() writes, block by block."""

@@ -20,7 +20,7 @@ def check_spans(spans: Sequence[Span], n: int, what: str = "tokens") -> list[Spa
     """The spans, ascending, as plain ints. ValueError where one is empty, leaves [0, n) or overlaps another."""
     try:
         ascending = sorted((int(begin), int(end)) for begin, end in spans)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"spans is a list of (begin, end) pairs of {what}, not {spans!r}") from None
     last = 0
     for begin, end in ascending:

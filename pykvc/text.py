@@ -1,6 +1,6 @@
 """Bytes of tokens -> text that may be shown: whole characters only, and nothing of a stop string."""
 import codecs
-from typing import Sequence
+from typing import Iterable, Sequence
 
 
 class TextStream:
@@ -38,7 +38,7 @@ class TextStream:
 
 def check_stop(stop: str | Sequence[str] | None) -> list[str]:
     """stop= of generate() as a list of strings."""
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    stops = [] if stop is None else list(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else [stop]
     if not all(isinstance(s, str) and s for s in stops):
         raise ValueError(f"stop is a string or a list of strings, none of them empty, not {stop!r}")
     return stops

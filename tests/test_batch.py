@@ -173,7 +173,9 @@ def test_stream_gives_answers_as_they_are_done(llm):
 
 
 @pytest.mark.parametrize("how, why", [
-    (dict(prompts="one"), "list"), (dict(prompts=[]), "empty"), (dict(prompts=["a", ""]), "empty"),
+    (dict(prompts="one"), "list"), (dict(prompts=5), "list"), (dict(prompts=(p for p in "ab")), "list"), (dict(prompts=["a"], prefix=5), "prefix"),
+    (dict(prompts=["a"], kv_budget=object()), "kv_budget"), (dict(prompts=["a"], shots=5), "shots"),
+    (dict(prompts=[]), "empty"), (dict(prompts=["a", ""]), "empty"),
     (dict(prompts=["x "*2000]), "n_ctx"), (dict(prompts=["a"], kv_budget=[1, 2]), "each prompt"),
     (dict(prompts=["a"], shots=["b"], prefix="c"), "shots"), (dict(prompts=["a"], spans=[(0, 1)]), "prefix"),
     (dict(prompts=["a", "b"], spans=[[(0, 1)]]), "each of the 2"), (dict(prompts=["a"], spans=5), "each of the 1"),
@@ -256,3 +258,10 @@ def test_prefixes_are_as_many_as_prompts(llm):
         llm.generate_batch(["a", "b"], prefix=["c"])
     with pytest.raises(ValueError, match="one for each of the 2"):
         llm.generate_batch(["a", "b"], prefix=["c", "d"], spans=[[(0, 1)]])
+
+
+def test_numbers_and_arrays_of_numpy(llm):
+    ids = np.array([llm.tokenize("one two", add_special=False)[:2]]*2)
+    assert [a.tokens for a in llm.generate_batch(ids, max_tokens=2)] == [a.tokens for a in llm.generate_batch(ids.tolist(), max_tokens=2)]
+    for budget in (np.int64(40), np.float32(0.5), [np.int64(40)]):
+        llm.generate_batch(["one two"], kv_budget=budget, max_tokens=1)

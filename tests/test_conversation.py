@@ -1,4 +1,6 @@
 """Chats that go on from the cache: the same tokens as evaluated afresh, and only the new ones are evaluated."""
+import threading
+
 import pytest
 
 import pykvc
@@ -294,3 +296,27 @@ def test_a_question_that_is_broken_off_while_it_is_read(model_path, monkeypatch)
         assert conversation.messages == before and llm.n_tokens > n
         answer = conversation.ask(ASKED[1], max_tokens=6)
         assert answer.kv["reused"] > n and answer.kv["anew"] == ""
+
+
+def test_threads_share_a_conversation(model_path):
+    with opened(model_path) as llm:
+        talk, answers = llm.conversation(), []
+        threads = [threading.Thread(target=lambda i=i: answers.append(talk.ask(f"Count to {i}.", max_tokens=6).text)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [m["content"] for m in talk.messages if m["role"] == "assistant"] == answers and len(answers) == 4
+        assert len(talk.messages) == 8
+        with pytest.raises(ValueError, match="echo"):
+            talk.ask("One?", echo=True)
+
+
+def test_a_chat_is_heard_in_full_after_a_long_answer(model_path):
+    """An answer takes the rows of the last queries; where nothing was evicted the prompt is evaluated from before those."""
+    chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "Tell me of the rivers of Europe. "*8}]
+    with opened(model_path, kv_policy="snapkv", kv_budget=400) as llm:
+        want = llm.chat(chat, max_tokens=4, kv_budget=64, reset=True)
+        llm.chat(chat, max_tokens=60, reset=True)
+        got = llm.chat(chat, max_tokens=4, kv_budget=64)
+        assert got.kv["reused"] == want.n_prompt - 32 and got.tokens == want.tokens

@@ -276,7 +276,8 @@ def test_below_the_floor(fresh):
     (dict(kv_policy="full", kv_budget=64), "the policy is full"), (dict(kv_policy="snapkv", kv_budget=64, kv_decode_budget=8), "does not evict generated tokens"),
     (dict(kv_policy="finch", kv_budget=100), "only pykvc.LLM"), (dict(kv_policy="snapkv", kv_budget=64, embedding=True), "embedding context"),
     (dict(kv_policy="h2o", kv_budget=64, flash_attn=True), "use flash_attn off"), (dict(kv_policy="h2o", kv_budget=64, draft_model=print), "draft_model"),
-    (dict(kv_policy="snapkv", kv_budget=64, kv_cells=100), "n_ubatch")], ids=str)
+    (dict(kv_policy="snapkv", kv_budget=64, kv_cells=100), "n_ubatch"), (dict(type_k=1000), r"type_k is one of 0 \(f32\), 1 \(f16\)"),
+    (dict(type_v=-1), "type_v"), (dict(lora_path="/none"), "lora_path")], ids=str)
 def test_mistakes(model_path, how, match):
     with pytest.raises(ValueError, match=match):
         opened(model_path, **how)
@@ -356,3 +357,14 @@ def test_the_same_prompt_again_in_a_program_that_knows_nothing_of_us(model_path,
     warm, cold, n_read, n_there = json.loads(done.stdout)
     assert warm == cold and all(warm)
     assert n_read < n_there  # a conversation that goes on is still not evaluated again
+
+
+def test_a_prompt_is_heard_in_full_after_a_long_answer(model_path):
+    """Nothing was evicted, so the prompt goes on from what is there; but not from so late that an answer has taken its queries."""
+    how = dict(kv_policy="snapkv", kv_budget=len(PROMPT))  # above its tokens
+    llm, fresh = opened(model_path, **how), opened(model_path, **how)
+    answer(llm, n=60)
+    counts = n_evaluated(llm)
+    assert answer(llm, n=2) == answer(fresh, n=2) and counts[0] == 32
+    llm.close()
+    fresh.close()

@@ -107,6 +107,23 @@ def test_interrupt_leaves_it_usable(full, monkeypatch):
     assert full.generate(PROMPT, max_tokens=6).tokens == expected
 
 
+def test_interrupt_within_a_span_leaves_it_usable(model_path, monkeypatch):
+    """Spans of what was not evaluated are gone with it."""
+    with pykvc.LLM(model_path, n_ctx=512, n_batch=32, n_ubatch=32, kv_policy="shotkv:window=8,recent=8", kv_budget=64) as llm:
+        text = "This is a sentence about rivers. "*12
+
+        def interrupted(self, ids):
+            self.decode(ids[:40])
+            raise KeyboardInterrupt
+        monkeypatch.setattr(type(llm._session), "_decode_prompt", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.prefill(text)
+        monkeypatch.undo()
+        assert 0 < llm.n_tokens == 40 and all(end <= 40 for _, end in llm._session.spans)
+        llm.prefill(" And some more.")
+        assert llm.generate(" Of it the", reset=False, max_tokens=3).n_predicted == 3
+
+
 def test_interrupt_under_h2o_leaves_it_usable(model_path, monkeypatch):
     """No tail of it can be removed: the tokens that were evaluated stay, and the next prompt begins anew."""
     decode = _core.Context.decode
@@ -489,6 +506,11 @@ def test_load_says_what_differs(half, full, model_path, tmp_path):
     cut.write_bytes(data[:-50] + bytes([data[-50] ^ 1]) + data[-49:])
     with pytest.raises(ValueError, match="checksum"):
         half.load(cut)
+    at = data.index(b'"tokens"') + 12  # the header is under it, too: a digit of a token
+    at = next(i for i in range(at, len(data)) if data[i:i + 1].isdigit())
+    cut.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+    with pytest.raises(ValueError, match="checksum"):
+        half.load(cut)
     half.load(path)
     assert full.generate(PROMPT, max_tokens=3).tokens == expected
 
@@ -496,7 +518,7 @@ def test_load_says_what_differs(half, full, model_path, tmp_path):
 # -- mistakes -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("arguments, says", [
-    (dict(n_ctx=-1), "n_ctx"), (dict(n_batch=0), "n_batch"), (dict(n_threads=True), "n_threads"), (dict(type_k="q3"), "q8_0"),
+    (dict(n_seq_max=6, n_batch=4), "n_seq_max"), (dict(n_ctx=-1), "n_ctx"), (dict(n_batch=0), "n_batch"), (dict(n_threads=True), "n_threads"), (dict(type_k="q3"), "q8_0"),
     (dict(flash_attn="yes"), "flash_attn"), (dict(kv_policy="snapvk", kv_budget=9), "snapkv"), (dict(kv_policy=3), "kv_policy"),
     (dict(kv_policy=OldestFirst, kv_budget=9), "instance"), (dict(kv_policy="snapkv"), "kv_budget"), (dict(kv_budget=True), "kv_budget"),
     (dict(kv_policy="snapkv", kv_budget=1.5), "ratio"), (dict(kv_policy="snapkv", kv_budget=0), "kv_budget"),

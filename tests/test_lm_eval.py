@@ -296,3 +296,10 @@ def test_chat_and_mistakes(full, model_path):
         with pytest.raises(ValueError, match=match):
             PykvcLM(str(model_path), **how)
     assert lm_eval.api.registry.get_model("pykvc") is PykvcLM
+
+
+def test_repeats_of_a_request_are_other_samples(model_path):
+    how = {"until": ["\n\n"], "do_sample": True, "temperature": 1.0, "max_gen_toks": 8}
+    asked = lambda: [Instance("generate_until", {}, (FACTS, dict(how)), 0) for _ in range(4)]
+    first, again = (PykvcLM(str(model_path), n_ctx=512).generate_until(asked()) for _ in range(2))
+    assert len(set(first)) > 1 and first == again

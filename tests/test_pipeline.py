@@ -155,3 +155,11 @@ def test_the_command_line_finds_it_where_it_is_called(module, model_path):
     done = subprocess.run([sys.executable, "-m", "pykvc.cli", "generate", "-m", str(model_path), "-p", "One two three four five six seven. "*9, "-n", "2", "--raw",
                            "--kv-policy", "my_policies:Newest:sinks=2", "--kv-budget", "20", "--json"], cwd=module, capture_output=True, text=True)
     assert '"policy": "newest"' in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("how, match", [
+    (dict(spans=[(-5, 20)]), "leaves the prompt"), (dict(spans=[(20, 10)]), "empty or leaves"), (dict(spans=[(5, 5)]), "is empty"),
+    (dict(spans=[(0, len(TEXT) + 1)]), f"has {len(TEXT)} characters"), (dict(questions=(q for q in QUESTIONS)), "list of strings")])
+def test_spans_are_those_of_the_text(llm, how, match):
+    with pytest.raises(ValueError, match=match):
+        llm.pipeline(TEXT, **{"questions": QUESTIONS, "max_tokens": 1, **how})

@@ -36,7 +36,7 @@ def test_help_shows_every_field(method):
     ({"temperature": -1}, "temperature"), ({"temperature": True}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": 0}, "top_p"),
     ({"min_p": 2}, "min_p"), ({"typical_p": 0}, "typical_p"), ({"repeat_penalty": 0}, "repeat_penalty"),
     ({"presence_penalty": float("nan")}, "presence_penalty"), ({"frequency_penalty": float("inf")}, "frequency_penalty"),
-    ({"max_tokens": -2}, "max_tokens"), ({"seed": -1}, "seed"), ({"stop": ""}, "stop"), ({"logprobs": -1}, "logprobs"),
+    ({"max_tokens": -2}, "max_tokens"), ({"seed": -1}, "seed"), ({"stop": ""}, "stop"), ({"stop": 5}, "stop"), ({"logit_bias": {1: 10**400}}, "logit_bias"), ({"logprobs": -1}, "logprobs"),
     ({"logit_bias": [1]}, "logit_bias"), ({"logit_bias": {-1: 0.0}}, "logit_bias"), ({"logit_bias": {1: float("inf")}}, "logit_bias"),
     ({"grammar": ""}, "grammar"), ({"grammar": 'root ::= "a"', "json_schema": {}}, "not both"),
 ])
@@ -164,3 +164,11 @@ def test_conversation_keeps_its_own_number_of_tokens(llm):
     finally:
         del llm.chat
     assert asked == [512, 3, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_that_takes_all_that_a_grammar_allows(llm, temperature):
+    taken = {token: -float("inf") for word in ("y", "ye", "yes", "e", "es", "s") for token in llm.tokenize(word, add_special=False)}
+    with pytest.raises(ValueError, match="logit_bias takes all that it allows"):
+        llm.generate(PROMPT, grammar='root ::= "yes"', logit_bias=taken, max_tokens=8, temperature=temperature)
+    assert llm.generate(PROMPT, grammar='root ::= "yes"', logit_bias={5: np.float32(1)}, max_tokens=8).text == "yes"

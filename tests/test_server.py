@@ -208,6 +208,7 @@ def test_metrics_of_a_sleeping_server(model_path, tmp_path):
     ({"kv_policy": "h2o", "kv_budget": 64}, "summed over all queries"), ({"kv_policy": "adakv"}, "heads different"),
     ({"kv_policy": "finch", "kv_budget": 64}, "queries"), ({"kv_policy": "full", "kv_budget": 64}, "full"),
     ({"kv_budget": 0}, "kv_budget"), ({"kv_budget": -5}, "kv_budget"), ({"kv_budget": "150%"}, "kv_budget"), ({"kv_budget": 1.5}, "(0, 1]"),
+    ({"kv_policy": "snapkv\0"}, "name of a policy"), ({"kv_budget": "\0"}, "retained ratio"), ({"kv_budget": "64\0x"}, "retained ratio"),
     ({"kv_budget": [1]}, "25%"), ({"kv_budget": 8}, "at least"), ({"kv_budget": "much"}, "kv_budget"),
     ({"kv_policy": "snapkv:window=32", "kv_decode_budget": 64}, "does not evict generated tokens"),
     ({"kv_spans": [[0, 5], [3, 8]]}, "overlaps"), ({"kv_spans": [[0, 100000]]}, "leaves the prompt"), ({"kv_spans": [[5, 5]]}, "empty"),
@@ -254,6 +255,60 @@ def test_a_branch_gives_what_a_cold_slot_gives(server):
     warm = server.ok("/completion", ask(branch, 24, id_slot=0))
     assert warm["timings"]["cache_n"] == 0
     assert warm["tokens"] == cold["tokens"] and warm["kv"]["n_kept"] == cold["kv"]["n_kept"]
+
+
+@pytest.mark.parametrize("policy", ["shotkv", "snapkv:window=32"])
+def test_what_was_not_evicted_is_heard_in_full(server, policy):
+    """An answer takes the rows of the last queries: where nothing was evicted the prompt goes on from before those."""
+    how = {"kv_policy": policy, "kv_budget": "25%"}
+    erase(server)
+    cold = server.ok("/completion", ask(PROMPT, 24, id_slot=0, cache_prompt=False, **how))
+    erase(server)
+    server.ok("/completion", ask(PROMPT, 60, id_slot=0, cache_prompt=False, kv_policy="full", ignore_eos=True))
+    warm = server.ok("/completion", ask(PROMPT, 24, id_slot=0, **how))
+    n = cold["tokens_evaluated"]
+    assert warm["timings"]["cache_n"] == n - 32
+    assert warm["tokens"] == cold["tokens"] and warm["kv"]["n_kept"] == cold["kv"]["n_kept"]
+
+
+def test_what_lies_in_no_span_stays(server, llm):
+    chat = [{"role": "user", "content": PROMPT}]
+    for path, body in (("/completion", ask(PROMPT, 4, kv_spans=[])), ("/v1/chat/completions", {"messages": chat, "max_tokens": 4}),
+                       ("/v1/chat/completions", {"messages": chat, "max_tokens": 4, "kv_budget": 80})):
+        kv = server.ok(path, {**body, "temperature": 0, "cache_prompt": False})["kv"]
+        assert (kv["n_evicted"], kv["n_evictions"]) == (0, 0) and kv["n_kept"] == kv["n_tokens"]
+    kv = server.ok("/completion", ask(PROMPT, 4, cache_prompt=False))["kv"]
+    assert kv["n_evictions"] == 1
+    assert llm.chat(chat, max_tokens=2, reset=True).kv["evictions"] == 0
+    assert llm.generate(PROMPT, spans=(), max_tokens=2).kv["evictions"] == 0 < llm.generate(PROMPT, max_tokens=2).kv["evictions"]
+
+
+def test_full_by_another_writing_is_full(server):
+    reply = server.ok("/completion", ask(PROMPT, 2, kv_policy=" full ", cache_prompt=False))
+    assert reply["kv"]["policy"] == "full" and reply["kv"]["n_evicted"] == 0
+
+
+@pytest.mark.parametrize("slot", [2, 9, -1, 1000000])
+def test_a_slot_that_is_none(server, slot):
+    status, reply = server.post(f"/slots/{slot}?action=compress", {})
+    assert status == 400 and f"slots are 0 to 1, not {slot}" in reply["error"]["message"]
+
+
+def test_figures_are_of_now(server):
+    def used() -> dict:
+        lines = [line.split() for line in server.get("/metrics")[1].splitlines() if line.startswith("llamacpp:kv_")]
+        return dict(lines)
+    server.ok("/completion", ask(PROMPT, 8, n_cmpl=2, cache_prompt=False, temperature=1))
+    before = used()
+    assert all("e" not in value for name, value in before.items() if "seconds" not in name)
+    assert int(before["llamacpp:kv_cells_used"]) > 0
+    for slot in (0, 1):
+        erase(server, slot)
+    assert used()["llamacpp:kv_cells_used"] == "0" and used()["llamacpp:kv_bytes_used"] == "0"
+    assert [(slot["kv"]["n_tokens"], slot["kv"]["n_kept"]) for slot in server.ok("/slots")] == [(0, 0)]*2
+    server.ok("/completion", ask(PROMPT, 2, id_slot=0, kv_policy="keydiff", kv_budget=77, cache_prompt=False))
+    empty = server.post("/completion", ask("", 2, id_slot=0, kv_policy="tova", kv_budget=50))
+    assert empty[0] == 400 or (empty[1]["kv"]["policy"], empty[1]["kv"]["budget"], empty[1]["kv"]["n_evicted"]) == ("tova", "50", 0)
 
 
 def test_another_rule_is_another_cache(server):

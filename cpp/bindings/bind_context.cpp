@@ -29,6 +29,10 @@ Context::Context(std::shared_ptr<Model> m, uint32_t n_ctx, uint32_t n_batch, uin
     if (n_seq_max < 1 || n_seq_max > llama_max_parallel_sequences()) {
         throw std::invalid_argument("n_seq_max must be 1 to " + std::to_string(llama_max_parallel_sequences()));
     }
+    if (n_seq_max > n_batch) {
+        throw std::invalid_argument("n_batch " + std::to_string(n_batch) + " is less than n_seq_max " + std::to_string(n_seq_max) +
+                ": a batch holds a token of each sequence");
+    }
     const int n_cores = std::max(1u, std::thread::hardware_concurrency());
     const int n_threads = n_threads_ > 0 ? n_threads_ : n_cores;
     if ((uint64_t) n_ctx*n_seq_max > std::numeric_limits<uint32_t>::max()) {

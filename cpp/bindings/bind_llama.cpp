@@ -137,6 +137,8 @@ void bind_llama(py::module_ & m) {
         .def("logits", &Context::logits, "F32 [n_rows, n_vocab] of the last decode.")
         .def("pos_max", &Context::pos_max, "seq"_a = 0)
         .def("pos_floor", [](const Context & c, int32_t seq) { c.check_seq(seq); return kvc_floor(c.ctx.get(), seq); }, "seq"_a = 0)
+        .def("heard_from", [](const Context & c, int32_t pos, int32_t end, int32_t seq) { c.check_seq(seq); return c.need_engine().heard_from(seq, pos, end, nullptr); },
+            "pos"_a, "end"_a, "seq"_a = 0, "Where to evaluate a prompt up to end from, held up to pos, so that all queries it is scored by are there.")
         .def("remove_tail", &Context::remove_tail, "pos"_a, "seq"_a = 0, "Removes [pos, end); False and unchanged below the floor.")
         .def("clear", &Context::clear, "seq"_a = -1)
         .def("copy", &Context::copy, "src"_a, "dst"_a)

@@ -125,14 +125,19 @@ private:
             data[t] = { t, logits[t], 0.0f };
         }
         llama_token_data_array cur = { data.data(), data.size(), -1, false };
+        std::vector<bool> allowed(ruled ? n_vocab : 0);
         if (ruled) {
             llama_sampler_apply(grammar.get(), &cur);
-            if (std::all_of(data.begin(), data.end(), [](const llama_token_data & d) { return d.logit == -INFINITY; })) {
-                throw std::invalid_argument("the grammar allows no token of this model's vocabulary here");
+            for (const auto & d : data) {
+                allowed[d.id] = d.logit != -INFINITY;
             }
         }
         llama_sampler_apply(chain.get(), &cur);
-        return cur.data[cur.selected].id;
+        const llama_token res = cur.data[cur.selected].id;
+        if (ruled && !allowed[res]) { // of none the chain takes any
+            throw std::invalid_argument("the grammar allows no token of this model's vocabulary here, or logit_bias takes all that it allows");
+        }
+        return res;
     }
 };
 

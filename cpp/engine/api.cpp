@@ -158,6 +158,10 @@ llama_pos kvc_whole_from(llama_context * ctx, llama_seq_id seq_id) {
     });
 }
 
+llama_pos kvc_heard_from(llama_context * ctx, llama_seq_id seq_id, llama_pos pos, llama_pos end, const char * policy) {
+    return guarded([&]() { return need_engine(ctx).heard_from(seq_id, pos, end, policy); });
+}
+
 llama_pos kvc_back(llama_context * ctx, llama_seq_id seq_id, llama_pos pos) {
     return guarded([&]() { return need_engine(ctx).back(seq_id, pos); });
 }

@@ -138,7 +138,7 @@ std::shared_ptr<const config> engine::configure(const llama_model & model, const
 std::shared_ptr<const config> engine::variant(const char * policy, const char * prompt, const char * decode) const {
     auto res = std::make_shared<config>(*cfg);
     const std::string text = policy ? policy : "";
-    if (text == "full") {
+    if (policy && parse_spec(text).info->name == std::string("full")) {
         if ((prompt && *prompt) || (decode && *decode)) {
             throw std::invalid_argument("kv_budget: the policy is full, which keeps everything; name one that evicts");
         }

@@ -123,7 +123,9 @@ void engine::set_spans(llama_seq_id seq_id, std::vector<span> spans) {
         }
         end = sp.end;
     }
-    sequences[stream_of(seq_id)].spans = std::move(spans);
+    auto & q = sequences[stream_of(seq_id)];
+    q.spans     = std::move(spans);
+    q.has_spans = true;
 }
 
 bool engine::has_room(llama_seq_id seq_id, int32_t n_new) const {

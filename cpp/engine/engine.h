@@ -148,6 +148,7 @@ public:
     std::vector<std::vector<float>> scores (llama_context * lctx, llama_seq_id seq_id);
     std::vector<int32_t>            kept(llama_seq_id seq_id, int32_t ikv) const; // I32 [n_head_kv, n] positions, -1: empty
     llama_pos floor(llama_seq_id seq_id) const; // first position to go on from, once what follows it was removed
+    llama_pos heard_from(llama_seq_id seq_id, llama_pos pos, llama_pos end, const char * policy) const;
     llama_pos back(llama_seq_id seq_id, llama_pos pos) const; // up to pos, the last one to go on from; 0: the start alone
     llama_pos whole_from(llama_seq_id seq_id) const; // the same, whatever a recurrent state is of
     void      remember(llama_seq_id seq_id); // the recurrent state, to go back to it

@@ -87,6 +87,9 @@ bool evictor::run(llama_context * lctx, const job & j) {
     if (q.tokens.empty() || !is_over(s, j.why, j.n_new, n_target)) {
         return false;
     }
+    if (j.why == cause::prompt && conf.need.spans && q.has_spans && q.spans.empty()) {
+        return false; // what lies in no span stays
+    }
     for (int32_t l = 0; !conf.pol->heads_differ() && l < layout.n_layer(); ++l) {
         if (layout.n_held(s, l) < (int64_t) layout.n_slots(s, l)*layout.n_head_kv()) {
             throw std::invalid_argument(conf.spec + " keeps the same number of every head, and the heads of this sequence hold different ones: "
@@ -112,7 +115,7 @@ bool evictor::run(llama_context * lctx, const job & j) {
 
     t0 = ggml_time_us();
     if (conf.need.spans) {
-        r.spans = q.spans.empty() ? sentences(q) : q.spans;
+        r.spans = q.has_spans ? q.spans : sentences(q);
     }
     const bool alike = j.why == cause::room && !cfg->pooled; // room is then a matter of each layer's own rows
     if (j.why == cause::room && cfg->pooled && !holds_frozen(r, *conf.pol)) {

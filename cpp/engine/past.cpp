@@ -126,6 +126,20 @@ bool engine::go_back(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     return true;
 }
 
+// Where a prompt up to end, which goes on from pos, has to be evaluated from to be scored by all of its last queries: pos,
+// or earlier, where what came after pos has taken their rows of the ring. policy: that of the prompt, null: the context's.
+llama_pos engine::heard_from(llama_seq_id seq_id, llama_pos pos, llama_pos end, const char * policy) const {
+    const auto & q = sequences[stream_of(seq_id)];
+    const bool  keeps = policy && parse_spec(policy).info->name == std::string("full");
+    const llama_pos n_window = keeps ? 0 : variant(policy, nullptr, nullptr)->need.window, n_ring = (llama_pos) q.win_pos.size();
+    for (llama_pos p = std::max(end - n_window, 0); p < pos; ++p) {
+        if (q.win_pos[p % n_ring] != p) {
+            return p;
+        }
+    }
+    return pos;
+}
+
 llama_pos engine::back(llama_seq_id seq_id, llama_pos pos) const {
     const uint32_t s = stream_of(seq_id);
     const llama_pos first = whole_from(seq_id);

@@ -26,7 +26,8 @@ struct sequence {
     int32_t   n_prompt = 0;                 // slots of the mean layer when generation began
     std::vector<std::vector<float>> probed; // a layer F32 [n_probed, n_head_kv]: of its first slots
     std::vector<llama_token> tokens;        // [end] by position
-    std::vector<span>        spans;
+    std::vector<span>        spans;         // of set_spans()
+    bool      has_spans = false;            // it was called, maybe with none: what lies in no span stays
     std::shared_ptr<const config> cfg;      // the context's, or set_policy()'s
     budget    prompt_budget;                // of the configuration, or set_budget()'s
     budget    decode_budget;

@@ -16,7 +16,7 @@
 namespace kvc {
 
 static const uint32_t STATE_TAG     = 0x4b560000; // "KV"
-static const uint32_t STATE_VERSION = 7;
+static const uint32_t STATE_VERSION = 8;
 static const uint64_t N_MAX         = 1u << 28;   // no array of a real state is longer
 
 template <typename T>
@@ -144,7 +144,7 @@ void engine::state_write(llama_io_write_i & io, llama_seq_id seq_id) const {
             continue;
         }
         const auto & q = sequences[s];
-        const int32_t head[] = { q.n_base, q.floor, q.gen, q.n_prompt, q.past_end };
+        const int32_t head[] = { q.n_base, q.floor, q.gen, q.n_prompt, q.past_end, q.has_spans };
         io.write(head, sizeof(head));
         put(io, q.past);
         put(io, q.tokens);
@@ -171,9 +171,9 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
         }
         sequence q;
         reset(q);
-        int32_t head[5];
+        int32_t head[6];
         io.read(head, sizeof(head));
-        q.n_base = head[0]; q.floor = head[1]; q.gen = head[2]; q.n_prompt = head[3]; q.past_end = head[4];
+        q.n_base = head[0]; q.floor = head[1]; q.gen = head[2]; q.n_prompt = head[3]; q.past_end = head[4]; q.has_spans = head[5];
         get(io, q.past, past_max());
         get(io, q.tokens);
         q.seen = q.n_base > 0 ? (llama_pos) q.tokens.size() : 0; // at the latest

@@ -13,7 +13,7 @@
 
 #include "llama.h"
 
-#define KVC_API_VERSION 6
+#define KVC_API_VERSION 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -74,7 +74,8 @@ LLAMA_API int32_t kvc_set_policy(struct llama_context * ctx, llama_seq_id seq_id
 // Would kvc_set_policy() take these? From any thread, while the context works. 1: the policy uses spans, 0: it does not.
 LLAMA_API int32_t kvc_check_policy(struct llama_context * ctx, const char * policy, const char * budget, const char * decode_budget);
 
-// Units of the prompt for policies that need them: ascending, disjoint.
+// Units of the prompt for policies that need them: ascending, disjoint. What lies in none is kept, all if there is none; never called:
+// sentences.
 LLAMA_API int32_t kvc_set_spans(struct llama_context * ctx, llama_seq_id seq_id, const struct kvc_span * spans, size_t n_spans);
 
 // Units of a prompt for kvc_set_spans(), in tokens: its sentences (separator NULL), or pieces that end with a separator. A token belongs
@@ -100,6 +101,11 @@ LLAMA_API llama_pos kvc_floor(struct llama_context * ctx, llama_seq_id seq_id);
 // The same, if recurrent layers could go back anywhere: a state of theirs of a position from here on (llama_state_seq_get_data_ext() with
 // LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) can be loaded, followed by llama_memory_seq_rm(seq, its position + 1, -1).
 LLAMA_API llama_pos kvc_whole_from(struct llama_context * ctx, llama_seq_id seq_id);
+
+// Where to evaluate a prompt of `end` positions from, which a sequence holds up to pos: pos, or an earlier one, from which the queries
+// that its eviction under a policy (NULL: the context's) scores by are gone. It may lie below kvc_floor().
+LLAMA_API llama_pos kvc_heard_from(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos, llama_pos end,
+                                   const char * policy);
 
 // The last of the positions up to pos that a sequence can go on from, so that llama_memory_seq_rm(seq, it, -1) succeeds. 0: its start alone.
 LLAMA_API llama_pos kvc_back(struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);

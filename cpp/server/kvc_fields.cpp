@@ -12,10 +12,17 @@
 using server_schema::field_eval_context;
 using server_schema::field_json;
 
+// Without white space around it; "" of what is none, or holds a NUL: the engine takes C strings.
+static std::string read_text(const json & v) {
+    const std::string text = v.is_string() ? v.get<std::string>() : "";
+    const size_t begin = text.find_first_not_of(" \t\r\n");
+    return begin == std::string::npos || text.find('\0') != std::string::npos ? "" : text.substr(begin, text.find_last_not_of(" \t\r\n") - begin + 1);
+}
+
 // 512 tokens, 0.25 or "25%" retained ratio: as pykvc.LLM takes them.
 static std::string read_budget(const json & v) {
-    if (v.is_string() && !v.get<std::string>().empty()) {
-        return v.get<std::string>();
+    if (const std::string text = read_text(v); !text.empty()) {
+        return text;
     }
     if (v.is_number_integer()) {
         return v.dump();
@@ -76,10 +83,10 @@ void kvc_add_fields(std::vector<std::unique_ptr<server_schema::field>> & fields,
         }));
     };
     add("kv_policy", "Which tokens of the cache stay: NAME[:key=value,...], within what --kv-policy computes; full: all of them", [&kv](const json & v) {
-        if (!v.is_string() || v.get<std::string>().empty()) {
+        kv.policy = read_text(v);
+        if (kv.policy->empty()) {
             throw std::invalid_argument("the name of a policy, such as \"snapkv:window=32\", not " + v.dump());
         }
-        kv.policy = v.get<std::string>();
     });
     add("kv_budget", "Cells a layer keeps of the prompt: a number of tokens, a retained ratio such as 0.25 or \"25%\"", [&kv](const json & v) {
         kv.budget = read_budget(v);

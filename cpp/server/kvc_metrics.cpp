@@ -26,6 +26,7 @@ std::string kvc_metrics(llama_context * ctx, int32_t n_slots) {
         { "gauge", "kv_bytes_full", "Bytes that would be in use without eviction",              (double) all.bytes_full },
     };
     std::ostringstream res;
+    res.precision(15); // whole numbers as such
     for (const auto & i : items) {
         res << "# HELP llamacpp:" << i.name << " " << i.help << "\n"
             << "# TYPE llamacpp:" << i.name << " " << i.type << "\n"

@@ -4,12 +4,34 @@
 
 #include "server-common.h"
 
+#include <algorithm>
 #include <stdexcept>
 
-// The messages before the last one of the user, which is the question; the system's are always kept.
-static std::vector<kvc_span> message_spans(const common_chat_msg_spans & chat) {
+// Messages by the tokens that end them, without the first, which may be the system's, and the last, which is the question.
+static std::vector<kvc_span> ended_spans(const llama_vocab * vocab, const server_tokens & prompt) {
+    std::vector<kvc_span> res;
+    int32_t begin = 0;
+    for (int32_t i = 0, n = (int32_t) prompt.size(); i < n; ++i) {
+        if (prompt[i] == LLAMA_TOKEN_NULL || !llama_vocab_is_eog(vocab, prompt[i])) {
+            continue;
+        }
+        const bool blank = i + 1 < n && prompt[i + 1] != LLAMA_TOKEN_NULL && common_token_to_piece(vocab, prompt[i + 1], true) == "\n";
+        res.push_back({ begin, i + 1 + blank });
+        begin = i + 1 + blank;
+    }
+    return res.size() < 3 ? std::vector<kvc_span>() : std::vector<kvc_span>(res.begin() + 1, res.end() - 1);
+}
+
+// The messages before the last one of the user, which is the question; the system's are always kept. Of a template that
+// writes a system message of its own llama.cpp takes that one's beginning for the user's.
+static std::vector<kvc_span> message_spans(const llama_vocab * vocab, const server_tokens & prompt, const common_chat_msg_spans & chat) {
     std::vector<kvc_span> res;
     const int32_t last = chat.last_user_message_pos();
+    for (int32_t i = std::max(last, 0); i < std::min(last + 4, (int32_t) prompt.size()); ++i) {
+        if (prompt[i] != LLAMA_TOKEN_NULL && common_token_to_piece(vocab, prompt[i], true) == "system") {
+            return ended_spans(vocab, prompt);
+        }
+    }
     for (const auto & m : chat.spans) {
         const int32_t begin = (int32_t) m.pos, end = (int32_t) (m.pos + m.len);
         if (begin < last && begin < end && m.role != COMMON_CHAT_ROLE_SYSTEM) {
@@ -86,7 +108,7 @@ void kvc_request::resolve(const kvc_server & server, const server_tokens & promp
     }
     rule += "|" + std::to_string(units) + text;
     if (units == messages) {
-        spans = message_spans(chat);
+        spans = message_spans(llama_model_get_vocab(llama_get_model(server.ctx)), prompt, chat);
     } else if (units != ranges) {
         std::vector<llama_token> tokens;
         for (int32_t i = 0; i < n_tokens; ++i) {

@@ -6,6 +6,8 @@
 
 #include "server-task.h"
 
+#include <stdexcept>
+
 void kvc_server::attach(llama_context * ctx, common_params & params) {
     *this = kvc_server();
     this->ctx = ctx;
@@ -32,6 +34,9 @@ void kvc_server::attach(llama_context * ctx, common_params & params) {
 std::unique_ptr<server_task_result> kvc_server::compress(server_task & task, server_prompt & prompt) {
     const int id = task.slot_action.id_slot;
     try {
+        if (id < 0 || (size_t) id >= slots.size()) {
+            throw std::invalid_argument("Invalid slot ID: slots are 0 to " + std::to_string(slots.size() - 1) + ", not " + std::to_string(id));
+        }
         task.params.kv.resolve(*this, prompt.tokens, 0, {});
         return kvc_compressed(task.id, id, slots[id].compress(*this, task.params.kv, prompt.checkpoints));
     } catch (const std::exception & err) {

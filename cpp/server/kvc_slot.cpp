@@ -41,6 +41,11 @@ int kvc_slot::n_reusable(int n_past, llama_pos next, const server_task & task, c
         LOG_INF("kvc: slot %d was evicted for another prompt, which has %d tokens in common: this one is evaluated from the start\n", id, n_past);
         return 0;
     }
+    const llama_pos asked = next;
+    const int n_new = task.n_tokens() - std::min(n_past, task.n_tokens() - 1);
+    if (mark.rule.empty() || n_past < task.n_tokens()) { // else it was evicted for this prompt
+        next = kvc_heard_from(ctx, id, asked, asked + n_new, task.params.kv.policy_arg());
+    }
     const llama_pos back = kvc_back(ctx, id, next), first = std::max(back + 1, kvc_whole_from(ctx, id));
     const auto it = back == next ? checkpoints.rend() : std::find_if(checkpoints.rbegin(), checkpoints.rend(),
         [&](const auto & c) { return c.pos_max + 1 >= first && c.pos_max < next; });
@@ -49,9 +54,9 @@ int kvc_slot::n_reusable(int n_past, llama_pos next, const server_task & task, c
         LOG_INF("kvc: slot %d goes on from a checkpoint, after token %d of %d\n", id, (int) it->n_tokens, n_past);
         return (int) it->n_tokens;
     }
-    if (back < next) {
-        LOG_INF("kvc: slot %d lacks what was evicted or left a sliding window, or a recurrent state of the past, and this prompt goes on from "
-            "token %d: it is evaluated from token %d\n", id, next, back);
+    if (back < asked) {
+        LOG_INF("kvc: slot %d lacks what was evicted or left a sliding window, the last queries, or a recurrent state of the past, and this prompt "
+            "goes on from token %d: it is evaluated from token %d\n", id, asked, back);
         return std::max(back, 0);
     }
     return n_past;
@@ -137,21 +142,38 @@ void kvc_slot::look(const kvc_request & req, kvc_checkpoints & checkpoints) {
     }
 }
 
+json kvc_slot::report(const server_task & task) {
+    if (ctx && begun != task.id) { // nothing of it was evaluated
+        reset();
+        used = task.params.kv.over(used);
+    }
+    return report();
+}
+
 json kvc_slot::report() const {
     if (!ctx) {
         return nullptr;
     }
-    json res = state();
+    json res = figures();
     res["n_evicted"]   = now.n_evicted   - before.n_evicted;
     res["n_evictions"] = now.n_evictions - before.n_evictions;
     res["evict_ms"]    = now.evict_ms    - before.evict_ms;
     return res;
 }
 
-json kvc_slot::state() const {
+json kvc_slot::state() {
     if (!ctx) {
         return nullptr;
     }
+    kvc_seq_usage there;
+    check(kvc_get_seq_usage(ctx, id, &there));
+    if (there.n_tokens == 0) { // llama-server has cleared it
+        reset();
+    }
+    return figures();
+}
+
+json kvc_slot::figures() const {
     return {
         { "policy",        used.policy },
         { "budget",        used.budget.empty()        ? json(nullptr) : json(used.budget) },

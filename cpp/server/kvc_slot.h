@@ -18,7 +18,8 @@ struct kvc_slot {
 
     // Of n_past tokens that the slot's cache has in common with a prompt, those that a request may use: all, where it
     // was evicted under the same rule, the prompt goes on from what was evaluated by then, and nothing is missing that
-    // lies before next, the position of the first token to evaluate. Where recurrent layers cannot go back to that,
+    // lies before next, the position of the first token to evaluate; but for the last queries, which are evaluated again
+    // where those of an answer have taken their place. Where recurrent layers cannot go back to that,
     // those before the last one they can: the state is then that of a checkpoint, if one was nearer. Else none.
     int n_reusable(int n_past, llama_pos next, const server_task & task, const kvc_checkpoints & checkpoints) const;
 
@@ -37,8 +38,8 @@ struct kvc_slot {
     // After a decode: what the cache holds, for the reports; and whether it was evicted.
     void look(const server_task & task, kvc_checkpoints & checkpoints);
 
-    json report() const; // "kv" of a reply; null: nothing evicts
-    json state() const;  // "kv" of /slots
+    json report(const server_task & task); // "kv" of a reply; null: nothing evicts
+    json state();                          // "kv" of /slots
 
 private:
     llama_context * ctx;
@@ -47,6 +48,8 @@ private:
     kvc_options used; // by the request
     kvc_seq_usage before = {}, now = {};
 
+    json report()  const;
+    json figures() const; // what it holds, and how it was asked for
     void drop_useless(kvc_checkpoints & checkpoints) const; // whose attention was evicted
     void look(const kvc_request & req, kvc_checkpoints & checkpoints);
     void take(const kvc_request & req); // its policy, budgets and spans, and what the cache holds before them
