@@ -182,12 +182,12 @@ def show_pool(
     value: Annotated[str, flag("--value", help="score, or kl (of fidelity, in nats).")] = "score",
     against: Annotated[str, flag(
         "--against", help="The policy to compare with, all but full at the same budget; or COLUMN=VALUE: "
-                          "protocol=question-in, shots=0.")] = "full",
+                          "protocol=question-in, shots=0; none: a mean and its interval.")] = "full",
     comparisons: Annotated[Optional[int],
                            flag("--comparisons", help="Correct for so many. Default: those of the table.")] = None,
 ) -> None:
     """Print what many cells say together, against one policy on the same items, with intervals over questions."""
-    if list(pool.named(against)) == ["policy"]:
+    if against != pool.NOTHING and list(pool.named(against)) == ["policy"]:
         against = policy_name(pool.named(against)["policy"])
     wanted = replace(only, policies=only.policies and [*only.policies, against, "full"],
                      budgets=only.budgets and ["", *only.budgets])

@@ -17,7 +17,7 @@ from pykvc.table import grid, mebibytes
 
 from . import stats
 from .cases import Case
-from .panels import label
+from .panels import file_of, label, picture, use_matplotlib
 from .report import CASE, by_unit, largest_first, listed, types, unit_of, unusual, with_interval
 from .stats import mean
 from .store import Row, grouped, write_table
@@ -85,6 +85,23 @@ def write(out: Path, rows: Sequence[Row], title: str = "") -> str:
     """leaderboard.md and leaderboard.csv of the rows, into the folder; the text of the former."""
     found = lines(rows)
     return write_table(out, "leaderboard", markdown(found), found, title)
+
+
+def draw(out: Path, found: Sequence[Row]) -> list[Path]:
+    """PNG files, one for each leaderboard: scores against bytes, a line for each method in f16 and one for the whole
+    cache in all types; those over all items whose eviction does not see the question."""
+    use_matplotlib()
+    paths = []
+    for names, of in grouped(found, BOARD).items():
+        n = max(line["n"] for line in of)
+        shown = [line for line in of if line["n"] == n and line["protocol"] != "question-in"
+                 and not line["sees_question"] and (_full(line) or not types(line))]
+        whole = sorted(filter(_full, shown), key=lambda line: -line["bytes_used"])
+        of_whole = listed(*(types(line) or "f16" for line in whole))
+        path = file_of(out, "leaderboard", *map(str, names[:3]))
+        if picture(path, f"{listed(*map(str, names[:3]))}; full is {of_whole}", {"x": "bytes_used"}, shown):
+            paths.append(path)
+    return paths
 
 
 # -- as text -----------------------------------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], looks: dic
     if block.get("front"):
         _front(at, block.get("marker"), y, curves, looks)
     else:
-        _curves(at, curves, looks)
+        _curves(at, curves, looks, apart=x != "bytes_used")
     if x == "bytes_used":
         at.set_xscale("log")
         at.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -211,10 +211,11 @@ def _panel(at: Any, block: Row, x: str, y: str, lines: Sequence[Row], looks: dic
         at.yaxis.set_major_formatter(lambda share, _: f"{100*share:g} %")
 
 
-def _curves(at: Any, curves: dict[str, list[Row]], looks: dict[str, palette.Look]) -> None:
+def _curves(at: Any, curves: dict[str, list[Row]], looks: dict[str, palette.Look], apart: bool) -> None:
+    """apart: intervals at one x stand side by side."""
     across = [point["x"] for points in curves.values() for point in points]
     for i, (name, points) in enumerate(curves.items()):
-        beside = (i - (len(curves) - 1)/2)*0.008*(max(across) - min(across))  # intervals at one x stand side by side
+        beside = apart*(i - (len(curves) - 1)/2)*0.008*(max(across) - min(across))
         xs, ys, lows, highs = np.array(sorted((p["x"], p["y"], p["low"], p["high"]) for p in points)).T
         arms = np.maximum(0, [ys - lows, highs - ys])
         at.errorbar(xs + beside, ys, yerr=arms if arms.any() else None, label=name, markersize=5, capsize=2,

@@ -24,6 +24,7 @@ QUARTER = "quarter"
 COLUMNS = (*GROUP, "shots", "policy", "budget", "decode_budget", "cells", QUARTER)
 VALUES = {"score": percent, "kl": nats}             # what a figure is, and how it is shown
 # what an answer and the one it is compared with have in common, but what is named; budgets, unless that is full's
+NOTHING = "none"  # against: means alone, with their intervals
 IN_COMMON, BUDGETS = (*GROUP, "policy", "item", QUARTER), ("budget", "decode_budget", "cells")
 
 
@@ -33,27 +34,32 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
     report.difference() and n_answers. n_comparisons: by default those of the lines. Policies are named without
     parameters, a decode_budget that is the budget is "same". value: "score", or a further figure of a task, "kl" of
     fidelity, for those that have it. against: a policy's name, or "protocol=question-in", "shots=0",
-    "type_k=q8_0,type_v=q8_0": answers that have these, and are else the same.
+    "type_k=q8_0,type_v=q8_0": answers that have these, and are else the same; "none": 0, so that a difference
+    is the mean.
     ValueError: an unknown column or value, no answer of `against`, or several of them to compare with."""
     for name in by:
         if name not in COLUMNS:
             raise ValueError(f"--by takes {', '.join(COLUMNS)}, not {name!r}")
     if value not in VALUES:
         raise ValueError(f"--value is {' or '.join(VALUES)}, not {value!r}")
+    alone = against == NOTHING
+    if alone and value == "score":
+        raise ValueError("--against none is for --value kl: `report` has the scores with their intervals")
     if QUARTER in by and value == "score":
         raise ValueError("--by quarter is for --value kl: a score is of a whole answer")
     rows = [{**row, "policy": row["policy"].partition(":")[0], QUARTER: ""} for row in rows if row["score"] is not None]
     if value != "score":
         rows = [one for row in rows for one in _figures(row, value, QUARTER in by)]
-    wanted = named(against)
-    reference = _reference(rows, wanted, against)
+    wanted, reference = ({}, {}) if alone else (named(against), _reference(rows, named(against), against))
     groups: dict[tuple, list[Pair]] = {}
     for row in sorted(rows, key=largest_first):  # so are lines and columns
-        other = reference.get(_same(row, wanted))
-        if other is not None and not _has(row, wanted) and not ("policy" in wanted and row["policy"] == "full"):
+        other = 0.0 if alone else reference.get(_same(row, wanted))
+        itself = not alone and (_has(row, wanted) or "policy" in wanted and row["policy"] == "full")
+        if other is not None and not itself:
             groups.setdefault(values(as_asked(row), by), []).append(pair_of(row, other))
     # a KL is not compared with 0
-    compare = [pairs for pairs in groups.values() if value == "score" or any(pair.reference for pair in pairs)]
+    compare = [pairs for pairs in groups.values()
+               if value == "score" or alone or any(pair.reference for pair in pairs)]
     n = n_comparisons or sum(difference(pairs, 1, value)["difference_low"] is not None for pairs in compare)
     return [{**dict(zip(by, names)), "n_answers": len(pairs), **difference(pairs, n, value)}
             for names, pairs in groups.items()]

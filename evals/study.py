@@ -164,7 +164,8 @@ def report(study: Study, out: Path) -> list[str]:
         said += [tables.write(out, scored, study.title),
                  *map(str, panels.draw(out, study.blocks["picture"], tables.table(scored)))]
         if of_ruler := [row for row in scored if row["task"] == "ruler"]:
-            said.append(leaderboard.write(out, of_ruler, study.title))
+            said += [leaderboard.write(out, of_ruler, study.title),
+                     *map(str, leaderboard.draw(out, leaderboard.lines(of_ruler)))]
     if found := attention_report.rows(out):
         lines = attention_report.lines(found)
         said += [write_table(out, "attention", attention_report.markdown(lines), lines, study.title),

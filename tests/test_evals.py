@@ -429,6 +429,10 @@ def test_pooled_answers_are_counted_by_unit():
     assert [(line["quarter"], round(line["difference"], 6)) for line in lines] == [("1", 0.05), ("2", 0.25), ("3", 0.45), ("4", 0.7)]
     with pytest.raises(ValueError, match="--value kl"):
         pool.pool(figures, ["quarter"])
+    (alone,) = pool.pool([one for one in figures if one["policy"] == "h2o"], ["policy"], against="none", value="kl")
+    assert {**alone, "n_comparisons": 0} == {**nats, "n_comparisons": 0} and alone["corrected_low"] > 0
+    with pytest.raises(ValueError, match="for --value kl"):
+        pool.pool(rows, ["policy"], against="none")
     two = pool.pool([*rows, *(row(i, "h2o", 1, "200") for i in range(4))], ["policy", "budget"], against="snapkv")
     assert "| `h2o` | 50.0 / 0.0 | 100.0 (" in pool.markdown(two, ["policy", "budget"], "snapkv", across="budget")
     evicted = [{**row(i, "tova", 0, budget), "decode_budget": decode} for i in range(4) for budget, decode in (("200", "200"), ("100", "100"), ("100", "64"))]

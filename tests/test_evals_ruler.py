@@ -284,6 +284,7 @@ def test_a_run_a_report_and_a_leaderboard(tmp_path, folder, monkeypatch):
     (tmp_path/"own.toml").write_text('title = "Own"\n[[run]]\ntask = "ruler"\n')
     assert any("| method |" in said for said in study.report(study.read(str(tmp_path/"own.toml")), tmp_path))
     assert (tmp_path/"leaderboard.md").read_text() == f"# Own\n\n{text.strip()}\n"
+    assert (tmp_path/"leaderboard-smollm2-135m-ruler-length_1000.png").exists()
 
 
 # -- the leaderboard ---------------------------------------------------------------------------------------------------
@@ -325,6 +326,19 @@ def test_the_interval_covers_the_mean_about_as_often_as_it_says():
     for alike in (1.0, 0.1):  # is not certain
         _, low, high = leaderboard.stratified([[alike]*20, [alike]*20])
         assert low < alike - 0.05 and (high > alike + 0.05 or alike == 1)
+
+
+def test_the_picture_has_what_saw_no_question_in_f16_and_the_whole_cache_in_all_types(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(leaderboard, "picture", lambda path, heading, block, lines: shown.append((path.name, heading, lines)))
+    found = [rows("full", [1, 1], [1, 1], used=4), rows("full", [1, 0], [1, 1], used=1, type_k="q4_0", type_v="q4_0"),
+             rows("full", [1, 1], [1, 0], used=2, type_k="q8_0", type_v="q8_0"), rows("snapkv", [1, 1], [0, 0], "0.5", used=2),
+             rows("keydiff", [1], [0], "0.5"), rows("finch", [1, 1], [1, 1], "0.5"), rows("tova", [1, 1], [1, 1], "0.5", protocol="question-in"),
+             rows("snapkv", [1, 1], [0, 0], "0.25", type_k="q8_0", type_v="q8_0")]
+    assert leaderboard.draw(tmp_path, leaderboard.lines([one for part in found for one in part])) == []  # nothing to show
+    ((name, heading, lines),) = shown
+    assert (name, heading) == ("leaderboard-m-ruler.png", "m, ruler; full is f16, q8_0/q8_0, q4_0/q4_0")
+    assert [(line["policy"].partition(":")[0], line["type_k"]) for line in lines] == [("full", "f16"), ("full", "q4_0"), ("full", "q8_0"), ("snapkv", "f16")]
 
 
 def test_shares_are_columns_and_the_best_method_stands_first():
