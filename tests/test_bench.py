@@ -51,7 +51,7 @@ def test_cases_are_every_combination(path):
 @pytest.mark.parametrize("lists, says", [
     (dict(n_prompt=["x"]), "n_prompt"), (dict(n_gen=[-1]), "n_gen"), (dict(n_threads=[0]), "n_threads"), (dict(n_ubatch=[0]), "n_ubatch"),
     (dict(n_prompt=[0], n_gen=[0]), "nothing to measure"), (dict(n_parallel=[17], n_batch=[16]), "n_parallel"), (dict(type_k=["q3"]), "q8_0"),
-    (dict(flash_attn=["maybe"]), "flash_attn"), (dict(kv_policy=["snapvk"]), "snapkv"), (dict(kv_policy=["snapkv"]), "kv_budget"),
+    (dict(flash_attn=["maybe"]), "flash_attn"), (dict(kv_policy=["snapvk"]), "snapkv"), (dict(kv_policy=["a:B"]), "not one written in Python"), (dict(kv_policy=["snapkv"]), "kv_budget"),
     (dict(kv_policy=["snapkv"], kv_budget=["150%"]), "kv_budget"), (dict(model=["nowhere.gguf"]), "nowhere.gguf")])
 def test_mistakes(lists, says):
     with pytest.raises(ValueError, match=says):
