@@ -7,6 +7,7 @@
 import json
 import math
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from numbers import Real
 from typing import Any, Mapping, Sequence, cast
 
@@ -62,17 +63,25 @@ class SamplingParams:
     def gbnf(self) -> str:
         """The grammar, or what llama.cpp makes of the schema; "" none. ValueError: it is no JSON schema."""
         if self.json_schema is None:
-            return self.grammar or ""
-        if isinstance(self.json_schema, str):
-            return _core.json_schema_to_grammar(self.json_schema)
-        if not isinstance(self.json_schema, Mapping):
+            return _not_deep("grammar", self.grammar or "")
+        if not isinstance(self.json_schema, (str, Mapping)):
             raise ValueError(f"json_schema is a dict or JSON text, not {self.json_schema!r}")
         try:
-            return _core.json_schema_to_grammar(json.dumps(self.json_schema))
-        except TypeError as error:
+            text = self.json_schema if isinstance(self.json_schema, str) else json.dumps(self.json_schema)
+        except (TypeError, RecursionError) as error:
             raise ValueError(f"json_schema is no JSON: {error}") from None
+        return _core.json_schema_to_grammar(_not_deep("json_schema", text))
 
 
+def _not_deep(name: str, text: str) -> str:
+    """llama.cpp reads brackets within brackets by recursion: very many end the process."""
+    steps = (1 if c in "([{" else -1 for c in text if c in "()[]{}")
+    if (n := max(accumulate(steps), default=0)) > MOST_BRACKETS:
+        raise ValueError(f"{name} has brackets {n} deep, and {MOST_BRACKETS} is the most")
+    return text
+
+
+MOST_BRACKETS = 500
 NAMES = frozenset(f.name for f in fields(SamplingParams))
 
 

@@ -172,3 +172,11 @@ def test_a_bias_that_takes_all_that_a_grammar_allows(llm, temperature):
     with pytest.raises(ValueError, match="logit_bias takes all that it allows"):
         llm.generate(PROMPT, grammar='root ::= "yes"', logit_bias=taken, max_tokens=8, temperature=temperature)
     assert llm.generate(PROMPT, grammar='root ::= "yes"', logit_bias={5: np.float32(1)}, max_tokens=8).text == "yes"
+
+
+@pytest.mark.parametrize("how, match", [
+    ({"grammar": "root ::= " + "("*100000 + '"a"' + ")"*100000}, "grammar has brackets 100000 deep"),
+    ({"json_schema": '{"type": "array", "items": '*20000 + "{}" + "}"*20000}, "json_schema has brackets 20001 deep")])
+def test_brackets_within_brackets(llm, how, match):
+    with pytest.raises(ValueError, match=match):
+        llm.generate(PROMPT, max_tokens=1, **how)
