@@ -63,7 +63,8 @@ def _check(name: str, value: Any) -> Any:
         return options.flash_attn(value)
     if name == "kv_policy":
         if options.in_python(value):
-            raise ValueError(f"kv_policy {value}: bench races built-in policies, not one written in Python; `pykvc policies` lists them")
+            raise ValueError(f"kv_policy {value}: bench races built-in policies, not one written in Python; "
+                             "`pykvc policies` lists them")
         return _core.parse_spec(value)
     if name == "kv_cells":
         return options.cells(value)

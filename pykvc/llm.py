@@ -69,7 +69,7 @@ class LLM:
         policy = options.policy(kv_policy, budget, decode_budget, cells)
         context: dict[str, Any] = dict(
             n_batch=options.whole("n_batch", n_batch, 1), n_ubatch=options.whole("n_ubatch", n_ubatch, 1),
-            n_seq_max=options.whole("n_seq_max", n_seq_max, 1, min(n_batch, 256)),
+            n_seq_max=options.whole("n_seq_max", n_seq_max, 1, 256),
             n_threads=0 if n_threads is None else options.whole("n_threads", n_threads, 1, 512),
             n_threads_batch=0 if n_threads_batch is None else options.whole("n_threads_batch", n_threads_batch, 1, 512),
             type_k=options.cache_type("type_k", type_k), type_v=options.cache_type("type_v", type_v), offload_kqv=bool(offload_kqv),

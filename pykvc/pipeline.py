@@ -29,7 +29,8 @@ def pipeline(llm: "LLM", context: str, questions: Sequence[str], policy: str | S
     as it is. sampling_params, or its fields by name: as generate(). ValueError for every mistake, before anything is evaluated."""
     if not isinstance(context, str) or not context.strip():
         raise ValueError(f"context is a text that is not empty, not {context!r}")
-    if isinstance(questions, str) or not isinstance(questions, Sequence) or not questions or not all(isinstance(q, str) and q.strip() for q in questions):
+    listed = isinstance(questions, Sequence) and not isinstance(questions, str) and len(questions) > 0
+    if not listed or not all(isinstance(q, str) and q.strip() for q in questions):
         raise ValueError(f"questions is a list of strings, none of them empty, not {questions!r}")
     if span_unit != "chars":
         raise ValueError("spans of a pipeline's text are in characters, since the chat template goes round it")

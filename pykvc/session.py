@@ -222,7 +222,8 @@ class Session:
 
     def _cut(self, n_tokens: int, fresh: bool) -> None:
         del self.tokens[n_tokens:]
-        self.spans = [(begin, min(end, n_tokens)) for begin, end in self.spans if begin < n_tokens]
+        if self.spans and self.spans[-1][1] > n_tokens:  # not for each token of an answer
+            self.spans = [(begin, min(end, n_tokens)) for begin, end in self.spans if begin < n_tokens]
         self._fresh, self._logits = fresh, None
 
     # -- logits -----------------------------------------------------------------------------------------------------
