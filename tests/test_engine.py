@@ -466,7 +466,7 @@ def test_a_layer_without_kv_heads(tmp_path):
 
 
 @pytest.mark.parametrize("first, then, why", [
-    (b"pyramidkv:window=32", b"chunkkv:reuse=2", "hold the same tokens"),
+    (b"pyramidkv:window=32", b"chunkkv:reuse=2", "same tokens in every head"),
     (b"adakv:window=32", b"snapkv:window=32", "heads .* hold different ones: go on with adakv"),
 ])
 def test_a_policy_that_cannot_go_on_from_another(tmp_path, first, then, why):

@@ -54,6 +54,17 @@ def test_sequences_and_copies_keep_what_they_hold(model):
     np.testing.assert_array_equal(ctx.logits(), alone.logits())
 
 
+@pytest.mark.parametrize("n_kept", [50, 300])
+def test_a_copy_takes_what_it_holds(model, n_kept):
+    """llama.cpp copies whole streams, used or not."""
+    ctx = _core.Context(model, n_ctx=16384, n_seq_max=2, policy="knorm", budget=str(n_kept))
+    ctx.decode(TOKENS, seq=0)
+    ctx.evict(0)
+    one = resident(ctx)
+    ctx.copy(0, 1)
+    assert resident(ctx) < 2*one + SLACK
+
+
 def test_stats_tell_used_resident_and_allocated(model_path):
     with pykvc.LLM(model_path, n_ctx=8192, kv_policy="snapkv", kv_budget=64) as llm:
         llm.generate(tokens=TOKENS[:500].tolist(), max_tokens=2)

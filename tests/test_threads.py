@@ -160,9 +160,10 @@ def test_a_policy_cannot_use_the_llm_that_asks_it(path, alone):
     policy = Asks()
     with pykvc.LLM(path, **{**HOW, "kv_policy": policy}) as llm, pykvc.LLM(path, **HOW) as other:
         for do in (lambda: llm.generate(tokens=PROMPTS[1], max_tokens=2), llm.reset, llm.compress, llm.scores, lambda: llm.truncate(3),
-                   lambda: llm.evaluate([1]), lambda: llm.save("/nowhere")):
+                   lambda: llm.evaluate([1]), lambda: llm.save("/nowhere"),
+                   lambda: llm._session.ctx.set_policy("", "30"), lambda: llm._session.ctx.set_spans([(0, 3)])):
             policy.do = do
-            with pytest.raises(RuntimeError, match="cannot evaluate, evict or remove"):
+            with pytest.raises(RuntimeError, match="one call at a time"):
                 llm.generate(tokens=PROMPTS[2], max_tokens=2)
         policy.do = lambda: (llm.stats(), llm.kept(), other.generate(tokens=PROMPTS[1], max_tokens=2))
         assert llm.generate(tokens=PROMPTS[2], max_tokens=6).n_predicted == 6

@@ -116,6 +116,7 @@ void Context::set_adapters(std::vector<std::shared_ptr<Adapter>> used, std::vect
         }
         all.push_back(a->ptr.get());
     }
+    const busy now(*this);
     begin_call();
     if (llama_set_adapters_lora(ctx.get(), all.data(), all.size(), scales.data()) != 0) {
         fail("the adapters cannot be used");
@@ -130,6 +131,7 @@ void Context::run(llama_batch & batch) {
     }
     const busy now(*this);
     begin_call();
+    n_rows = 0;
     int32_t rc;
     const auto t0 = std::chrono::steady_clock::now();
     {
@@ -234,7 +236,7 @@ bool Context::remove_tail(llama_pos pos, int32_t seq) {
         throw std::invalid_argument("remove_tail: a position is >= 0");
     }
     const busy now(*this);
-    return llama_memory_seq_rm(mem(), seq, pos, -1);
+    return pos > pos_max(seq) || llama_memory_seq_rm(mem(), seq, pos, -1); // what removes nothing leaves settings, too
 }
 
 void Context::clear(int32_t seq) {

@@ -20,13 +20,14 @@ public:
     int32_t n_rows = 0; // rows of logits of the last decode
     double prefill_ms = 0, decode_ms = 0;
 
-    // A call that changes what there is, until it ends. Throws within another one, amid which a policy written in
-    // Python is asked.
+    // A call that changes what there is, until it ends. Throws within another one: amid it a policy written in Python is
+    // asked, or another thread runs.
     class busy {
     public:
         explicit busy(Context & c) : c(c) {
             if (c.in_call) {
-                throw std::runtime_error("a policy that is asked cannot evaluate, evict or remove anything of the LLM that asks");
+                throw std::runtime_error("a context is in one call at a time: neither a policy that it asks nor another thread can evaluate, evict, "
+                    "remove or set anything meanwhile");
             }
             c.in_call = true;
         }

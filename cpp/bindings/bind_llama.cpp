@@ -149,21 +149,24 @@ void bind_llama(py::module_ & m) {
             c.need_engine().variant(policy.c_str(), budget.c_str(), decode.c_str());
         }, "policy"_a, "budget"_a, "decode_budget"_a = "")
         .def("set_policy", [](Context & c, const std::string & policy, const std::string & budget, const std::string & decode, int32_t seq) {
+            const Context::busy now(c);
             c.check_seq(seq);
             c.need_engine().set_policy(seq, policy.empty() ? nullptr : policy.c_str(), budget.c_str(), decode.c_str());
         }, "policy"_a, "budget"_a, "decode_budget"_a = "", "seq"_a = 0)
         .def("set_budget", [](Context & c, const std::string & b, const std::string & d, int32_t seq) {
+            const Context::busy now(c);
             c.need_engine().set_budget(seq, kvc::parse_budget(b, "kv_budget"), kvc::parse_budget(d, "kv_decode_budget"));
         }, "budget"_a, "decode_budget"_a, "seq"_a = 0)
         .def("set_spans", [](Context & c, const std::vector<std::pair<int32_t, int32_t>> & spans, int32_t seq) {
+            const Context::busy now(c);
             std::vector<kvc::span> v;
             for (const auto & s : spans) {
                 v.push_back({ s.first, s.second });
             }
             c.need_engine().set_spans(seq, std::move(v));
         }, "spans"_a, "seq"_a = 0)
-        .def("begin_prompt", [](Context & c, int32_t seq) { c.need_engine().begin_prompt(seq); }, "seq"_a = 0)
-        .def("end_prompt", [](Context & c, int32_t seq) { c.need_engine().end_prompt(seq); }, "seq"_a = 0)
+        .def("begin_prompt", [](Context & c, int32_t seq) { const Context::busy now(c); c.need_engine().begin_prompt(seq); }, "seq"_a = 0)
+        .def("end_prompt", [](Context & c, int32_t seq) { const Context::busy now(c); c.need_engine().end_prompt(seq); }, "seq"_a = 0)
         .def("evict", &Context::evict, "seq"_a = 0, "mask_only"_a = false, "Prompt eviction now; mask_only (tests): the keep sets as a mask, nothing is freed.")
         .def("ask", &Context::ask, "tokens"_a, "seq"_a = 0, "begin"_a = 0, "end"_a = -1, "n_repeated"_a = 0)
         .def("has_room", [](const Context & c, int32_t n, int32_t seq) { c.check_seq(seq); return c.need_engine().has_room(seq, n); }, "n"_a, "seq"_a = 0)

@@ -102,8 +102,11 @@ public:
     }
 
     ~py_policy() override {
-        py::gil_scoped_acquire gil;
-        obj.release().dec_ref();
+        auto * object = obj.release().ptr();
+        if (Py_IsInitialized()) { // else it went with the interpreter
+            py::gil_scoped_acquire gil;
+            Py_DECREF(object);
+        }
     }
 
     needs   need() const override { return nd; }
@@ -269,7 +272,15 @@ static py::list plan(const std::string & text, const std::vector<i32_array> & po
         r.layers.push_back({ (int32_t) pos[l].shape(1), frozen.at(l), pos[l].data(), score[l].data() });
     }
     for (const auto & s : spans) {
+        if (s.second <= s.first || s.first < (r.spans.empty() ? 0 : r.spans.back().end)) {
+            throw std::invalid_argument("spans are ascending and disjoint, [begin, end) with begin < end");
+        }
         r.spans.push_back({ s.first, s.second });
+    }
+    for (const auto & layer : r.layers) {
+        if (layer.n_frozen < 0 || layer.n_frozen > layer.n_kv) {
+            throw std::invalid_argument("n_frozen is 0 to the slots of a layer, " + std::to_string(layer.n_kv));
+        }
     }
     py::list res;
     r.heads = heads_in_blocks(r, pol->heads(r), n_block, pol->min_budget());

@@ -72,6 +72,11 @@ public:
 
     bool update(llama_context * lctx, bool, const stream_copy_info & copies) override {
         llama_kv_cache::update(lctx, false, copies);
+        for (const auto & streams : { copies.ssrc, copies.sdst }) { // a copy reads and writes all rows, used or not
+            for (const uint32_t s : streams) {
+                kvc->rows().give_back_rows(s, false);
+            }
+        }
         kvc->update(lctx);
         return true;
     }

@@ -78,7 +78,7 @@ evictor::evictor(std::shared_ptr<const config> cfg_, const llama_model & model, 
         const kvc::scorer & scorer, std::vector<sequence> & sequences) :
     cfg(std::move(cfg_)), model(model), kv(kv), layout(layout), taps(taps), scorer(scorer), sequences(sequences) {}
 
-bool evictor::run(llama_context * lctx, const job & j) {
+bool evictor::run(llama_context * lctx, const job & j, bool mask_only) {
     const uint32_t s = j.s;
     auto & q = sequences[s];
     const auto & conf = *q.cfg;
@@ -94,6 +94,16 @@ bool evictor::run(llama_context * lctx, const job & j) {
         if (layout.n_held(s, l) < (int64_t) layout.n_slots(s, l)*layout.n_head_kv()) {
             throw std::invalid_argument(conf.spec + " keeps the same number of every head, and the heads of this sequence hold different ones: "
                     "go on with " + cfg->spec + ", or clear it");
+        }
+    }
+    for (int32_t l = 0; conf.pol->heads_alike() && l < layout.n_layer(); ++l) {
+        const auto    pos  = layout.slot_pos(s, l);
+        const int32_t n_kv = layout.n_slots(s, l);
+        for (int32_t h = 1; h < layout.n_head_kv(); ++h) {
+            if (!std::equal(pos.begin(), pos.begin() + n_kv, pos.begin() + (size_t) h*n_kv)) {
+                throw std::invalid_argument(conf.spec + " keeps the same tokens in every head, and the heads of this sequence hold different ones: "
+                        "evict with it first, or clear the sequence");
+            }
         }
     }
     request r;
@@ -163,9 +173,8 @@ bool evictor::run(llama_context * lctx, const job & j) {
     check(r, conf, slots, n_keep, j.n_new);
     st.plan_ms += ms_since(t0);
 
-    if (mask.on) { // test only: the same keep sets as a mask over the cache as it is
-        mask.slots = std::move(slots);
-        mask.n = layout.n_cells(s);
+    if (mask_only) { // the same keep sets as a mask over the cache as it is
+        mask = { true, std::move(slots), layout.n_cells(s) };
         return true;
     }
 

@@ -32,7 +32,8 @@ public:
     evictor(std::shared_ptr<const config> cfg, const llama_model & model, llama_kv_cache & kv, kvc::layout & layout, const kvc::taps & taps,
             const kvc::scorer & scorer, std::vector<sequence> & sequences);
 
-    bool run(llama_context * lctx, const job & j); // false: nothing was over budget. Throws, and then nothing has moved
+    // false: nothing was over budget. Throws, and then nothing has moved. mask_only (tests): nothing does, see mask
+    bool run(llama_context * lctx, const job & j, bool mask_only = false);
 
     // -- limits
     int32_t target(uint32_t s, cause why, int32_t n_new, const std::vector<int32_t> & n_frozen) const; // slots the mean layer keeps

@@ -68,17 +68,17 @@ bool evictor::is_over(uint32_t s, cause why, int32_t n_new, int32_t n_target) co
     if (why == cause::room) {
         return !has_room(s, n_new);
     }
-    // of all layers where they share: one may hold more than the mean
-    const auto & share = sequences[s].cfg->pol->share;
+    // of all layers where they differ: one may hold more than the mean
+    const bool differ = sequences[s].cfg->layers_differ;
     int64_t n_all = 0;
     for (int32_t l = 0; l < layout.n_layer(); ++l) {
         const int64_t n = layout.n_held(s, l);
-        if (n > (int64_t) n_target*layout.n_head_kv() && !share.layers_differ()) {
+        if (n > (int64_t) n_target*layout.n_head_kv() && !differ) {
             return true;
         }
         n_all += n;
     }
-    return share.layers_differ() && n_all > (int64_t) n_target*layout.n_head_kv()*layout.n_layer();
+    return differ && n_all > (int64_t) n_target*layout.n_head_kv()*layout.n_layer();
 }
 
 bool evictor::has_room(uint32_t s, int32_t n_new) const {

@@ -126,11 +126,17 @@ std::vector<float> scorer::output_norms(llama_context * lctx, uint32_t s, int32_
         ggml_set_input(g);
         std::vector<ggml_tensor *> heads, copies;
         for (int32_t h = 0; h < layout.n_head_kv(); ++h) {
-            auto * v = in_place ? graph_head(ctx, s, ikv, h, true) : ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_dim, layout.n_slots(s, ikv, h));
+            const int32_t n = layout.n_slots(s, ikv, h);
+            if (n == 0) {
+                heads.push_back(nullptr);
+                copies.push_back(nullptr);
+                continue;
+            }
+            auto * v = in_place ? graph_head(ctx, s, ikv, h, true) : ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_dim, n);
             if (!in_place) {
                 ggml_set_input(v);
-                copies.push_back(v);
             }
+            copies.push_back(in_place ? nullptr : v);
             auto * of_head = ggml_view_3d(ctx, g, n_dim, n_dim, n_group, g->nb[1], g->nb[2], h*n_group*g->nb[2]);
             auto * squares = graph_forms(ctx, of_head, v, here || !in_place);
             heads.push_back(ggml_sqrt(ctx, ggml_clamp(ctx, squares, 0.0f, INFINITY))); // [n, n_group]
@@ -141,6 +147,9 @@ std::vector<float> scorer::output_norms(llama_context * lctx, uint32_t s, int32_
         return run_heads(lctx, s, ikv, graph, heads, [&]() {
             ggml_backend_tensor_set(g, gram.data(), 0, ggml_nbytes(g));
             for (size_t h = 0; h < copies.size(); ++h) {
+                if (!copies[h]) {
+                    continue;
+                }
                 ggml_backend_tensor_set(copies[h], values.data() + (h*n_kv + n_kv - copies[h]->ne[1])*n_dim, 0, ggml_nbytes(copies[h]));
             }
         });

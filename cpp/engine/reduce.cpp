@@ -23,22 +23,25 @@ ggml_tensor * scorer::graph_head(ggml_context * ctx, uint32_t s, int32_t ikv, in
     return ggml_cast(ctx, ggml_permute(ctx, head, 0, 2, 1, 3), GGML_TYPE_F32);
 }
 
-// A graph of one output for each head, F32 [n, n_out] of its n slots, and what it gives: F32 [n_head_kv, n_out, n_kv], 0
-// where a head has no slot.
+// A graph of one output for each head, F32 [n, n_out] of its n slots (null: it has none), and what it gives: F32
+// [n_head_kv, n_out, n_kv], 0 where a head has no slot.
 std::vector<float> scorer::run_heads(llama_context * lctx, uint32_t s, int32_t ikv, llm_graph_result * graph, const std::vector<ggml_tensor *> & heads,
         const std::function<void()> & set_inputs) const {
+    ggml_tensor * last = nullptr;
     for (auto * head : heads) {
-        ggml_set_output(head);
-        ggml_build_forward_expand(graph->get_gf(), head);
+        if (head) {
+            ggml_set_output(head);
+            ggml_build_forward_expand(graph->get_gf(), head);
+            last = head;
+        }
     }
-    run_graph(lctx, graph, heads.back(), set_inputs);
-    const size_t n_kv = layout.n_slots(s, ikv);
-    std::vector<float> res;
-    for (int32_t h = 0; h < layout.n_head_kv(); ++h) {
-        const size_t n = layout.n_slots(s, ikv, h), n_out = ggml_nelements(heads[h])/n;
-        for (size_t i = 0; i < n_out; ++i) {
-            res.resize(res.size() + n_kv, 0.0f);
-            ggml_backend_tensor_get(heads[h], res.data() + res.size() - n, i*n*sizeof(float), n*sizeof(float));
+    run_graph(lctx, graph, last, set_inputs);
+    const size_t n_kv = layout.n_slots(s, ikv), n_out = ggml_nelements(last)/last->ne[0];
+    std::vector<float> res(heads.size()*n_out*n_kv, 0.0f);
+    for (size_t i = 0; i < heads.size()*n_out; ++i) {
+        if (auto * head = heads[i/n_out]) {
+            const size_t n = head->ne[0];
+            ggml_backend_tensor_get(head, res.data() + (i + 1)*n_kv - n, i % n_out*n*sizeof(float), n*sizeof(float));
         }
     }
     return res;
@@ -58,10 +61,17 @@ bool scorer::reduce_keys(llama_context * lctx, uint32_t s, layer_signals & sig) 
     for (int32_t h = 0; h < layout.n_head_kv(); ++h) {
         auto * m = mean ? ggml_view_2d(ctx, mean, n_dim, n_group, mean->nb[1], h*n_group*mean->nb[1]) : nullptr;
         auto * c = cov  ? ggml_view_3d(ctx, cov, n_dim, n_dim, n_group, cov->nb[1], cov->nb[2], h*n_group*cov->nb[2]) : nullptr;
+        if (layout.n_slots(s, sig.il, h) == 0) {
+            heads.push_back(nullptr);
+            continue;
+        }
         heads.push_back(pol.reduce_keys(ctx, { graph_head(ctx, s, sig.il, h, false), m, c, here }));
-        if (!heads.back() || (h == 0 && !can_run_all(device_of(k), ctx))) {
+        if (!heads.back()) {
             return false;
         }
+    }
+    if (!can_run_all(device_of(k), ctx)) {
+        return false;
     }
     for (auto * input : { mean, cov }) {
         if (input) {
@@ -87,10 +97,11 @@ bool scorer::reduce_values(llama_context * lctx, uint32_t s, layer_signals & sig
     auto * ctx   = graph->get_ctx();
     std::vector<ggml_tensor *> heads;
     for (int32_t h = 0; h < layout.n_head_kv(); ++h) {
-        heads.push_back(ggml_sqrt(ctx, graph_squares(ctx, graph_head(ctx, s, sig.il, h, true), on_cpu(v))));
-        if (h == 0 && !can_run_all(device_of(v), ctx)) {
-            return false;
-        }
+        const bool any = layout.n_slots(s, sig.il, h) > 0;
+        heads.push_back(any ? ggml_sqrt(ctx, graph_squares(ctx, graph_head(ctx, s, sig.il, h, true), on_cpu(v))) : nullptr);
+    }
+    if (!can_run_all(device_of(v), ctx)) {
+        return false;
     }
     sig.v_norm = run_heads(lctx, s, sig.il, graph, heads, []() {});
     return true;

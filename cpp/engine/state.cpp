@@ -8,6 +8,7 @@
 #include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-kv-cache.h"
+#include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -189,6 +190,12 @@ void engine::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
 
         if (q.tokens.empty() && seq_id >= 0) {
             kv.seq_rm(seq_id, -1, -1); // llama.cpp leaves a sequence alone when the state holds none of its cells
+            if (mem.windows) {
+                mem.windows->seq_rm(seq_id, -1, -1);
+            }
+            if (mem.recurrent) {
+                mem.recurrent->seq_rm(seq_id, -1, -1);
+            }
         }
 
         // what the rest of the engine relies on

@@ -133,8 +133,8 @@ bool engine::evict(llama_context * lctx, llama_seq_id seq_id, bool mask_only) {
     const uint32_t s = stream_of(seq_id);
     bool res = false;
     in_update(lctx, [&]() {
-        evictor.mask.on = mask_only;
-        res = evictor.run(lctx, { s, cause::prompt, 0 });
+        evictor.mask.on = false;
+        res = evictor.run(lctx, { s, cause::prompt, 0 }, mask_only);
     });
     return res;
 }

@@ -23,6 +23,8 @@ struct chunkkv : window_policy {
 
     explicit chunkkv(const params & p) : window_policy(p), chunk(p.i("chunk")), reuse(p.i("reuse")) {}
 
+    bool heads_alike() const override { return true; }
+
     void keep(const request & r, int32_t il, int32_t n_keep, int32_t * out) const override {
         const layer_plan & lp = r.layers[il];
 

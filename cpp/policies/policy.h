@@ -119,6 +119,9 @@ public:
     // says how many the longest head of each layer keeps. Only where generated tokens stay.
     virtual bool heads_differ() const { return share.heads_differ(); }
 
+    // True: a layer's heads keep the same tokens, and have to hold the same ones.
+    virtual bool heads_alike() const { return false; }
+
     // Slots of each head, [n_layer][n_head_kv], where they differ and are known before keep(); else empty. The default
     // does what `share` says. Off the CPU they are rounded to whole blocks: a policy whose heads differ and that does
     // not know them runs on the CPU alone.

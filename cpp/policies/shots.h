@@ -15,6 +15,7 @@ struct shot_policy : policy {
     explicit shot_policy(const params & p);
 
     needs   need() const override;
+    bool    heads_alike() const override { return true; }
     int32_t n_sink() const override { return sinks; }
     int32_t n_recent(int32_t budget) const override;
     int32_t min_budget() const override { return sinks + window + 1; }
