@@ -108,6 +108,14 @@ def test_what_was_evicted_to_its_budget_is_not_over_it(models, policy):
     assert c.evict() and not c.evict() and c.n_evictions() == 1
 
 
+def test_what_no_window_helps_is_said_first(models):
+    c = context(models["llama"], "snapkv:window=8")
+    with pytest.raises(ValueError, match="asks questions of its own.*Start it with the one that needs most"):
+        c.check_policy("kvzip:window=64", "40", "")
+    with pytest.raises(ValueError, match="needs the last 64 queries, and this context keeps 8"):
+        c.check_policy("snapkv:window=64", "80", "")
+
+
 def test_a_removal_of_nothing_leaves_budgets(models):
     c = context(models["llama"], "knorm")
     c.set_budget("20", "")

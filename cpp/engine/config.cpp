@@ -153,7 +153,7 @@ std::shared_ptr<const config> engine::variant(const char * policy, const char * 
         const std::string why = !fits ? "does not fit the cells of " + cfg->spec : lacks(*cfg->pol, *own->pol);
         if (!why.empty()) {
             throw std::invalid_argument("kv_policy " + own->spec + " " + why + ": this context was created with " + cfg->spec +
-                    ", and takes policies that need no more than that one");
+                    ", and takes policies that need no more than that one. Start it with the one that needs most");
         }
         if (cfg->is_bounded() && own->pol->min_budget() > cfg->n_cells - cfg->n_reserve) {
             throw std::invalid_argument("kv_policy " + own->spec + " always keeps " + std::to_string(own->pol->min_budget()) +

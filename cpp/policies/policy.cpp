@@ -9,14 +9,14 @@ namespace kvc {
 
 std::string lacks(const policy & has, const policy & wants) {
     const needs a = has.need(), b = wants.need();
-    return b.window > a.window ? "needs the last " + std::to_string(b.window) + " queries, and this context keeps " + std::to_string(a.window) :
-        b.sums && !a.sums              ? "needs attention summed over all queries" :
+    return b.sums && !a.sums           ? "needs attention summed over all queries" :
         b.future > 0 && a.future == 0  ? "needs a fit of the queries to come" :
         b.probe != probe::none && b.probe != a.probe ? "asks questions of its own" :
         b.probe != probe::none && (b.chunk != a.chunk || b.plus != a.plus || (b.chunk && wants.n_sink() != has.n_sink())) ?
                 "hears the repetition in another way (softmax, plus, sinks)" :
         b.outputs && !a.outputs        ? "needs the norms of what values become behind the output projection" :
-        wants.heads_differ() && !has.heads_differ() ? "gives heads different budgets" : "";
+        wants.heads_differ() && !has.heads_differ() ? "gives heads different budgets" :
+        b.window > a.window ? "needs the last " + std::to_string(b.window) + " queries, and this context keeps " + std::to_string(a.window) : "";
 }
 
 // Every layer keeps its frozen slots and the same number D of others: D = r.budget where nothing is frozen. After a
