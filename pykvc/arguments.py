@@ -88,6 +88,9 @@ class Batch(Common, total=False):
     kv_decode_budget: Budget | Sequence[Budget]
 
 
+NAMES = frozenset({"stream"}.union(*(kind.__annotations__ for kind in (Prompt, Chat, Pipeline, Batch))))
+
+
 def show(method: Callable[..., Any], like: Callable[..., Any], but: str = "") -> None:
     """What help(method) shows: its own arguments, those of `like` behind the first and without one of them, and
     SamplingParams' fields for the latter's **own."""

@@ -62,6 +62,8 @@ def read(session: Session, prompts: Sequence[str | Sequence[int]], llm_seed: int
             same = i > 0 and text == prefix[i - 1] and (spans is None or spans[i] == spans[i - 1])
             shared.append(shared[-1] if same else prefix_of(text, None if spans is None else spans[i]))
     budgets = options.budgets(kv_budget, kv_decode_budget, len(prompts), session)
+    if session.has_budget or any(budget and budget[0] for budget in budgets):
+        session.probe.check_asked(kv_query)
     requests = []
     settings = sampling.of_each(sampling_params, own, len(prompts))
     for prompt, before, mine, how in zip(prompts, shared, own_spans, settings):

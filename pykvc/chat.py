@@ -120,13 +120,54 @@ def render(template: str, messages: Sequence[Message], *, tools: Sequence[Tool] 
         if not isinstance(enable_thinking, bool):
             raise ValueError(f"enable_thinking is True, False or None, not {enable_thinking!r}")
         given["enable_thinking"] = enable_thinking
-    compiled, checked, offered = _compiled(template), check_messages(messages), _check_tools(tools)
+    compiled, checked, offered = _compiled(template), as_text(messages, template), _check_tools(tools)
+    given |= {"tools": offered, "add_generation_prompt": add_generation_prompt}
     try:
-        return compiled.render(messages=checked, tools=offered, add_generation_prompt=add_generation_prompt, **given)
+        return _rendered(compiled, checked, given)
     except _Refusal as error:
         raise ValueError(f"the chat template refuses these messages: {error}") from None
     except Exception as error:  # it is a program, and can go wrong in any way
         raise ValueError(f"the chat template cannot render these messages: {type(error).__name__}: {error}") from None
+
+
+def _rendered(compiled: jinja2.Template, messages: list[Message], given: dict[str, Any]) -> str:
+    """A message of tool_calls alone has an empty content where the template cannot do without one."""
+    try:
+        return compiled.render(messages=messages, **given)
+    except jinja2.UndefinedError:
+        if all("content" in message for message in messages):
+            raise
+        return compiled.render(messages=[{"content": "", **message} for message in messages], **given)
+
+
+def as_text(messages: Sequence[Message], template: str) -> list[Message]:
+    """check_messages(), and lists of parts as one text, a part a line, where the template does not take lists; as
+    llama-server has it. ValueError: a part is no text."""
+    checked = check_messages(messages)
+    of_parts = [i for i, message in enumerate(checked) if isinstance(message.get("content"), list)]
+    for i in of_parts if of_parts and not _takes_parts(template) else []:
+        checked[i] = {**checked[i], "content": _text_of(checked[i]["content"], i)}
+    return checked
+
+
+def _text_of(parts: list[Any], i: int) -> str:
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f'message {i} has a part that is not {{"type": "text", "text": ...}}, and the chat '
+                             f"template takes text alone: {part!r}")
+    return "\n".join(part["text"] for part in parts)
+
+
+@lru_cache(64)
+def _takes_parts(template: str) -> bool:
+    """Does it write a part's text, and not the list as Python prints it?"""
+    given = dict(tools=None, documents=None, bos_token="", eos_token="", add_generation_prompt=False)
+    message = {"role": "user", "content": [{"type": "text", "text": "\ue000"}]}
+    try:
+        text = _compiled(template).render(messages=[message], **given)
+    except Exception:  # it is a program, and can go wrong in any way
+        return False
+    return "\ue000" in text and '"type"' not in text
 
 
 def check_messages(messages: Sequence[Message]) -> list[Message]:

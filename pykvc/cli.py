@@ -46,11 +46,15 @@ def run_chat(
     """Talk with a model: each answer goes on from the cache.
 
     /clear forgets the conversation, /system TEXT begins a new one, Ctrl-C stops an answer, /exit or Ctrl-D ends. Where -c
-    is full, the oldest turns are dropped. With a pipe each line is a message, and stdout has the answers alone."""
+    is full, the oldest turns are dropped. With a pipe each line is a message, stdout has the answers alone, and the
+    exit status is 1 where a message was refused."""
     from .llm import LLM
     from .terminal import Talk, with_policy
     with LLM(**with_policy(opening)) as llm:
-        Talk(llm, system_prompt, dict(max_tokens=n_predict, **sampling)).run()
+        talk = Talk(llm, system_prompt, dict(max_tokens=n_predict, **sampling))
+        talk.run()
+    if talk.n_refused and not talk.typed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -79,9 +83,15 @@ def generate(
         notes: list[str] = []  # after the answer, which they would stand in the middle of
         llm._session.tell = notes.append
         stream = answer_once(llm, text, question, system_prompt, raw, segment and flags.unescaped(segment), kv_query, max_tokens=n_predict, **sampling)
-        for piece in stream:
-            if not as_json:
-                print(piece, end="", flush=True)
+        piece = ""
+        try:
+            for piece in stream:
+                if not as_json:
+                    print(piece, end="", flush=True)
+        except ValueError:
+            if piece and not as_json:
+                print(flush=True)  # the sentence gets a line of its own
+            raise
         answer = stream.result
         if as_json:
             kv = {key: answer.kv[key] for key in ("cells", "kept", "bytes_allocated", "bytes_used", "bytes_full")}

@@ -54,9 +54,13 @@ def takes(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Calla
 
 def refuse(sentence: str) -> int:
     """Arguments are named as Python has them, kv_budget; a shell's user typed --kv-budget."""
-    first = sentence.splitlines()[0]  # llama.cpp may have added its log
-    print(re.sub(r"\bkv_(policy|budget|decode_budget|cells)\b", as_flag, first), file=sys.stderr)
+    print(re.sub(r"\bkv_(policy|budget|decode_budget|cells|query)\b", as_flag, one_line(sentence)), file=sys.stderr)
     return 2
+
+
+def one_line(sentence: object) -> str:
+    """llama.cpp's reasons may have several."""
+    return " ".join(filter(None, map(str.strip, str(sentence).splitlines())))
 
 
 def as_flag(name: re.Match[str]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Sequence, overload
 
 from . import _core, options
 from .arguments import Budget
+from .policy import Policy
 from .session import Session
 from .turns import Turns, queued
 
@@ -25,14 +26,18 @@ if TYPE_CHECKING:
     from .llm import LLM
 
 
+PYTHON = "a policy written in Python is the LLM's own: make one with LLM(kv_policy=...), and name no policy here"
+
+
 class Mark:
     """Where a session is now, to come back to. In memory, a copy of what the cache holds; a cache that is whole is cut instead, unless
     layers are recurrent."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, cells: bool = True) -> None:
+        """cells False: without a copy, to be cut back to or not at all."""
         self.session, self.n_tokens, self.moment = weakref.proxy(session), session.n_tokens, session.moment  # close() frees it at once
         self.n_cuts = session.n_cuts
-        self.snapshot = session.snapshot(cells=session.evicts or session.ctx.pos_floor() > 0)
+        self.snapshot = session.snapshot(cells=cells and (session.evicts or session.ctx.pos_floor() > 0))
 
     def return_to(self, to_evict: bool = False) -> None:
         """to_evict: with its signals, too. What came after it has taken the place of its last queries, and has added to the
@@ -93,6 +98,7 @@ class Context:
         if not session.evicts:
             raise ValueError("there is nothing to compress with: make the LLM with a kv_policy")
         steps = steps_of(session, policy, budget, decode_budget)
+        check_asked(session, steps, self._whole.snapshot.about["query"])
         start = self._asked if self._asked and self._asks(steps[0][0]) else self._whole
         session.begin_turn()
         start.return_to(to_evict=True)
@@ -152,13 +158,18 @@ class Context:
 def steps_of(session: Session, policy: str | Sequence[str] | None, budget: Any, decode_budget: Any) -> list[tuple[str | None, tuple[str, str] | None]]:
     """(canonical policy, budgets) of each eviction, one after the other; None: the context's own."""
     if policy is None or isinstance(policy, str):
-        specs: list[str | None] = [policy]
+        specs: list[Any] = [policy]
     else:
-        specs = list(policy)
-        if not specs or not all(isinstance(spec, str) for spec in specs):
+        listed = isinstance(policy, (list, tuple))
+        specs = list(policy) if listed else [policy]
+        if any(isinstance(spec, Policy) for spec in specs):
+            raise ValueError(PYTHON)
+        if not listed or not specs or not all(isinstance(spec, str) for spec in specs):
             raise ValueError(f"policy is a spec such as 'snapkv:window=32' or a list of them, not {policy!r}")
         if not isinstance(budget, (list, tuple)) or len(budget) != len(specs):
             raise ValueError(f"budget is a list of {len(specs)}, one for each policy, not {budget!r}")
+    if any(spec is not None and options.in_python(spec) for spec in specs):
+        raise ValueError(PYTHON)
     budgets = options.budgets(budget, decode_budget, len(specs), session)
     if not all(own and own[0] for own in budgets):
         session.check_compress()
@@ -167,6 +178,12 @@ def steps_of(session: Session, policy: str | Sequence[str] | None, budget: Any, 
         if spec is not None:
             session.ctx.check_policy(spec, *_budgets(session, own))
     return steps
+
+
+def check_asked(session: Session, steps: Sequence[tuple[str | None, Any]], query: object) -> None:
+    """ValueError: a step is finch, and nothing is asked."""
+    if any(spec is None or options.needs(spec)["probe"] == "mean" for spec, _ in steps):
+        session.probe.check_asked(query)
 
 
 def _budgets(session: Session, own: tuple[str, str] | None) -> tuple[str, str]:

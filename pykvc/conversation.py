@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generator, Literal, Sequence, overload
 
 from . import chat, sampling
 from .chat import Message
+from .context import Mark
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,7 +61,8 @@ class Conversation:
         Both become messages when the answer ends; one that is broken off (Ctrl-C, Stream.close()) as far as it came.
         A Generation's kv has, beside what LLM.chat() tells, `dropped`: turns that n_ctx had no room for any more.
         Turns are dropped until half of what a prompt may take is free again. Room is kept for max_tokens, at most half
-        of n_ctx. ValueError, and nothing has changed: an empty message, or one that n_ctx has no room for."""
+        of n_ctx. ValueError, and nothing has changed: an empty message, one that n_ctx has no room for, or one that
+        leaves more to be kept than kv_budget holds, which is found after the first token."""
         with self._turn:
             pieces = self._say(text, how)
             if stream:
@@ -79,34 +81,40 @@ class Conversation:
         own = {name: how.pop(name) for name in sampling.NAMES & how.keys()}
         how["sampling_params"] = chosen = sampling.of_call(how.get("sampling_params"), own, max_tokens=N_ANSWER)
         asked, n_dropped = self._fitting([*self.messages, {"role": "user", "content": text}], chosen.max_tokens)
-        if self._llm._session.probe.kind == "mean":
-            how.setdefault("kv_query", self._query(text))
+        before = Mark(self._llm._session, cells=False)
         inner = self._llm.chat(asked, stream=True, **self._template, **how)
-        answer = self._answer(asked, inner, n_dropped)
+        answer = self._answer(asked, inner, n_dropped, before, self._llm._turns.number)
         self._asked = weakref.ref(answer)
         return Stream(answer)
 
-    def _answer(self, asked: list[Message], pieces: "Stream", n_dropped: int) -> Generator[str, None, "Generation"]:
+    def _answer(self, asked: list[Message], pieces: "Stream", n_dropped: int, before: Mark,
+                number: int) -> Generator[str, None, "Generation"]:
+        """before: the cache then; number: of the turn that the LLM gave."""
         said = []
         try:
             for piece in pieces:
                 said.append(piece)
                 yield piece
-        except BaseException:  # what nobody answered was not said
-            self.messages = [*asked, _assistant("".join(said))] if said else self.messages
+        except BaseException as error:  # what nobody answered was not said
+            if isinstance(error, Exception) and self._llm._turns.number == number:
+                self._take_back(before)
+            elif said:
+                self.messages = [*asked, _assistant("".join(said))]
             raise
         self.messages = [*asked, _assistant(pieces.result.text)]
         return replace(pieces.result, kv={**pieces.result.kv, "dropped": n_dropped})
 
-    def _query(self, text: str) -> str:
-        """What a policy that asks (finch) is given: the end of the message, where a question stands, as long as it
-        takes."""
-        n_most = self._llm._session.probe.n_most//2
-        ids = self._llm.tokenize(text, add_special=False)
-        if len(ids) <= n_most:
-            return text
-        ends = (self._llm.detokenize(ids[-n:]).lstrip("\ufffd") for n in range(n_most, 0, -1))  # may be cut into more tokens
-        return next((end for end in ends if len(self._llm.tokenize(end, add_special=False)) <= n_most), "")
+    def _take_back(self, before: Mark) -> None:
+        """A message that failed: its prompt could not be evicted, say. The cache is as it was, or empty where it cannot
+        go back: then the next message has all evaluated anew."""
+        with self._llm._turns:
+            try:
+                if before.n_tokens:
+                    before.return_to()
+                    return
+            except ValueError:
+                pass
+            self._llm._session.clear()
 
     def end(self) -> None:
         """Breaks off an answer that is still being streamed."""

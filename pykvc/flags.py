@@ -39,7 +39,7 @@ KvQuery = Annotated[Optional[str], flag("--kv-query", help="What finch asks afte
 System = Annotated[Optional[str], flag("-sys", "--system-prompt", help="A system message.")]
 BatchSize = Annotated[int, flag("-b", "--batch-size", env="BATCH", help="Tokens of one call.")]
 FlashAttn = Annotated[str, flag("-fa", "--flash-attn", env="FLASH_ATTN", help="on, off or auto.")]
-Seed = Annotated[int, flag("-s", "--seed", env="SEED", help="Seed of the sampler.")]
+Seed = Annotated[int, flag("-s", "--seed", env="SEED", help="Seed of the sampler; -1: a random one.")]
 Temp = Annotated[float, flag("--temp", "--temperature", help="0: the most likely token.")]
 TopK = Annotated[int, flag("--top-k", env="TOP_K", help="0: off.")]
 TopP = Annotated[float, flag("--top-p", help="1: off.")]
@@ -61,6 +61,7 @@ FrequencyPenalty = Annotated[float, flag("--frequency-penalty", help="0: off.")]
 Grammar = Annotated[Optional[str], flag("--grammar", help="GBNF that the answer follows.")]
 GrammarFile = Annotated[Optional[str], flag("--grammar-file", help="A file with it.")]
 JsonSchema = Annotated[Optional[str], flag("-j", "--json-schema", help="Schema of the JSON that the answer is.")]
+JsonSchemaFile = Annotated[Optional[str], flag("-jf", "--json-schema-file", help="A file with it.")]
 
 
 def opening(
@@ -79,14 +80,19 @@ def opening(
 def sampling(
     temp: Temp = 0.0, top_k: TopK = 40, top_p: TopP = 0.95, min_p: MinP = 0.05, typical_p: TypicalP = 1.0, repeat_penalty: RepeatPenalty = 1.0,
     presence_penalty: PresencePenalty = 0.0, frequency_penalty: FrequencyPenalty = 0.0, grammar: Grammar = None, grammar_file: GrammarFile = None,
-    json_schema: JsonSchema = None, stop: Stop = None,
+    json_schema: JsonSchema = None, json_schema_file: JsonSchemaFile = None, stop: Stop = None,
 ) -> dict[str, Any]:
     """What SamplingParams takes, but for the number of tokens."""
     if grammar is not None and grammar_file is not None:
         raise ValueError("give --grammar or --grammar-file, not both")
+    if json_schema is not None and json_schema_file is not None:
+        raise ValueError("give --json-schema or --json-schema-file, not both")
+    if json_schema and not json_schema.strip().startswith("{") and Path(json_schema).is_file():
+        raise ValueError(f"-j is the text of a JSON schema: -jf {json_schema} reads it from a file")
     return dict(temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, typical_p=typical_p, repeat_penalty=repeat_penalty,
                 presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, grammar=read(grammar_file) if grammar_file else grammar,
-                json_schema=json_schema, stop=[unescaped(s) for s in stop] if stop else None)
+                json_schema=read(json_schema_file) if json_schema_file else json_schema,
+                stop=[unescaped(s) for s in stop] if stop else None)
 
 
 def proportions(text: str | None) -> list[float] | None:

@@ -8,17 +8,18 @@
 """
 import functools
 import importlib
+import inspect
 import os
 import sys
 import weakref
 from importlib import metadata
 from importlib.abc import MetaPathFinder
 from pathlib import Path
-from typing import Any, Callable, Generator, Iterator, Sequence
+from typing import Any, Callable, Generator, Iterable, Iterator, Sequence
 
 from jinja2 import TemplateSyntaxError
 
-from . import _core, chat, models, options, prompts
+from . import _core, chat, models, options, prompts, sampling, weights
 from .policy import I32, Policy
 from .turns import Steps, Turns
 
@@ -132,6 +133,7 @@ class _Format:
 
 
 _Theirs: Any = theirs.Llama
+_KNOWN = inspect.signature(_Theirs.__init__).parameters.keys() - {"self", "kwargs"}
 
 
 class Llama(_Theirs):
@@ -158,7 +160,10 @@ class Llama(_Theirs):
         if evicts and kwargs.get("draft_model") is not None and (decode_budget or cells or needs["sums"]):
             raise ValueError("draft_model: drafts that are refused are taken out of the cache again, which kv_decode_budget, kv_cells and "
                              "h2o do not allow")
+        _check_names(kwargs)
         _check_numbers(kwargs)
+        if kwargs.get("lora_path") is not None:
+            kwargs["lora_path"] = _lora(kwargs["lora_path"], policy, needs)
         self._kv_given = dict(kv_policy=kv_policy, kv_budget=kv_budget, kv_decode_budget=kv_decode_budget, kv_cells=kv_cells)
         _core.set_log(_log)  # LLM may have set its own
         _core.begin_call()
@@ -172,6 +177,9 @@ class Llama(_Theirs):
                              f"(line {error.lineno})") from None
         finally:
             _core.next_context(None)  # if there was none
+        if kwargs.get("lora_path") and not self._lora_adapter:  # theirs goes on without, and crashes later
+            super().close()
+            raise ValueError(_core.why_failed(f"{kwargs['lora_path']} is not a LoRA of this model"))
         self._kv = _Cache(_core.Context.borrow(self._ctx.ctx), evicts, needs["spans"])
         if evicts:
             self._ctx.kv_cache_seq_rm = self._kv.remove_tail
@@ -219,6 +227,20 @@ class Llama(_Theirs):
         if self._kv.phase == "prompt":
             self._kv.phase = "sampled"
         return super().sample(*args, idx=idx, **kwargs)
+
+    def _init_sampler(self, *args: Any, grammar: Any = None, **kwargs: Any) -> Any:
+        if grammar is not None:
+            text = getattr(grammar, "_grammar", None)
+            if not isinstance(text, str):
+                raise ValueError(f"grammar is a LlamaGrammar, not {grammar!r}")
+            sampling.Sampler(self._opened.model, sampling.SamplingParams(grammar=text), 0)  # at mistakes theirs crashes
+        return super()._init_sampler(*args, grammar=grammar, **kwargs)
+
+    def embed(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        texts = [input] if isinstance(input, str) else list(input) if isinstance(input, Iterable) else []
+        if not texts or not all(isinstance(text, str) and self.tokenize(text.encode()) for text in texts):
+            raise ValueError(f"embed() takes a text, or a list of them, none of them empty, not {input!r}")
+        return super().embed(input if isinstance(input, str) else texts, *args, **kwargs)
 
     def reset(self) -> None:
         self._kv.phase = "prompt"
@@ -322,6 +344,23 @@ for _name in (*_ENDING, *_WAITING):
 _CACHE_TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 30: "bf16"}  # ggml_type
 
 
+def _check_names(given: dict[str, Any]) -> None:
+    """Theirs passes over a name that it does not know."""
+    if "compression_ratio" in given:
+        raise ValueError("compression_ratio is kvpress': here kv_budget is the share that stays, 1 - compression_ratio")
+    valid = {*_KNOWN, "kv_policy", "kv_budget", "kv_decode_budget", "kv_cells"}
+    for name in sorted(given.keys() - valid):
+        raise ValueError(f"Llama takes no argument {name!r}{options.nearest(name, valid)}")
+
+
+def _lora(path: Any, policy: str | Policy, needs: dict[str, Any]) -> str:
+    if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
+        raise ValueError(f"lora_path: there is no file {path}")
+    if needs["outputs"]:
+        weights.refuse_outputs(policy)
+    return os.fspath(path)
+
+
 def _check_numbers(given: dict[str, Any]) -> None:
     """Those that theirs hands on to C as they are, where others become large, or end the process."""
     for name, low, high in (("n_ctx", 0, options.N_CTX_MAX), ("n_batch", 1, 2**31 - 1), ("n_ubatch", 0, 2**31 - 1),
@@ -332,8 +371,6 @@ def _check_numbers(given: dict[str, Any]) -> None:
         if given.get(name) is not None and given[name] not in _CACHE_TYPES:
             known = ", ".join(f"{number} ({kind})" for number, kind in _CACHE_TYPES.items())
             raise ValueError(f"{name} is one of {known}, not {given[name]!r}")
-    if given.get("lora_path") is not None and not os.path.isfile(given["lora_path"]):
-        raise ValueError(f"lora_path: there is no file {given['lora_path']}")
 
 
 def _checked(detokenize: Callable[..., bytes], model: "_core.Model") -> Callable[..., bytes]:

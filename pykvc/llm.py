@@ -77,7 +77,8 @@ class LLM:
         n_ctx = options.whole("n_ctx", n_ctx, 0, options.N_CTX_MAX)
         adapters = options.lora(lora)
         where = options.devices(n_gpu_layers, main_gpu, tensor_split, rpc_servers)
-        self.seed = options.checked_seed(seed)
+        options.checked_seed(seed)
+        self.seed = seed  # -1: of each answer another
         self.chat_template = chat_template
 
         _core.set_log(_log if verbose else None)
@@ -131,6 +132,8 @@ class LLM:
         ids, found = prompts_of.encode(self._session.model, self._session.needs_spans, text, tokens, spans, span_unit, segment, first=self.n_tokens == 0)
         self._session.check_room(len(ids), self.n_tokens, spare=0)
         query = prompts_of.query(self._session, kv_query)
+        if self._session.setup["kv_cells"]:
+            self._session.probe.check_asked(query or self._session.query)
         self._session.begin_turn()
         self._session.query = query or self._session.query
         self._session.feed(ids, found)
@@ -149,16 +152,22 @@ class LLM:
 
     @queued
     def compress(self, kv_query: str | None = None, *, kv_budget: int | float | str | None = None,
-                 kv_decode_budget: int | float | str | None = None) -> bool:
+                 kv_decode_budget: int | float | str | None = None, budget: int | float | str | None = None) -> bool:
         """Evicts down to kv_budget, now. False: nothing was over it. ValueError if no kv_budget was given. kv_query and
-        budgets: as generate()."""
-        (budget,) = options.budgets(kv_budget, kv_decode_budget, 1, self._session)
-        if not (budget and budget[0]):
+        budgets: as generate(); budget is kv_budget. Another policy: LLM.context()."""
+        if self._session.probe.kind != "mean" and str(kv_query).partition(":")[0] in options.names():
+            raise ValueError("compress() evicts by the LLM's own policy: "
+                             f"llm.context(text).compress({kv_query!r}) evicts by another")
+        kv_budget = options.one_of("kv_budget", kv_budget, "budget", budget)
+        (own,) = options.budgets(kv_budget, kv_decode_budget, 1, self._session)
+        if not (own and own[0]):
             self._session.check_compress()
         self._session.settle()
-        self._session.query = prompts_of.query(self._session, kv_query) or self._session.query
-        if budget:
-            self._session.set_budget(*budget)
+        query = prompts_of.query(self._session, kv_query) or self._session.query
+        self._session.probe.check_asked(query)
+        self._session.query = query
+        if own:
+            self._session.set_budget(*own)
         evicted = self._session.compress()
         self._session.by_hand = True
         return evicted
@@ -208,7 +217,7 @@ class LLM:
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise ValueError(f"a state is the bytes of save_state(), not {data!r}; load() reads a file")
         self._session.begin_turn()
-        self._session.load(bytes(data), "in memory")
+        self._session.load(bytes(data), "given to load_state()")
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
@@ -230,7 +239,8 @@ class LLM:
         spans: (begin, end) of the prompt, in `span_unit` "tokens" (the default) or "chars"; or segment= "sentence", a separator,
         "sep:...", "re:...". Policies that do not work on spans pass them over; those that do take sentences if there
         are none. kv_query: the text that a policy which asks (finch) evaluates after each chunk and takes out again; without
-        one, `question`. kv_budget, kv_decode_budget: instead of the LLM's own. All three stay until the next reset or load().
+        one, `question`, and ValueError without both. kv_budget, kv_decode_budget: instead of the LLM's own. All three
+        stay until the next reset or load().
         reset=False appends to the cache. compress: evict down to kv_budget when the prompt was evaluated and its first token
         sampled; None: at every prompt, unless compress() was called since the last reset (question-out).
 
@@ -262,6 +272,8 @@ class LLM:
         (budget,) = options.budgets(kv_budget, kv_decode_budget, 1, session)
         if compress and not (budget and budget[0]):
             session.check_compress()
+        if session.will_evict(compress, bool(budget and budget[0]), by_hand=session.by_hand and not reset):
+            session.probe.check_asked(query or (not reset and session.query))
         echoed = "" if not echo else prompt if prompt is not None else self.detokenize(ids)
         request = Request(ids, found, reset, compress, how.max_tokens, check_stop(how.stop), Sampler(session.model, how, self.seed),
                           echoed, query, budget, rendered)
@@ -312,7 +324,7 @@ class LLM:
     def chat(self, messages: Sequence[Message], *, tools: Sequence[Tool] | None = None,
              enable_thinking: bool | None = None, chat_template_kwargs: dict[str, Any] | None = None,
              reset: bool | None = None, **how: Any) -> Generation | Stream:
-        """generate() on a chat. Each message is a span (pykvc/messages.py).
+        """generate() on a chat. Each message is a span (pykvc/messages.py). kv_query None: the last message's end.
 
         In no span, so always kept: system messages, what the template puts before the first message, the last message.
         tools, enable_thinking: as apply_chat_template(); chat_template_kwargs: its variables.
@@ -320,9 +332,13 @@ class LLM:
         Generation's kv has `reused`, the tokens that were there, and `anew`, why an evicted cache was of no use.
         reset=True evaluates everything."""
         session = self._session
+        template = chat.template_of(session.model, tools) if self.chat_template is None else self.chat_template
+        messages = chat.as_text(messages, template)
+        if session.probe.kind == "mean" and not how.get("kv_query") and isinstance(messages[-1].get("content"), str):
+            how["kv_query"] = prompts_of.question_in(session, messages[-1]["content"])
 
         def render(part: Sequence[Message], add_generation_prompt: bool = False) -> str:
-            return chat.prompt(session.model, part, self.chat_template, tools=tools, enable_thinking=enable_thinking,
+            return chat.prompt(session.model, part, template, tools=tools, enable_thinking=enable_thinking,
                                add_generation_prompt=add_generation_prompt, variables=chat_template_kwargs)
         prompt, spans = render(messages, add_generation_prompt=True), None
         if session.needs_spans:
@@ -338,9 +354,12 @@ class LLM:
 
     @queued
     def pipeline(self, context: str, questions: Sequence[str], *, policy: str | Sequence[str] | None = None,
-                 budget: int | float | str | Sequence[int | float | str] | None = None, **how: "Unpack[arguments.Pipeline]") -> list[Generation]:
+                 budget: int | float | str | Sequence[int | float | str] | None = None,
+                 kv_budget: int | float | str | Sequence[int | float | str] | None = None,
+                 **how: "Unpack[arguments.Pipeline]") -> list[Generation]:
         """Answers questions about a text that is evaluated once, and compressed before it knows them:
-        pykvc/pipeline.py."""
+        pykvc/pipeline.py. kv_budget is another name of budget."""
+        budget = options.one_of("budget", budget, "kv_budget", kv_budget)
         return pipeline(self, context, questions, policy, budget, **how)
 
     # -- what there is to see ---------------------------------------------------------------------------------------

@@ -60,6 +60,8 @@ def resolve(model: str | os.PathLike | None) -> Path:
     """The GGUF that `model` means: None, a path, a known name or user/repo[:quant]. ValueError names what is valid."""
     if model is None:
         return default_model()
+    if not isinstance(model, (str, os.PathLike)):
+        raise ValueError(f"model is the path of a .gguf file or a name, a string, not {model!r}")
     path = Path(model).expanduser()
     if path.is_file():
         return path

@@ -1,9 +1,11 @@
 """What LLM and generate() accept, checked once at the door. Every function raises ValueError naming what is valid."""
 import ast
+import difflib
 import importlib
 import math
 import os
 import re
+import secrets
 import sys
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Iterable, cast
@@ -24,9 +26,17 @@ def whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> int:
     return int(value)
 
 
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """Behind a sentence that refuses a name: which one was meant, or all that there are."""
+    valid = sorted(valid)
+    found = [other for other in valid if other.startswith(name)] or difflib.get_close_matches(name, valid, 1)
+    return f": did you mean {found[0]!r}?" if found else f": there are {', '.join(valid)}"
+
+
 def checked_seed(value: Any) -> int:
-    """2**32 - 1 is llama.cpp's word for a random one: it is as the one before it."""
-    return min(whole("seed", value, 0, 2**32 - 1), 2**32 - 2)
+    """-1: a random one, as in llama.cpp. 2**32 - 1, llama.cpp's own word for that, is as the one before it."""
+    seed = whole("seed", value, -1, 2**32 - 1)
+    return secrets.randbelow(2**32 - 1) if seed == -1 else min(seed, 2**32 - 2)
 
 
 def number(name: str, value: Any, low: float, high: float = math.inf) -> float:
@@ -73,6 +83,18 @@ def budgets(kv_budget: Any, kv_decode_budget: Any, n: int, session: "Session") -
     return pairs
 
 
+def one_of(name: str, value: Any, other: str, again: Any) -> Any:
+    """What was given under one of two names."""
+    if value is not None and again is not None:
+        raise ValueError(f"{name} and {other} are the same: give one of them")
+    return again if value is None else value
+
+
+def names() -> set[str]:
+    """Of the built-in policies."""
+    return {p["name"] for p in _core.policies()}
+
+
 def cells(value: int | str | None) -> str:
     """As the engine reads it: "" as many as n_ctx, "2048" cells of a sequence, "512MiB" of all of them; or "auto"."""
     if value is None or value == "":
@@ -100,7 +122,7 @@ def policy(value: str | Policy | None, kv_budget: str, kv_decode_budget: str, kv
     elif isinstance(value, Policy):
         value._check()
         checked, name = value, value.name
-        if name in {p["name"] for p in _core.policies()}:
+        if name in names():
             raise ValueError(f"{type(value).__name__}.name is {name!r}, which is a built-in policy: choose another")
     else:
         raise ValueError(f"kv_policy is a spec such as 'snapkv:window=32' or an instance of pykvc.Policy, not {value!r}")
@@ -113,7 +135,7 @@ def policy(value: str | Policy | None, kv_budget: str, kv_decode_budget: str, kv
 def in_python(spec: str) -> tuple[str, str, str] | None:
     """(module, class, arguments) of "module:Class:key=value,..."; None: it is none."""
     named = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)(?::(.*))?", spec.strip())
-    return None if not named or named[1] in {p["name"] for p in _core.policies()} else (named[1], named[2], named[3] or "")
+    return None if not named or named[1] in names() else (named[1], named[2], named[3] or "")
 
 
 def written_in_python(spec: str) -> Policy | None:
@@ -130,9 +152,21 @@ def written_in_python(spec: str) -> Policy | None:
     if not (isinstance(cls, type) and issubclass(cls, Policy)):
         raise ValueError(f"kv_policy {spec!r}: {name} is no subclass of pykvc.Policy")
     try:
-        return cls(**{key.strip(): _literal(value.strip()) for key, value in (item.split("=", 1) for item in given.split(",") if item)})
+        pairs = [item.split("=", 1) for item in given.split(",") if item]
+        own = {key.strip(): _literal(value.strip()) for key, value in pairs}
+        return _with_attributes(cls(), own) if cls.__init__ is object.__init__ else cls(**own)
     except (TypeError, ValueError) as error:
         raise ValueError(f"kv_policy {spec!r}: {error}") from None
+
+
+def _with_attributes(policy: Policy, own: dict[str, Any]) -> Policy:
+    """A class without an __init__: its parameters are the attributes that it, or Policy, has."""
+    valid = {key for key in dir(policy) if not key.startswith("_") and not callable(getattr(policy, key))} - {"name"}
+    for key, value in own.items():
+        if key not in valid:
+            raise ValueError(f"{type(policy).__name__} has no attribute {key!r}{nearest(key, valid)}")
+        setattr(policy, key, value)
+    return policy
 
 
 def _literal(text: str) -> Any:
@@ -161,10 +195,13 @@ def parameter(policy: str, name: str) -> int:
 
 
 def flash_attn(value: bool | str) -> str:
-    words = {True: "on", False: "off", "on": "on", "off": "off", "auto": "auto"}
-    if not isinstance(value, (bool, str)) or value not in words:
-        raise ValueError(f"flash_attn is True, False or 'auto', not {value!r}")
-    return words[value]
+    """llama.cpp's words, too: on, enabled, true, 1 ..."""
+    words = {"on": ("on", "enabled", "true", "1"), "off": ("off", "disabled", "false", "0"), "auto": ("auto", "-1")}
+    said = str(value).lower() if isinstance(value, (bool, str)) else ""
+    for word, others in words.items():
+        if said in others:
+            return word
+    raise ValueError(f"flash_attn is 'on' or True, 'off' or False, or 'auto', not {value!r}")
 
 
 def cache_type(name: str, value: str) -> str:

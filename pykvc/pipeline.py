@@ -8,7 +8,7 @@ In the model's chat template text and question are one message of the user, whic
 from typing import TYPE_CHECKING, Any, Sequence
 
 from . import sampling
-from .context import steps_of
+from .context import check_asked, steps_of
 from .sampling import Sampler, SamplingParams
 from .spans import Span, check_spans, segment_spans
 from .user_turn import asked
@@ -47,7 +47,7 @@ def pipeline(llm: "LLM", context: str, questions: Sequence[str], policy: str | S
         raise ValueError("there is nothing to compress with: make the LLM with a kv_policy")
     compresses = session.evicts and (session.has_budget or budget is not None)
     if compresses:
-        steps_of(session, policy, budget, decode_budget)
+        check_asked(session, steps_of(session, policy, budget, decode_budget), kv_query)
     ctx = llm.context(found.head, spans=None if spans is None else found.spans(list(spans)), span_unit="chars", kv_query=kv_query)
     if compresses:
         ctx.compress(policy, budget, decode_budget)

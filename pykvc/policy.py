@@ -66,6 +66,9 @@ class Request:
     spans: list[tuple[int, int]]  # original positions [begin, end), ascending, disjoint; empty unless Policy.spans
 
 
+ASKED = {"attn": "window", "sums": "sums", "keys": "keys", "q_mean": "window and future", "q_cov": "window and future",
+         "v_norm": "values", "o_norm": "outputs", "attn_rows": "window and attn_rows",
+         "value_rows": "value_rows"}  # fields of Layer, and the attributes of a Policy that ask for them
 N_MOST = 2**20  # tokens of a window and of what is always kept
 
 
@@ -151,7 +154,15 @@ class Policy:
 
     def _score(self, view: dict[str, Any]) -> F32:
         layer = _record(Layer, view)
-        score = self._array("score", self.score(layer), (layer.n_head_kv, layer.n_kv), np.float32)
+        try:
+            given = self.score(layer)
+        except (AttributeError, TypeError) as error:
+            if "NoneType" not in str(error):
+                raise
+            raise ValueError(f"{self.name}.score(): {error}; {_unasked(layer)}") from error
+        if given is None:
+            raise ValueError(f"{self.name}.score() returned None; {_unasked(layer)}")
+        score = self._array("score", given, (layer.n_head_kv, layer.n_kv), np.float32)
         if np.isnan(score).any():
             raise ValueError(f"{self.name}.score() returned NaN for layer {layer.il}")
         return score
@@ -191,6 +202,12 @@ class Policy:
 
 def _record(cls: type, view: dict[str, Any]) -> Any:
     return cls(**{f.name: view[f.name] for f in fields(cls)})
+
+
+def _unasked(layer: Layer) -> str:
+    """What is None in a layer, and what would have it there."""
+    missing = [name for name in ASKED if getattr(layer, name) is None]
+    return "None here: " + ", ".join(f"layer.{name} (set {ASKED[name]})" for name in missing)
 
 
 def _request(view: dict[str, Any]) -> Request:

@@ -57,6 +57,11 @@ class Probe:
         if len(query) > self.n_most//2:
             raise ValueError(f"kv_query has {len(query)} tokens: at most half of window (a parameter of finch) and of n_ubatch, {self.n_most//2}")
 
+    def check_asked(self, query: object) -> None:
+        """Before an eviction that is to go by it."""
+        if self.kind == "mean" and not query:
+            raise ValueError("finch keeps what a question attends to, and there is none: give kv_query")
+
     @property
     def asks(self) -> bool:
         return self.kind == "max" or (self.kind == "mean" and bool(self.session.query))

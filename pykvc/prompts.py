@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
 def tokenize(model: "_core.Model", text: str, add_special: bool, parse_special: bool = True) -> list[int]:
     if not isinstance(text, str):
-        raise ValueError(f"a prompt is a string, not {type(text).__name__}")
+        tokens = "; token ids go as tokens=" if isinstance(text, Iterable) else ""
+        raise ValueError(f"a prompt is a string, not {type(text).__name__}{tokens}")
     return list(model.tokenize(text.encode("utf-8", "surrogateescape"), add_special, parse_special))
 
 
@@ -26,6 +27,16 @@ def query(session: "Session", text: str | None) -> list[int]:
     ids = tokenize(session.model, text, add_special=False) if text else []
     session.probe.check(ids)
     return ids
+
+
+def question_in(session: "Session", text: str) -> str:
+    """What a policy that asks (finch) is given of a message: its end, where a question stands, as long as it takes."""
+    model, n_most = session.model, session.probe.n_most//2
+    ids = tokenize(model, text, add_special=False)
+    if len(ids) <= n_most:
+        return text
+    ends = (model.detokenize(ids[-n:]).decode("utf-8", "replace").lstrip("\ufffd") for n in range(n_most, 0, -1))
+    return next((end for end in ends if len(tokenize(model, end, False)) <= n_most), "")  # may be cut into more tokens
 
 
 def join(shots: Sequence[str] | None, question: str | None) -> tuple[str, list[Span]]:

@@ -14,7 +14,7 @@ from typing import Any, Mapping, Sequence, cast
 import numpy as np
 
 from . import _core
-from .options import checked_seed, number, whole
+from .options import checked_seed, nearest, number, whole
 from .policy import F32
 from .text import check_stop
 
@@ -34,7 +34,7 @@ class SamplingParams:
     presence_penalty: float = 0.0   # 0: off
     frequency_penalty: float = 0.0  # 0: off
     logit_bias: Mapping[int, float] | None = None  # added to a token's logit, -inf: never
-    seed: int | None = None     # None: the LLM's own
+    seed: int | None = None     # None: the LLM's own; -1: a random one
     stop: str | Sequence[str] | None = None  # strings that end the answer and do not appear in it
     grammar: str | None = None  # GBNF with a rule named root, which the answer follows
     json_schema: str | Mapping[str, Any] | None = None  # of the JSON that the answer is; not beside a grammar
@@ -90,7 +90,8 @@ def of_call(given: SamplingParams | None, own: Mapping[str, Any], **default: Any
     if given is not None and not isinstance(given, SamplingParams):
         raise ValueError(f"sampling_params is a pykvc.SamplingParams, not {given!r}")
     if unknown := own.keys() - NAMES:
-        raise TypeError(f"there is no argument {min(unknown)!r}")
+        from .arguments import NAMES as valid
+        raise TypeError(f"there is no argument {min(unknown)!r}{nearest(min(unknown), valid)}")
     before = {name: getattr(given, name) for name in NAMES} if given else default
     return SamplingParams(**{**before, **own})
 

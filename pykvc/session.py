@@ -246,6 +246,11 @@ class Session:
         if self.evicts and not self.has_budget:
             raise ValueError("there is nothing to compress to: give LLM(kv_budget=...)")
 
+    def will_evict(self, compress: bool | None, own_budget: bool, by_hand: bool) -> bool:
+        """Before or at the end of a prompt that is to come."""
+        at_end = (own_budget or self.has_budget) and not by_hand
+        return self.evicts and bool(self.setup["kv_cells"] or (at_end if compress is None else compress))
+
     @property
     def has_budget(self) -> bool:
         return bool(self.setup["kv_budget"] or self.setup["kv_cells"] or self.own[1])
@@ -280,9 +285,12 @@ class Session:
         return evicted
 
     def tell_if_all_stay(self, n_tokens: int, kept: list[int], budget: str = "") -> None:
-        """Says once that a ratio had no effect: the prompt is not longer than what the policy always keeps."""
+        """Says once that a budget had no effect: the prompt is not longer than what the policy always keeps. The engine
+        refuses a number of tokens then, unless nothing of the prompt is in a span."""
         kind, share = _core.parse_budget(budget or self.setup["kv_budget"], "kv_budget")
-        if self.evicts and not self._told and kind == "ratio" and kept and min(kept) >= n_tokens > max(1, int(share*n_tokens + 0.5)):
+        n_budget = max(1, int(share*n_tokens + 0.5)) if kind == "ratio" else share
+        says = kind == "ratio" or kind == "tokens" and self.needs_spans
+        if self.evicts and not self._told and says and kept and min(kept) >= n_tokens > n_budget:
             self._told = True
             policy = (self.own[0] or self.setup["kv_policy"]).partition(":")[0]
             self.tell(f"kv_budget {share:g}: all {n_tokens} tokens stay, since {policy} always keeps some of a prompt (its first or "

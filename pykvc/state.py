@@ -69,7 +69,7 @@ def parse(data: bytes, setup: dict[str, Any], name: object) -> tuple[dict[str, A
     """(session, logits, state). ValueError: not ours, damaged, or of another setup, naming the fields. name: what it
     calls the data."""
     if not data.startswith(MAGIC):
-        raise ValueError(f"{name} is not a state of pykvc")
+        raise ValueError(f"the state {name} is not a state of pykvc: it does not begin as those of save() do")
     try:
         version, n_header, crc = struct.unpack_from("<III", data, len(MAGIC))
         begin = len(MAGIC) + 12 + n_header

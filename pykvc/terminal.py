@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import chat
+from . import chat, command
 from .conversation import Conversation
 from .generation import Generation
 from .llm import LLM
@@ -31,6 +31,7 @@ class Talk:
         self.llm, self.how, self.conversation = llm, how, Conversation(llm, system)
         self.typed = sys.stdin.isatty()
         self.console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        self.n_refused = 0
         self.notes: list[str] = []  # after an answer, which they would stand in the middle of
         llm._session.tell = self.notes.append
 
@@ -49,7 +50,8 @@ class Talk:
                     return
                 self.take(line)
             except ValueError as error:
-                self.console.print(str(error).splitlines()[0])
+                self.n_refused += 1
+                self.console.print(command.one_line(error))
             except KeyboardInterrupt:
                 if not self.typed:
                     raise
@@ -77,15 +79,19 @@ class Talk:
             self.conversation.clear()
         elif command == "/system":
             self.conversation = Conversation(self.llm, rest.strip())
-        else:
+        elif self.typed or line.strip():
             self._ask(line)
 
     def _ask(self, line: str) -> None:
         with prompt_bar(self.llm._session):
-            answer = self.conversation.ask(line, stream=True, **self.how)
+            answer, piece = self.conversation.ask(line, stream=True, **self.how), ""
             try:
                 for piece in answer:
                     print(piece, end="", flush=True)
+            except ValueError:
+                if piece:
+                    print(flush=True)  # what was said of an answer that failed is a line of its own
+                raise
             finally:
                 answer.close()  # Ctrl-C: what was said so far is part of the conversation
         print(flush=True)

@@ -1,6 +1,6 @@
 """Loaded weights, one copy for all that have the same file open."""
 import os
-from typing import Any, Sequence
+from typing import Any, NoReturn, Sequence
 from weakref import WeakValueDictionary
 
 from . import _core
@@ -12,12 +12,17 @@ def adapt(ctx: "_core.Context", adapters: Sequence[tuple[str, float]], weighs_ou
     """LoRAs and their scales for what a context evaluates. ValueError: one is another model's, or the policy does not
     know what it changes."""
     if weighs_outputs:
-        raise ValueError(f"{ctx.policy} weighs values by the model's output projection, which a LoRA may change: take a policy without values=wo")
+        refuse_outputs(ctx.policy)
     loaded = [(_core.Adapter(ctx.model, path), scale) for path, scale in adapters]
     for (adapter, _), (path, _) in zip(loaded, adapters):
         if adapter.is_activated:
             raise ValueError(f"{path} is an aLoRA, which words of the prompt switch on: that is not supported")
     ctx.set_adapters([adapter for adapter, _ in loaded], [scale for _, scale in loaded])
+
+
+def refuse_outputs(policy: Any) -> NoReturn:
+    raise ValueError(f"{policy} weighs values by the model's output projection, which a LoRA may change: "
+                     "take a policy without values=wo")
 
 
 def uses(endpoint: str) -> bool:

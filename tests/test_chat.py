@@ -286,6 +286,25 @@ def test_what_a_template_sees():
     assert rendered("{{ effort }} {{ bos_token }}", variables={"effort": "low", "bos_token": "<s>"}) == "low <s>"
     call = {"role": "assistant", "content": None, "tool_calls": [CALL]}  # OpenAI's replies have it so
     assert rendered("{{ messages[1].content is defined }}", [*HI, call]) == "False"
+    assert rendered("{% for m in messages %}{{ m.role + m.content }} {% endfor %}", [*HI, call]) == "userHi assistant "
+
+
+PARTS = [user([{"type": "text", "text": "One"}, {"type": "text", "text": "two?"}])]
+
+
+def test_parts_are_one_text_where_a_template_takes_no_lists(model_path):
+    """As in llama-server."""
+    for template in ("{{ messages[0].content }}", "{{ messages[0]['content'] + '' }}"):
+        assert rendered(template, PARTS) == "One\ntwo?"
+    assert rendered("{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}", PARTS) == "[One][two?]"
+    with pytest.raises(ValueError, match="message 0 has a part that is not .* takes text alone: {'type': 'image_url'}"):
+        rendered("{{ messages[0].content }}", [user([{"type": "image_url"}])])
+    with opened(model_path, n_ctx=256, kv_policy="shotkv:window=4", kv_budget="90%") as llm:
+        turns = [*PARTS, assistant("Three."), user("Four?")]
+        llm.chat(turns, max_tokens=1)
+        texts = [llm.detokenize(llm._session.tokens[a:b]) for a, b in llm._session.spans]
+        assert texts[0].endswith("user\nOne\ntwo?<|im_end|>\n") and len(texts) == 2
+        assert llm.chat([*turns, assistant("5."), user("Why?")], max_tokens=1).n_prompt < 40
 
 
 @pytest.mark.parametrize("template, says", [

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import pykvc
-from pykvc import table
+from pykvc import options, table
 from pykvc.cli import app
 from pykvc.demo import compose
 
@@ -89,7 +89,12 @@ def test_environment(model_path):
     (["generate", "-p", "a", "--kv-policy", "snapkv"], "--kv-budget (512 tokens"),
     (["generate", "-p", "a", "--kv-policy", "snapkv", "--kv-budget", "150%"], "--kv-budget"),
     (["generate", "-p", "a", "-ctk", "q3"], "q8_0"),
-    (["generate", "-p", "a", "-fa", "maybe"], "flash_attn"),
+    (["generate", "-p", "a", "-fa", "maybe"], "'on' or True, 'off' or False, or 'auto'"),
+    (["generate", "-p", "a", "-j", '{"type": "objekt"}'], "objekt"),
+    (["generate", "-p", "a", "-j", __file__], "-jf "),
+    (["generate", "-p", "a", "-j", "{}", "-jf", "b"], "not both"),
+    (["generate", "-p", "a", "-jf", "no/such/file"], "no/such/file"),
+    (["generate", "-p", "a", "--kv-policy", "finch", "--kv-budget", "99"], "give --kv-query"),
     (["generate", "-p", "a", "--grammar", "a", "--grammar-file", "b"], "not both"),
     (["generate", "-p", "a", "--grammar", "a", "-j", "{}"], "not both"),
     (["generate", "-p", "a", "-j", "{"], "json_schema"),
@@ -112,9 +117,18 @@ def test_generate_follows_a_schema(model_path, tmp_path):
     schema = '{"type": "object", "properties": {"city": {"enum": ["Rome", "Oslo"]}}, "required": ["city"]}'
     result = invoke("generate", "-m", model_path, "-p", "A city:", "-n", 40, "-j", schema, "--temp", 1, "--presence-penalty", 0.5)
     assert json.loads(result.stdout)["city"] in ("Rome", "Oslo")
+    (tmp_path/"schema").write_text(schema)
+    result = invoke("generate", "-m", model_path, "-p", "A city:", "-n", 40, "-jf", tmp_path/"schema")
+    assert json.loads(result.stdout)["city"] in ("Rome", "Oslo")
     (tmp_path/"grammar").write_text('root ::= "yes" | "no"')
     result = invoke("generate", "-m", model_path, "-p", "Is it?", "-n", 40, "--grammar-file", tmp_path/"grammar")
     assert result.stdout.strip() in ("yes", "no")
+
+
+@pytest.mark.parametrize("words, means", [(("on", "true", "True", "1", "enabled", True), "on"),
+                                          (("off", "False", "0", False), "off"), (("auto", "-1"), "auto")])
+def test_flash_attention_takes_the_words_of_llama_cpp(words, means):
+    assert [options.flash_attn(word) for word in words] == [means]*len(words)
 
 
 @pytest.mark.parametrize("args, says", [(["generate", "--bogus"], "--bogus"), (["generate", "-n", "x", "-p", "a"], "-n"), (["nothing"], "nothing")])

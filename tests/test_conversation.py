@@ -270,6 +270,35 @@ def test_a_policy_that_asks_is_given_the_message(model_path):
         assert 8 < len(llm._session.query) <= 16 and llm.detokenize(llm._session.query).endswith("Größe 🙂?")
 
 
+@pytest.mark.parametrize("how", [dict(kv_policy="shotkv:window=4", kv_budget=60),
+                                 dict(kv_policy="snapkv:window=4", kv_budget=40)])
+def test_a_message_that_cannot_be_evicted_changes_nothing(model_path, how, monkeypatch):
+    """That is known only once its first token is there."""
+    with opened(model_path, **how) as llm:
+        conversation = llm.conversation(SYSTEM)
+        conversation.ask(ASKED[0], max_tokens=6)
+        before, n = list(conversation.messages), llm.n_tokens
+        if how["kv_policy"].startswith("snapkv"):
+            monkeypatch.setattr(llm._session, "compress", lambda: 1/0)
+        pieces = conversation.ask("one two three four " * 20, stream=True)
+        assert next(pieces)
+        with pytest.raises((ValueError, ZeroDivisionError), match="does not hold|division"):
+            next(pieces)
+        monkeypatch.undo()
+        assert conversation.messages == before and llm.n_tokens == n
+        assert conversation.ask(ASKED[1], max_tokens=2).kv["reused"] == n + 1  # with the last token, not yet evaluated
+        assert [m["content"] for m in conversation.messages[-2:-1]] == [ASKED[1]]
+
+
+def test_a_first_message_that_cannot_be_evicted(model_path, monkeypatch):
+    with opened(model_path, **STREAMING) as llm:
+        conversation = llm.conversation(SYSTEM)
+        monkeypatch.setattr(llm._session, "compress", lambda: 1/0)
+        with pytest.raises(ZeroDivisionError):
+            conversation.ask(ASKED[0])
+        assert llm.n_tokens == 0 and len(conversation.messages) == 1
+
+
 def test_budgets_of_a_turn(model_path):
     """One of a single answer does not stay."""
     with opened(model_path, **STREAMING) as llm:

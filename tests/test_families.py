@@ -357,6 +357,7 @@ def test_a_probe_asks_a_hybrid_through_llm(models):
     """pykvc's own driver: chunks of the context, each repeated and taken out again."""
     models("qwen35")
     with pykvc.LLM(models.path("qwen35"), n_ctx=1024, n_ubatch=128, n_threads=1, kv_policy="finch:window=32", kv_budget=BUDGET) as llm:
+        llm._session.query = ids(8, 1).tolist()  # there is no tokenizer for a kv_query
         llm.prefill(tokens=ids(300).tolist())
         first = llm._session.logits().copy()
         llm.compress()

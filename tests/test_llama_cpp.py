@@ -1,4 +1,5 @@
 """llama-cpp-python on our library: theirs where the policy is off, pykvc.LLM's tokens where it is on."""
+import itertools
 import json
 import os
 import pickle
@@ -277,13 +278,41 @@ def test_below_the_floor(fresh):
     (dict(kv_policy="finch", kv_budget=100), "only pykvc.LLM"), (dict(kv_policy="snapkv", kv_budget=64, embedding=True), "embedding context"),
     (dict(kv_policy="h2o", kv_budget=64, flash_attn=True), "use flash_attn off"), (dict(kv_policy="h2o", kv_budget=64, draft_model=print), "draft_model"),
     (dict(kv_policy="snapkv", kv_budget=64, kv_cells=100), "n_ubatch"), (dict(type_k=1000), r"type_k is one of 0 \(f32\), 1 \(f16\)"),
-    (dict(type_v=-1), "type_v"), (dict(lora_path="/none"), "lora_path")], ids=str)
+    (dict(type_v=-1), "type_v"), (dict(lora_path="/none"), "lora_path"), (dict(lora_path=__file__), "is not a LoRA of this model: invalid magic"),
+    (dict(lora_path=__file__, kv_policy="criticalkv", kv_budget=64), "output projection"), (dict(n_cxt=9), "'n_cxt': did you mean 'n_ctx'"),
+    (dict(kv_buget=64), "did you mean 'kv_budget'"), (dict(xyzzy=1), "there are attention_type, .*kv_policy"),
+    (dict(compression_ratio=0.5), "kv_budget is the share that stays")], ids=str)
 def test_mistakes(model_path, how, match):
     with pytest.raises(ValueError, match=match):
         opened(model_path, **how)
     after = opened(model_path)  # nothing of it is left for the next context
     assert after.kv_stats()["n_evictions"] == 0 and answer(after, n=1)
     after.close()
+
+
+@pytest.mark.parametrize("gbnf, says", [('root = "yes', "failed to parse"), ('foo ::= "a"', "'root'"), ('root ::= root "a"', "left recursion"),
+                                        ("root ::= " + "("*600, "600 deep"), (None, "is a LlamaGrammar")])
+def test_a_grammar_with_a_mistake(fresh, gbnf, says):
+    grammar = "yes" if gbnf is None else llama_cpp.LlamaGrammar.from_string(gbnf)
+    for ask in (lambda: fresh("Is it?", grammar=grammar), lambda: list(fresh("Is it?", grammar=grammar, stream=True)),
+                lambda: fresh.create_chat_completion(MESSAGES[1:], grammar=grammar)):
+        with pytest.raises(ValueError, match=says):
+            ask()
+    assert answer(fresh, n=1)
+
+
+def test_nothing_to_embed(model_path):
+    llm = opened(model_path, embedding=True, n_ctx=128)
+    for call, nothing in itertools.product((llm.embed, llm.create_embedding), ("", [], ["a", ""], 3, b"a")):
+        with pytest.raises(ValueError, match=r"embed\(\) takes a text"):
+            call(nothing)
+    assert len(llm.embed("a b")) == 2 and len(llm.embed(iter(["a", "b"]))) == 2
+    llm.close()
+
+
+def test_parts_of_a_message_are_one_text(fresh):
+    ask = lambda content: fresh.create_chat_completion([{"role": "user", "content": content}], max_tokens=1)["usage"]
+    assert ask([{"type": "text", "text": "Hello"}, {"type": "text", "text": "you"}]) == ask("Hello\nyou")
 
 
 def test_not_a_model(tmp_path, model_path):

@@ -391,6 +391,11 @@ def test_python_policy_mistakes(model_path):
         with pytest.raises(ValueError, match="oldest_first.score"):
             llm.generate(PROMPT, max_tokens=2)
         assert llm.generate(PROMPT, max_tokens=2, compress=False).n_predicted == 2
+    for score in (lambda self, layer: layer.attn.mean(axis=0), lambda self, layer: layer.attn):  # without window
+        policy = type("Forgot", (OldestFirst,), {"score": score})()
+        with pykvc.LLM(model_path, n_ctx=512, kv_policy=policy, kv_budget=50) as llm:
+            with pytest.raises(ValueError, match=r"None.*layer.attn \(set window\)"):
+                llm.generate(PROMPT, max_tokens=2)
     for cls, says in ((type("NoScore", (pykvc.Policy,), {"name": "a"}), "no score"), (type("Named", (OldestFirst,), {"name": "full"}), "built-in"),
                       (type("Late", (OldestFirst,), {"decode": "later"}), "decode"), (type("Minus", (OldestFirst,), {"window": -1}), "window"),
                       (type("Unfitted", (OldestFirst,), {"future": 8}), "window")):
@@ -523,7 +528,8 @@ def test_load_says_what_differs(half, full, model_path, tmp_path):
     (dict(kv_policy=OldestFirst, kv_budget=9), "instance"), (dict(kv_policy="snapkv"), "kv_budget"), (dict(kv_budget=True), "kv_budget"),
     (dict(kv_policy="snapkv", kv_budget=1.5), "ratio"), (dict(kv_policy="snapkv", kv_budget=0), "kv_budget"),
     (dict(kv_policy="snapkv", kv_budget="120%"), "kv_budget"), (dict(kv_policy="snapkv:windw=3", kv_budget=9), "window"),
-    (dict(kv_policy="snapkv:window=32", kv_budget=20), "33"), (dict(model="nothing.gguf"), "does not exist"), (dict(model=__file__), "GGUF"),
+    (dict(kv_policy="snapkv:window=32", kv_budget=20), "33"), (dict(model="nothing.gguf"), "does not exist"),
+    (dict(model=3), "a string, not 3"), (dict(model=b"x"), "a string, not b'x'"), (dict(seed=-2), "seed"), (dict(model=__file__), "GGUF"),
 ])
 def test_bad_set_up(model_path, arguments, says):
     with pytest.raises(ValueError, match=says):
@@ -531,7 +537,7 @@ def test_bad_set_up(model_path, arguments, says):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (dict(), "give a prompt"), (dict(prompt=""), "empty"), (dict(prompt=3), "string"), (dict(prompt="a", tokens=[1]), "one of them"),
+    (dict(), "give a prompt"), (dict(prompt=""), "empty"), (dict(prompt=3), "string"), (dict(prompt=[1, 2]), "go as tokens="), (dict(prompt="a", tokens=[1]), "one of them"),
     (dict(tokens=[-1]), "token id"), (dict(tokens=[10**6]), "token id"), (dict(prompt="a", max_tokens=-2), "max_tokens"),
     (dict(prompt="a", temperature=-1), "temperature"), (dict(prompt="a", top_p=2), "top_p"), (dict(prompt="a", stop=[""]), "stop"),
     (dict(prompt="a b c d", spans=[(0, 2), (1, 3)]), "overlaps"), (dict(prompt="a b", spans=[(0, 99)]), "leaves"),

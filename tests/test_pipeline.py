@@ -1,4 +1,5 @@
 """llm.pipeline(), evictions one after another, states in memory, policies by module:Class."""
+import importlib
 import subprocess
 import sys
 
@@ -21,6 +22,10 @@ class Newest(pykvc.Policy):
         self.sinks, self.low = sinks, low
     def score(self, layer):
         return np.tile(np.arange(layer.n_kv, dtype=np.float32)*(-1 if self.low else 1), (layer.n_head_kv, 1))
+class Plain(pykvc.Policy):
+    name, sinks = "plain", 4
+    def score(self, layer):
+        return layer.pos.astype("float32")
 class NoPolicy:
     pass
 '''
@@ -49,6 +54,19 @@ def test_policy_and_budget_of_a_pipeline(llm):
     assert max(short.kv["kept"]) == 64
     raw = llm.pipeline(TEXT, QUESTIONS[:1], raw=True, max_tokens=4)[0]
     assert raw.n_prompt < short.n_prompt + len(llm.tokenize(TEXT))
+
+
+def test_budget_and_kv_budget_are_one(llm):
+    ask = dict(policy="streaming_llm", max_tokens=1)
+    assert max(llm.pipeline(TEXT, QUESTIONS[:1], kv_budget=64, **ask)[0].kv["kept"]) == 64
+    llm.reset()
+    llm.prefill(TEXT)
+    assert llm.compress(budget=64) and max(llm.stats()["kept"]) == 64
+    for call in (lambda **how: llm.pipeline(TEXT, QUESTIONS[:1], **ask, **how), llm.compress):
+        with pytest.raises(ValueError, match="the same: give one"):
+            call(budget=64, kv_budget=64)
+    with pytest.raises(ValueError, match=r"LLM's own policy: llm.context\(text\).compress\('keydiff'\)"):
+        llm.compress("keydiff")
 
 
 def test_spans_of_a_pipeline_are_the_texts(model_path):
@@ -141,11 +159,24 @@ def test_a_policy_by_module_and_class(module, model_path):
             llm.prefill(tokens=list(range(1000, 1200)))
             llm.compress()
             assert llm.policy == "newest" and llm.kept()[0][0].tolist() == [*range(n_sinks), *range(200 - 32 + n_sinks, 200)]
+            context = llm.context(tokens=list(range(1000, 1200)))
+            mine = importlib.import_module("my_policies").Newest()
+            for policy in (spec, mine, [mine, "knorm"], 3):
+                with pytest.raises(ValueError, match="policy is a spec|is the LLM's own: make one with LLM"):
+                    context.compress(policy, [0.5, 0.4] if isinstance(policy, list) else 0.5)
+
+
+def test_a_class_without_an_init_takes_its_attributes(module, model_path):
+    """That of docs/tutorial.md, as docs/guide.md names it."""
+    with pykvc.LLM(model_path, **HOW, kv_policy="my_policies:Plain:sinks=2", kv_budget=32) as llm:
+        llm.prefill(tokens=list(range(1000, 1200)))
+        llm.compress()
+        assert llm.kept()[0][0].tolist() == [0, 1, *range(170, 200)]
 
 
 @pytest.mark.parametrize("spec, words", [
     ("my_policies:Nobody", "Nobody"), ("my_nothing:Newest", "my_nothing"), ("my_policies:NoPolicy", "subclass"),
-    ("my_policies:Newest:sunks=1", "sunks"), ("my_policies:Newest:sinks=-1", "sinks"), ("my_policies:Newest:sinks=x", "sinks"), ("snapkv:window", "key=value")])
+    ("my_policies:Newest:sunks=1", "sunks"), ("my_policies:Plain:sunks=1", "did you mean 'sinks'"), ("my_policies:Plain:name=a", "'name'"), ("my_policies:Newest:sinks=-1", "sinks"), ("my_policies:Newest:sinks=x", "sinks"), ("snapkv:window", "key=value")])
 def test_a_name_that_names_nothing(module, model_path, spec, words):
     with pytest.raises(ValueError, match=words):
         pykvc.LLM(model_path, **HOW, kv_policy=spec, kv_budget=32)

@@ -68,10 +68,34 @@ def test_a_saved_probe_goes_on(tmp_path):
 @pytest.mark.parametrize("policy, call, why", [
     ("snapkv", dict(kv_query="why?"), "finch"),
     ("finch", dict(kv_query="why? "*300), "kv_query"),
+    ("finch", {}, "there is none: give kv_query"),
 ])
 def test_mistakes(policy, call, why):
     with pykvc.LLM(n_ctx=1024, n_threads=2, kv_policy=policy, kv_budget=200) as llm, pytest.raises(ValueError, match=why):
         llm.generate("A short story.", max_tokens=2, **call)
+
+
+def test_an_eviction_without_a_question(model_path):
+    """ValueError before anything is evaluated; what a chat asks is the end of its last message."""
+    text, asks = CONTEXT[:600], dict(kv_query="What is on the door?")
+    with pykvc.LLM(model_path, n_ctx=1024, n_threads=2, kv_policy="finch:recent=8", kv_budget=60) as llm:
+        for call in (lambda **how: llm.generate(text, max_tokens=2, **how),
+                     lambda **how: llm.pipeline(text, ["Why?"], max_tokens=1, **how),
+                     lambda **how: llm.generate_batch(["a"], prefix=text, max_tokens=1, **how)):
+            llm.reset()
+            with pytest.raises(ValueError, match="give kv_query"):
+                call()
+            assert llm.n_tokens == 0 and call(**asks)
+        for call in (lambda: llm.context(text).compress(), llm.compress):
+            with pytest.raises(ValueError, match="give kv_query"):
+                call()
+        assert llm.context(text, **asks).compress() and llm.context(text).compress("keydiff")
+        assert llm.generate(text, max_tokens=2, compress=False).n_predicted == 2
+        llm.chat([{"role": "user", "content": text + "What is on the door?"}], max_tokens=1)
+        assert llm.detokenize(llm._session.query).endswith("What is on the door?")
+    with pykvc.LLM(model_path, n_ctx=1024, n_ubatch=64, kv_policy="finch:recent=8", kv_cells=256) as llm:
+        with pytest.raises(ValueError, match="give kv_query"):
+            llm.prefill("a")
 
 
 def test_repetitions_need_room():

@@ -36,7 +36,7 @@ def test_help_shows_every_field(method):
     ({"temperature": -1}, "temperature"), ({"temperature": True}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": 0}, "top_p"),
     ({"min_p": 2}, "min_p"), ({"typical_p": 0}, "typical_p"), ({"repeat_penalty": 0}, "repeat_penalty"),
     ({"presence_penalty": float("nan")}, "presence_penalty"), ({"frequency_penalty": float("inf")}, "frequency_penalty"),
-    ({"max_tokens": -2}, "max_tokens"), ({"seed": -1}, "seed"), ({"stop": ""}, "stop"), ({"stop": 5}, "stop"), ({"logit_bias": {1: 10**400}}, "logit_bias"), ({"logprobs": -1}, "logprobs"),
+    ({"max_tokens": -2}, "max_tokens"), ({"seed": -2}, "seed"), ({"stop": ""}, "stop"), ({"stop": 5}, "stop"), ({"logit_bias": {1: 10**400}}, "logit_bias"), ({"logprobs": -1}, "logprobs"),
     ({"logit_bias": [1]}, "logit_bias"), ({"logit_bias": {-1: 0.0}}, "logit_bias"), ({"logit_bias": {1: float("inf")}}, "logit_bias"),
     ({"grammar": ""}, "grammar"), ({"grammar": 'root ::= "a"', "json_schema": {}}, "not both"),
 ])
@@ -65,8 +65,19 @@ def test_what_only_the_model_can_tell_is_told_before_anything_is_evaluated(llm, 
 
 def test_an_unknown_name_is_a_type_error(llm):
     for call in (lambda: llm.generate(PROMPT, tempreature=1), lambda: llm.generate_batch([PROMPT], tempreature=1)):
-        with pytest.raises(TypeError, match="tempreature"):
+        with pytest.raises(TypeError, match="'tempreature': did you mean 'temperature'"):
             call()
+    for name, says in (("temp", "did you mean 'temperature'"), ("kv_buget", "did you mean 'kv_budget'"),
+                       ("xyzzy", "there are .*kv_query")):
+        with pytest.raises(TypeError, match=says):
+            llm.generate(PROMPT, **{name: 1})
+
+
+def test_a_seed_of_minus_1_is_a_random_one(llm, model_path):
+    hot = dict(max_tokens=12, temperature=2.0, top_k=0, top_p=1.0, min_p=0.0)
+    assert len({tuple(llm.generate(PROMPT, seed=-1, **hot).tokens) for _ in range(3)}) == 3
+    with pykvc.LLM(model_path, n_ctx=256, seed=-1) as other:
+        assert other.generate(PROMPT, **hot).tokens != other.generate(PROMPT, **hot).tokens
 
 
 def test_params_are_the_names_and_a_name_beside_them_wins(llm):

@@ -41,6 +41,13 @@ def test_and_only_then(half, prompt, budget, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_tokens_outside_every_span(model_path, capfd):
+    """A chat of one message stays whole under shotkv (docs/server.md)."""
+    with pykvc.LLM(model_path, n_ctx=512, n_threads=1, kv_policy="shotkv:window=8", kv_budget=50) as llm:
+        assert llm.chat([{"role": "user", "content": LONG}], max_tokens=1).kv["evictions"] == 0
+        assert "kv_budget 50: all " in capfd.readouterr().err
+
+
 def test_a_prompt_that_grows_is_silent_once_it_is_evicted(half, capfd):
     assert set(ask(half, LONG).kv["kept"]) != {len(half.tokenize(LONG))}
     ask(half, SHORT, reset=False)

@@ -130,12 +130,32 @@ def test_a_conversation_goes_on_after_mistakes_and_at_n_ctx(model_path, tmp_path
     result = piped(tmp_path, lines, "-m", model_path, "-n", 16, "-c", 256,
                    "--kv-policy", "snapkv:window=8", "--kv-budget", 64)
     says = result.stderr.decode().splitlines()
-    assert result.returncode == 0 and len(says) == 11
-    assert "a message is a string that is not empty" in says[1]
-    assert "the message has" in says[2] and "n_ctx is 256" in says[2]
-    assert says[3] == "the message is not UTF-8 text: its byte 2 is 0xfc"
+    assert result.returncode == 1 and len(says) == 10  # a line for each message, and none for the empty one
+    assert "the message has" in says[1] and "n_ctx is 256" in says[1]
+    assert says[2] == "the message is not UTF-8 text: its byte 2 is 0xfc"
     assert any("dropped at -c 256 and the rest was read again" in line for line in says)
     assert "without eviction)" in says[-1]
+
+
+WRONG = """
+import numpy as np, pykvc
+class Wrong(pykvc.Policy):
+    name = "wrong"
+    def score(self, layer):
+        return np.zeros(3)
+"""
+
+
+def test_an_error_after_the_first_token_has_a_line_of_its_own(model_path, tmp_path):
+    """In chat and generate: that of an eviction comes once something was printed."""
+    (tmp_path/"mine.py").write_text(WRONG)
+    how = ["-m", model_path, "-n", 4, "--kv-policy", "mine:Wrong", "--kv-budget", 20]
+    result = piped(tmp_path, "Name three rivers of Europe, please.\n/clear\nName two lakes.\n", *how)
+    assert result.returncode == 1 and result.stdout.count(b"\n") == 2
+    assert result.stderr.count(b"wrong.score() returns an array") == 2
+    asked = [sys.executable, "-m", "pykvc.cli", "generate", "-c", "512", "-p", "Name three rivers of Europe."]
+    result = subprocess.run([*asked, *map(str, how)], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and result.stdout.endswith("\n") and result.stderr.startswith("wrong.score() returns")
 
 
 @pytest.mark.parametrize("args, says", [(["--temp", -1], "temperature"), (["-m", "no/such.gguf"], "does not exist"),
