@@ -32,7 +32,7 @@ def shared(item: Item, prompt: Prompt, case: Case, protocol: str) -> str:
     return prompt.head or item.id
 
 
-def ask(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str, n_threads: int | None = None,
+def ask(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str, how: dict[str, Any] | None = None,
         out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
     """(item, figures and answer), one after the other, of one context. Cases follow one another; they differ in their
     budgets, with question-out in their policies, too. prefill_ms of the context counts in the first row, evict_ms in

@@ -49,7 +49,9 @@ def _runs(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{folder} holds no results*.json: give the --output_path of python -m pykvc.lm_eval")
     try:
         found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-        return [run for run in found if run["config"]["model_args"].get("kv_policy", "full") == "full"]
+        whole = [run for run in found if run["config"]["model_args"].get("kv_policy", "full") == "full"]
+        return [{"model": Path(run["config"]["model_args"]["model"]).stem,
+                 **{name: run[name] for name in ("n-samples", "n-shot", "results")}} for run in whole]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} has results that are not of pykvc.lm_eval: {error!r}") from None
 
@@ -60,7 +62,7 @@ def _theirs(runs: Sequence[dict[str, Any]], model: str, task: str) -> Row:
     name, metric = THEIRS.get(task, ("", ""))
     for run in reversed(runs) if name else ():
         parts = [part for part in run["n-samples"] if part.startswith(name) and metric in run["results"][part]]
-        if Path(run["config"]["model_args"]["model"]).stem == model and parts:
+        if run["model"] == model and parts:
             counts = [run["n-samples"][part]["effective"] for part in parts]
             right = sum(run["results"][part][metric]*n for part, n in zip(parts, counts))
             low, high = stats.wilson(right, sum(counts))

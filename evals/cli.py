@@ -189,13 +189,9 @@ def show_pool(
     """Print what many cells say together, against one policy on the same items, with intervals over questions."""
     if against != pool.NOTHING and list(pool.named(against)) == ["policy"]:
         against = policy_name(pool.named(against)["policy"])
-    wanted = replace(only, policies=only.policies and [*only.policies, against, "full"],
-                     budgets=only.budgets and ["", *only.budgets])
     rows, columns = report.scored(out, known_tasks(only.tasks)), values(by)
-    rows = [row for row in rows if wanted.case(row["policy"], row["budget"])
-            and (not only.protocols or row["protocol"] in only.protocols)]
-    print(pool.markdown(pool.pool(rows, columns, against, value, positive("--comparisons", comparisons)), columns,
-                        against, across, value))
+    lines = pool.pool(rows, columns, against, value, positive("--comparisons", comparisons), only)
+    print(pool.markdown(lines, columns, against, across, value))
 
 
 # -- the others --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ question stand in a table of their own: question-in, and policies that are told 
 takes about as many bytes under one another, whatever made it small.
 """
 import math
+import statistics
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
@@ -57,15 +58,22 @@ def stratified(strata: Sequence[Sequence[float]], apart: bool = True) -> tuple[f
     """(mean of the strata's means, low, high), 95 %, of scores in [0, 1], one for each unit of a stratum. apart: no
     unit stands in several strata; else their errors may be the same ones, and are added.
 
-    Each stratum has an interval, and these are put together as Zou, Huang and Zhang 2009, Computational Statistics &
-    Data Analysis 53:1080, do for any linear function. A stratum in which all is right, or all wrong, or all alike, is
-    not taken to be certain: its interval is Wilson's, that of the widest spread with this mean."""
-    means = [mean(scores) for scores in strata]
-    intervals = [stats.wilson(sum(scores), len(scores)) if len(set(scores)) == 1 else stats.mean_interval(scores)
-                 for scores in strata]
-    arms = [(one - low, high - one) for one, (low, high) in zip(means, intervals)]
-    below, above = ((math.hypot(*side) if apart else sum(side))/len(means) for side in zip(*arms))
-    return mean(means), max(0.0, mean(means) - below), min(1.0, mean(means) + above)
+    One Wilson interval, of as many units of 0 and 1 as would vary like this mean (the effective sample size of Franco
+    et al. 2019, PMC6690503), with Student's quantile: variances of few units each are guesses, worth the degrees of
+    freedom of Satterthwaite 1946, Biometrics Bulletin 2:110. The score of a single unit varies as one drawn from all
+    strata would. Where each stratum is all alike nothing shows how scores vary: Wilson's of all units. One stratum:
+    stats.mean_interval()."""
+    middle, n_units = mean(map(mean, strata)), (sum if apart else max)(map(len, strata))
+    if len(strata) == 1:
+        return middle, *stats.mean_interval(strata[0])
+    squares = [statistics.variance(of)/len(of) if len(of) > 1 else middle*(1 - middle) for of in strata]
+    freedom = [(len(of) if len(of) > 1 else max(2, n_units)) - 1 for of in strata]
+    total = sum(squares) if apart else sum(map(math.sqrt, squares))**2
+    if total < stats.EQUAL:
+        return middle, *stats.wilson(middle*n_units, n_units)
+    free = total**2/sum(one**2/n for one, n in zip(squares, freedom)) if apart else min(freedom)
+    n = middle*(1 - middle)*len(strata)**2/total
+    return middle, *stats.wilson(middle*n, n, stats.student(free))
 
 
 def sees_question(row: Row) -> bool:

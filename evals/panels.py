@@ -19,7 +19,7 @@ import pandas as pd
 from pykvc import _core
 
 from . import palette
-from .report import CASE, as_asked, listed, title, types
+from .report import CASE, COSTS, GROUP, as_asked, listed, title, types
 from .store import Row, grouped
 from .tasks import task
 
@@ -60,6 +60,16 @@ def label(row: Row) -> str:
     return " ".join(filter(None, parts))
 
 
+def check(where: str, block: Row) -> None:
+    """ValueError if what a [[picture]] names is no column."""
+    kinds, row, axes = {"x": str, "y": str, "marker": str, "only": dict}, (*GROUP, *CASE, "shots"), (*NAMES, *COSTS)
+    valid = {"x": axes, "y": axes, "marker": row, "only": row, "file": row, "panel": (*row, "method"),
+             "line": (*row, "method")}
+    for key in filter(block.__contains__, valid):
+        if not isinstance(block[key], kinds.get(key, (str, list))) or {*_names(block, key, [])} - {*valid[key]}:
+            raise ValueError(f"{key} in {where} is of {', '.join(valid[key])}, not {block[key]!r}")
+
+
 def draw(out: Path, blocks: Sequence[Row], lines: Sequence[Row]) -> list[Path]:
     """PNG files of the [[picture]] blocks."""
     use_matplotlib()
@@ -90,7 +100,7 @@ def draw_report(out: Path, rows: Sequence[Row], lines: Sequence[Row]) -> list[Pa
     return paths
 
 
-def _names(block: Row, name: str, usual: list[str]) -> list[str]:
+def _names(block: Row, name: str, usual: Sequence[str]) -> Sequence[str]:
     value = block.get(name, usual)
     return [value] if isinstance(value, str) else value
 

@@ -15,6 +15,7 @@ from pykvc.table import grid
 
 from .report import (GROUP, Pair, as_asked, compared, difference, interval, largest_first, nats, pair_of, percent,
                      unit_of)
+from .settings import EVERYTHING, Only
 from .stats import mean
 from .store import Row, grouped, values
 from .tasks import TASKS
@@ -29,13 +30,13 @@ IN_COMMON, BUDGETS = (*GROUP, "policy", "item", QUARTER), ("budget", "decode_bud
 
 
 def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: str = "score",
-         n_comparisons: int | None = None) -> list[Row]:
+         n_comparisons: int | None = None, only: Only = EVERYTHING) -> list[Row]:
     """A line for each value of the columns `by`, in the order of the answers, budgets from the largest on:
-    report.difference() and n_answers. n_comparisons: by default those of the lines. Policies are named without
-    parameters, a decode_budget that is the budget is "same". value: "score", or a further figure of a task, "kl" of
-    fidelity, for those that have it. against: a policy's name, or "protocol=question-in", "shots=0",
-    "type_k=q8_0,type_v=q8_0": answers that have these, and are else the same; "none": 0, so that a difference
-    is the mean.
+    report.difference(), n_answers, n_models and n_tasks. n_comparisons: by default those of the lines. Policies are
+    named without parameters, a decode_budget that is the budget is "same". value: "score", or a further figure of a
+    task, "kl" of fidelity, for those that have it. against: a policy's name, or "protocol=question-in", "shots=0",
+    "type_k=q8_0,type_v=q8_0": answers that have these, and are else the same; "none": 0, so that a difference is the
+    mean. only: what is pooled, whatever that is compared with.
     ValueError: an unknown column or value, no answer of `against`, or several of them to compare with."""
     for name in by:
         if name not in COLUMNS:
@@ -55,13 +56,14 @@ def pool(rows: Sequence[Row], by: Sequence[str], against: str = "full", value: s
     for row in sorted(rows, key=largest_first):  # so are lines and columns
         other = 0.0 if alone else reference.get(_same(row, wanted))
         itself = not alone and (_has(row, wanted) or "policy" in wanted and row["policy"] == "full")
-        if other is not None and not itself:
+        if other is not None and not itself and only.answer(row):
             groups.setdefault(values(as_asked(row), by), []).append(pair_of(row, other))
     # a KL is not compared with 0
     compare = [pairs for pairs in groups.values()
                if value == "score" or alone or any(pair.reference for pair in pairs)]
     n = n_comparisons or sum(difference(pairs, 1, value)["difference_low"] is not None for pairs in compare)
-    return [{**dict(zip(by, names)), "n_answers": len(pairs), **difference(pairs, n, value)}
+    return [{**dict(zip(by, names)), "n_answers": len(pairs), **difference(pairs, n, value),
+             "n_models": len({pair.model for pair in pairs}), "n_tasks": len({pair.unit[0] for pair in pairs})}
             for names, pairs in groups.items()]
 
 
@@ -114,10 +116,15 @@ def _reference(rows: Sequence[Row], wanted: dict[str, str], against: str) -> dic
 def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str = "", value: str = "score") -> str:
     """A line for each group; with `across`, one of `by`, a column for each of its values: score and, in brackets, the
     difference's interval, with a star where the corrected one excludes 0, too. Below it, how many comparisons that
-    are."""
+    are, and which models or tasks a line mixes."""
     if across and across not in by:
         raise ValueError(f"--across is one of --by, {', '.join(by)}, not {across!r}")
-    show, text = VALUES[value], compared(lines)
+    if not lines:
+        raise ValueError(f"there is no answer to compare with {against}: see --task, --policy, --budget and --protocol")
+    tested = value == "score" or any(line["reference"] for line in lines)  # a KL is above 0 in any case
+    show, text = VALUES[value], compared(lines, tested)
+    several = [name for name in ("model", "task") if any(line[f"n_{name}s"] > 1 for line in lines)]
+    mix = f"\n\nSome lines mix {'s and '.join(several)}s: --by {','.join(several)} keeps them apart."*bool(several)
     rest = [name for name in by if name != across]
 
     def names(line: Row) -> tuple[str, ...]:
@@ -130,17 +137,17 @@ def markdown(lines: Sequence[Row], by: Sequence[str], against: str, across: str 
         return grid([[*by, "units", "answers", value, against, "difference", "95 %", *corrected], *(
             [*names(line), str(line["n_units"]), str(line["n_answers"]), show(line["score"]), show(line["reference"]),
              show(line["difference"], sign="+"), range_of(line), *(range_of(line, name) for name in corrected)]
-            for line in lines)], len(by)) + text
+            for line in lines)], len(by)) + text + mix
     columns, table = list(dict.fromkeys(str(line[across]) for line in lines)), []
     for of_group, of in grouped(lines, names).items():
         cells = {str(line[across]): f"{show(line['score'])} ({range_of(line)})"
-                                    + "*"*(line["n_comparisons"] > 0 and excludes_0(line)) for line in of}
+                                    + "*"*(tested and line["n_comparisons"] > 0 and excludes_0(line)) for line in of}
         # several where a column has other items, or --against is evicted, too
         references = dict.fromkeys(show(line["reference"]) for line in of)
         table.append([*of_group, " / ".join(references), *(cells.get(column, "") for column in columns)])
-    if any(line["n_comparisons"] for line in lines):
+    if tested and any(line["n_comparisons"] for line in lines):
         text += (" " if text else "\n\n") + "Star: the corrected interval excludes 0."
-    return grid([[*rest, against, *columns], *table], len(rest)) + text
+    return grid([[*rest, against, *columns], *table], len(rest)) + text + mix
 
 
 def excludes_0(line: Row) -> bool:

@@ -10,25 +10,27 @@ from . import stats
 from .items import Item
 from .stats import mean
 from .store import Row, files, grouped, key, read, scores_of, values, write_table
-from .tasks import draw, task, unit, verdicts
+from .tasks import draw, task, unit, usual_settings, verdicts
 
 # What full is looked for inside of
 GROUP = ("model", "task", "set", "settings", "protocol", "chat", "n_ubatch", "seed", "type_k", "type_v")
 CASE = ("policy", "budget", "decode_budget", "cells")
+# means over answers
+COSTS = ("n_prompt", "evictions", "n_predicted", "bytes_used", "bytes_full", "bytes_allocated", "prefill_ms",
+         "evict_ms", "decode_ms")
 
 
 def scored(out: Path, tasks: Sequence[str] = (), rescore: bool = False) -> list[Row]:
     """The answers of a folder, with their scores and verdicts; what has no score, or every one with rescore, is scored
     now."""
-    if not (paths := files(out, "answers")):
-        raise ValueError(f"{out} holds no answers: `python -m evals run --out {out}` first")
     found = []
-    for path in paths:
+    for path in files(out, "answers"):
         known = {} if rescore else read(scores_of(path))
         found += [_scored(row, known.get(key(row), {}), path) for row in read(path).values()
                   if not tasks or row["task"] in tasks]
     if not found:
-        raise ValueError(f"{out} holds no answers of {', '.join(tasks)}")
+        of = f" of {', '.join(tasks)}" if tasks else ""
+        raise ValueError(f"{out} holds no answers{of}: `python -m evals run --out {out}` first")
     return found
 
 
@@ -40,7 +42,9 @@ def _scored(row: Row, known: Row, path: Path) -> Row:
         of_scorers = verdicts(row["task"], item, row["answer"])
     elif score is None and "error" not in row:
         raise ValueError(f"{path} is an archive, without the answers: it cannot be scored again")
-    settings = {**module.SETTINGS, **row.get("settings", {})}
+    settings = {**usual_settings(row["task"], row.get("settings", {})), **row.get("settings", {})}
+    if settings.get("exemplars") == "auto":  # what it came to, the id says
+        settings["exemplars"] = draw(row["task"], row["item"], row.get("tags", {})).partition("-")[0]
     return {**row, "score": score, "verdicts": of_scorers, "settings": changed(row["task"], settings),
             "set": row.get("tags", {}).get(getattr(module, "SPLIT", None), ""), "shots": settings.get("shots")}
 
@@ -56,10 +60,11 @@ def by_scorer(rows: Sequence[Row]) -> list[Row]:
 
 def changed(name: str, settings: Row) -> str:
     """What is not the task's default, of what changes its items: "shots 4, order 1". --sets stands in the table as
-    such."""
-    usual = task(name).SETTINGS
-    return listed(*(f"{key} {value}" for key, value in settings.items() if value != usual.get(key)
-                     and key not in ("sets", "unsafe_code")))
+    such; of --exemplars auto the default is cot."""
+    usual = usual_settings(name, settings)
+    cot = settings.get("exemplars") == "cot" and usual.get("exemplars") == "auto"
+    return listed(*(f"{key} {value}" for key, value in settings.items() if key in usual and value != usual[key]
+                    and key not in ("sets", "unsafe_code", *["exemplars"]*cot)))
 
 
 def write(out: Path, rows: Sequence[Row], heading: str = "") -> str:
@@ -97,9 +102,7 @@ def _figures(rows: Sequence[Row]) -> Row:
     n_kept = mean(mean(row["kept"]) for row in rows)
     line = {"n_units": len(scores), "score": mean(scores), **_ends("score", stats.mean_interval(scores)),
             "n_before": n_before, "n_kept": n_kept, "ratio": n_kept/n_before if n_before else None,
-            **{name: mean(row[name] for row in rows)
-               for name in ("n_prompt", "evictions", "n_predicted", "bytes_used", "bytes_full", "bytes_allocated",
-                            "prefill_ms", "evict_ms", "decode_ms")}}
+            **{name: mean(row[name] for row in rows) for name in COSTS}}
     if extra := getattr(task(rows[0]["task"]), "extra", None):
         more = [extra(row["answer"]) for row in rows]
         for name in more[0]:
@@ -124,11 +127,13 @@ class Pair(NamedTuple):
     score: float
     reference: float
     unit: tuple[str, str]
+    model: str
     draw: str                       # the set of examples before it, of those that its task draws; "" of others
 
 
 def pair_of(row: Row, reference: float) -> Pair:
-    return Pair(row["score"], reference, unit_of(row), draw(row["task"], row["item"], row.get("tags", {})))
+    drawn = draw(row["task"], row["item"], row.get("tags", {}))
+    return Pair(row["score"], reference, unit_of(row), row["model"], drawn)
 
 
 def difference(pairs: Sequence[Pair], n_comparisons: int, value: str = "score") -> Row:
@@ -147,6 +152,8 @@ def difference(pairs: Sequence[Pair], n_comparisons: int, value: str = "score") 
             ends = stats.widen(middle, *ends, stats.widening(differences, units, _draws(pairs), level))
         if value == "score":
             ends = max(-1.0, ends[0]), min(1.0, ends[1])
+        elif None not in ends and not any(references):  # a figure itself
+            ends = max(0.0, ends[0]), ends[1]
         line |= {"difference": middle, **_ends(name, ends)}
     return line
 
@@ -263,9 +270,9 @@ def listed(*parts: str) -> str:
     return ", ".join(filter(None, parts))
 
 
-def compared(lines: Sequence[Row]) -> str:
-    """A sentence below two comparisons or more: how many they are, and what was corrected for that."""
+def compared(lines: Sequence[Row], tested: bool = True) -> str:
+    """A sentence below two comparisons or more: how many they are, and what was corrected for that. tested: with 0."""
     n = max((line.get("n_comparisons", 0) for line in lines), default=0)
-    return "" if n < 2 else (f"\n\n{n} comparisons at 95 % each: if nothing differed, about {n/20:.1f} of them would "
-                             f"exclude 0 by chance. Corrected: at {100*stats.corrected(n):.4g} % each, so that all of "
-                             "them together hold at 95 % (Bonferroni).")
+    chance = f"{n} comparisons at 95 % each: if nothing differed, about {n/20:.1f} of them would exclude 0 by chance. "
+    return "" if n < 2 else (f"\n\n{chance*tested}Corrected: {n} intervals at {100*stats.corrected(n):.4g} % each, so "
+                             "that all of them together hold at 95 % (Bonferroni).")

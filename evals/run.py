@@ -1,5 +1,6 @@
 """The loop: for every model, task, case and protocol what is not answered yet is asked, saved, and then scored."""
 import itertools
+import json
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -72,14 +73,18 @@ class Book:
         return [job for together in grouped(left, lambda job: job.context).values() for job in together]
 
     def score_rest(self, jobs: Sequence[Job]) -> None:
-        """A run was killed between an answer and its score."""
-        for job in jobs:
-            row = self.answers.rows.get(job.key)
-            if is_done(row) and self.scores.rows.get(job.key, {}).get("prompt") != row.get("prompt"):
+        """A run was killed between an answer and its score, or what is right has changed since."""
+        for job in (job for job in jobs if job.is_answered(self.answers.rows)):
+            row, gold = self.answers.rows[job.key], json.loads(json.dumps(job.item.gold))
+            other = "gold" in row and row["gold"] != gold
+            if other or self.scores.rows.get(job.key, {}).get("prompt") != row.get("prompt"):
                 _score(job.item, row, self.scores)
+            if other:  # now that it is scored
+                self.answers.append({**row, "gold": gold})
 
     def save(self, job: Job, figures: Row) -> None:
-        row = {**job.key_row, **self.identity, "settings": job.settings, "prompt": job.prompt.digest, **figures}
+        row = {**job.key_row, **self.identity, "settings": job.settings, "prompt": job.prompt.digest,
+               "rest": job.rest, **figures}
         if "error" not in figures:
             row |= {"engine": engine(), "processor": processor(), "n_threads": job.plan.n_threads,
                     "n_gpu_layers": job.plan.n_gpu_layers, "n_ctx": job.n_ctx, "gold": job.item.gold,
@@ -95,8 +100,7 @@ def _open(subject: Subject, job: Job, case: Case, n_parallel: int = 1) -> pykvc.
     """case: the job's, or one that serves it."""
     plan = job.plan
     n_ctx = job.n_ctx + case.n_probe(plan.n_ubatch)
-    return pykvc.LLM(subject.path, n_ctx=n_ctx, n_batch=plan.n_ubatch, n_ubatch=plan.n_ubatch, n_threads=plan.n_threads,
-                     n_gpu_layers=plan.n_gpu_layers, n_seq_max=n_parallel, seed=plan.seed, **case.settings())
+    return pykvc.LLM(subject.path, n_ctx=n_ctx, n_seq_max=n_parallel, seed=plan.seed, **plan.how, **case.settings())
 
 
 def _checked_alike(job: Job) -> tuple:
@@ -145,7 +149,7 @@ def _one_by_one(todo: list[Job], case: Case, book: Book, what: str, watch: Watch
                 plan, put = left[0].plan, getattr(task(left[0].task), "ask", ask)
                 try:
                     llm = llm or _open(book.subject, left[0], case)
-                    for _, figures in put(llm, [job.asked for job in left], left[0].protocol, plan.n_threads, plan.out):
+                    for _, figures in put(llm, [job.asked for job in left], left[0].protocol, plan.how, plan.out):
                         book.save(left[0], figures)
                         watch(left.pop(0).weight(book.subject), what)
                 except Exception as error:  # of one row; the others go on, with a model that knows nothing of it

@@ -17,7 +17,7 @@ Block = dict[str, Any]
 class Only:
     """What the command line wants of a study, or of answers; empty: everything."""
     tasks: Sequence[str] = ()
-    policies: Sequence[str] = ()    # names; full is always among them
+    policies: Sequence[str] = ()    # names; of a study full is always among them
     budgets: Sequence[str] = ()     # canonical
     protocols: Sequence[str] = ()
     settings: Sequence[str] = ()    # "questions=5": of its tasks, in place of the file's
@@ -25,6 +25,12 @@ class Only:
     def case(self, policy: str, budget: str) -> bool:
         return ((not self.policies or policy.partition(":")[0] in self.policies)
                 and (not self.budgets or budget in self.budgets))
+
+    def answer(self, row: Block) -> bool:
+        """full, which has no budget, if it is named."""
+        named = row["policy"] == "full" and "full" in self.policies
+        return (named or self.case(row["policy"], row["budget"])) and (
+            not self.protocols or row["protocol"] in self.protocols)
 
 
 EVERYTHING = Only()

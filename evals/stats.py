@@ -61,7 +61,7 @@ def widening(values: Sequence[float], units: Sequence[Hashable], draws: Sequence
     if by_unit < EQUAL**2:
         return 1.0
     most = max(by_unit, by_draw, by_unit + by_draw - by_both)
-    quantiles = _quantile(min(n_units, n_draws) - 1, level)/_quantile(n_units - 1, level)
+    quantiles = student(min(n_units, n_draws) - 1, level)/student(n_units - 1, level)
     return max(1.0, math.sqrt(most/by_unit)*quantiles)
 
 
@@ -103,7 +103,7 @@ def mean_interval(scores: Sequence[float], level: float = LEVEL) -> tuple[float,
     if _equal(scores):
         return _of_equal(mean, n, 0.0, 1.0, level)
     n_effective = mean*(1 - mean)/(float(np.var(scores, ddof=1))/n)
-    return wilson(mean*n_effective, n_effective, _quantile(n - 1, level))
+    return wilson(mean*n_effective, n_effective, student(n - 1, level))
 
 
 def paired_difference(ours: Sequence[float], reference: Sequence[float],
@@ -125,7 +125,7 @@ def paired_difference(ours: Sequence[float], reference: Sequence[float],
     if _equal(differences):
         low, high = _of_equal(mean, n, -1.0, 1.0, level)
     else:
-        half = _quantile(n - 1, level)*float(np.std(differences, ddof=1))/math.sqrt(n)
+        half = student(n - 1, level)*float(np.std(differences, ddof=1))/math.sqrt(n)
         low, high = mean - half, mean + half
     return mean, max(-1.0, low), min(1.0, high)
 
@@ -144,7 +144,7 @@ def figure_interval(values: Sequence[float], level: float = LEVEL) -> tuple[floa
         return None
     mean, p = float(np.mean(values)), (1 + level)/2
     variance = float(np.var(np.log(np.maximum(values, mean/1000)), ddof=1))
-    of_logs, half = (_quantile(n - 1, level)*math.sqrt(variance/n))**2, variance/2
+    of_logs, half = (student(n - 1, level)*math.sqrt(variance/n))**2, variance/2
     most, least = (float(chdtri(n - 1, q)) for q in (1 - p, p))  # of chi squared with n - 1 degrees of freedom
     below = math.sqrt(of_logs + (half - half*(n - 1)/most)**2)
     above = math.sqrt(of_logs + (half*(n - 1)/least - half)**2)
@@ -205,7 +205,7 @@ def _check(scores: Sequence[float]) -> None:
                          "figure_difference()")
 
 
-def _quantile(n: int, level: float = LEVEL) -> float:
+def student(n: float, level: float = LEVEL) -> float:
     """Student's, of n degrees of freedom: 97.5 % at the level of 95 %."""
     return float(stdtrit(n, (1 + level)/2))
 

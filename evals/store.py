@@ -6,8 +6,9 @@ is the model's file name. Scores can be computed again from the answers alone.
 import fcntl
 import json
 import lzma
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Hashable, Iterable, Sequence
+from typing import Any, Callable, Hashable, Iterable, Iterator, Sequence
 
 import pandas as pd
 
@@ -37,14 +38,25 @@ def grouped(rows: Iterable[Row], by: Sequence[str] | Callable[[Row], Hashable]) 
 def write_table(out: Path, name: str, text: str, lines: Sequence[Row], title: str = "") -> str:
     """NAME.md, and NAME.csv with a column for each name that a line has, into the folder; the text."""
     heading = f"# {title}\n\n" if title else ""
-    (out/f"{name}.md").write_text(heading + text, encoding="utf-8")
-    pd.DataFrame(lines, dtype=object).to_csv(out/f"{name}.csv", index=False)
+    with writing(out/f"{name}.md"):
+        (out/f"{name}.md").write_text(heading + text, encoding="utf-8")
+        pd.DataFrame(lines, dtype=object).to_csv(out/f"{name}.csv", index=False)
     return text
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """OSError -> ValueError: its sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write to {path}: {error.strerror}") from None
+
+
 def files(out: Path, kind: str) -> list[Path]:
-    """OUT/NAME.KIND.jsonl, plain or .xz, of all models."""
-    return sorted([*out.glob(f"*.{kind}.jsonl"), *out.glob(f"*.{kind}.jsonl.xz")])
+    """OUT/NAME.KIND.jsonl, or .xz where there is no such plain file, of all models."""
+    packed = (path for path in out.glob(f"*.{kind}.jsonl.xz") if not path.with_suffix("").is_file())
+    return sorted([*out.glob(f"*.{kind}.jsonl"), *packed])
 
 
 def scores_of(answers: Path) -> Path:
@@ -78,11 +90,9 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "ab")
-        except OSError as error:
-            raise ValueError(f"cannot write to {path}: {error.strerror}") from None
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -79,12 +79,14 @@ def read(name: str) -> Study:
             raise ValueError(f"{path}: {kind} is a table in double brackets, [[{kind}]]")
         for block in found:
             _known(f"[[{kind}]] of {path}", block, BLOCKS[kind])
+            if kind == "picture":
+                panels.check(f"[[picture]] of {path}", block)
     if not any(blocks[kind] for kind in ("run", "bench", "attention")):
         raise ValueError(f"{path} has nothing to do: it needs a [[run]], [[bench]] or [[attention]]")
-    n = content.get("n")
-    if n is not None:
-        _kind(str(path), "n", n, int)
-    return Study(path.stem, str(content.get("title", path.stem)), texts(content.get("model", [])), n,
+    for where, block in ((str(path), content), *((f"[[attention]] of {path}", one) for one in blocks["attention"])):
+        for name in block.keys() & {"n", "n_models"}:
+            _kind(where, name, block[name], int)
+    return Study(path.stem, str(content.get("title", path.stem)), texts(content.get("model", [])), content.get("n"),
                  content.get("n_models", 1), blocks)
 
 
@@ -99,6 +101,8 @@ def _known(where: str, given: Block, valid: set[str]) -> None:
 def _kind(where: str, name: str, value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{name} in {where} is {'a whole number' if kind is int else 'true or false'}, not {value!r}")
+    if name in ("n", "n_models") and value < 1:
+        raise ValueError(f"{name} in {where} is 1 or more, not {value}")
     return value
 
 

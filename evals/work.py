@@ -1,6 +1,7 @@
 """What a run was asked for: single questions, each for one configuration."""
 import hashlib
 import itertools
+import json
 import platform
 import re
 import subprocess
@@ -16,7 +17,7 @@ from .cases import Case
 from .items import Item, Options
 from .prompts import Prompt, count, render
 from .store import Row, grouped, key
-from .tasks import task
+from .tasks import task, usual_settings
 
 N_SPARE = 16  # cells of n_ctx for BOS, and tokens that differ where texts are joined
 
@@ -40,6 +41,12 @@ class Plan:
     any_commit: bool = False
     settings: dict[str, dict[str, Any]] | None = None  # of tasks: {"niah": {"length": 4000}}
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """Keywords of LLM that the whole cache has, too."""
+        return dict(n_batch=self.n_ubatch, n_ubatch=self.n_ubatch, n_threads=self.n_threads,
+                    n_gpu_layers=self.n_gpu_layers)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -62,6 +69,13 @@ class Job:
     def key(self) -> tuple:
         return key(self.key_row)
 
+    @cached_property
+    def rest(self) -> str:
+        """A digest of what an answer depends on beside its prompt's text: fidelity's on the text it compares on."""
+        given = self.item.gold if hasattr(task(self.task), "ask") else None
+        text = json.dumps([self.prompt.spans, self.item.stop, self.item.max_tokens, given])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     @property
     def asked(self) -> Asked:
         return self.item, self.prompt, self.case
@@ -75,9 +89,9 @@ class Job:
         return id(self.plan), self.task, self.protocol, self.case
 
     def is_answered(self, rows: dict[tuple, Row]) -> bool:
-        """A task or a template may have changed since."""
+        """A task or a template may have changed since; older rows have no rest."""
         row = rows.get(self.key)
-        return is_done(row) and row.get("prompt") == self.prompt.digest
+        return is_done(row) and row.get("prompt") == self.prompt.digest and row.get("rest", self.rest) == self.rest
 
     def weight(self, subject: "Subject") -> int:
         """About how long it takes: generated tokens take longer. Contexts are left out."""
@@ -148,10 +162,12 @@ def all_jobs(plans: Sequence[Plan], subject: Subject) -> list[Job]:
 
 
 def _jobs(plan: Plan, subject: Subject, name: str) -> Iterator[Job]:
-    module, vocabulary = task(name), subject.vocabulary
-    settings = {**module.SETTINGS, **(plan.settings or {}).get(name, {})}
+    vocabulary, given = subject.vocabulary, (plan.settings or {}).get(name, {})
+    settings = {**usual_settings(name, given), **given}
     items = _load(name, Options(lambda text: count(vocabulary, text), plan.data_dir, plan.n, plan.seed, plan.chat,
                                 settings))
+    if not items:
+        raise ValueError(f"{name} has no item to ask: its data or --sets have none")
     asked = [(item, render(item, vocabulary, plan.chat)) for item in items]
     needed = max(count(vocabulary, prompt.head) + count(vocabulary, prompt.tail) + item.max_tokens
                  for item, prompt in asked) + N_SPARE

@@ -23,6 +23,7 @@ from evals.cases import Case, cases
 from evals.cli import app
 from evals.items import Item, Options
 from evals.prompts import render
+from evals.settings import Only
 from evals.tasks import TASKS, niah
 from evals.tools import archive
 from evals.work import Plan, open_model
@@ -193,6 +194,30 @@ def test_another_prompt_is_asked_again(tmp_path, data, monkeypatch):
     assert report.table(report.scored(tmp_path))[0]["n"] == 2  # the later answers
 
 
+@pytest.mark.parametrize("change", [dict(stop=["\n"]), dict(max_tokens=3), dict(gold="1234567")])
+def test_other_ends_are_asked_again_and_other_right_answers_scored_again(tmp_path, data, monkeypatch, change):
+    assert run.run(plan(tmp_path, data), None) == []
+    first, really = answers(tmp_path), niah.load
+    monkeypatch.setattr(niah, "load", lambda options: [replace(item, **change) for item in really(options)])
+    monkeypatch.setattr(niah, "score", lambda item, answer: item.gold == "1234567")
+    if again := "gold" in change:
+        monkeypatch.setattr(run, "ask", lambda *_: pytest.fail("asked again"))
+    assert run.run(plan(tmp_path, data), None) == []
+    assert [row["rest"] == old["rest"] for row, old in zip(answers(tmp_path)[2:], first, strict=True)] == [again]*2
+    assert {row["score"] for row in report.scored(tmp_path)} == {float(again)}
+    assert not again or [row["answer"] for row in answers(tmp_path)] == [row["answer"] for row in first]*2
+    n_lines = len(answers(tmp_path))
+    assert run.run(plan(tmp_path, data), None) == [] and len(answers(tmp_path)) == n_lines
+
+
+def test_older_answers_are_not_asked_again(tmp_path, data, monkeypatch):
+    assert run.run(plan(tmp_path, data), None) == []
+    old = [{name: value for name, value in row.items() if name != "rest"} for row in answers(tmp_path)]
+    (tmp_path/"smollm2-135m.answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    monkeypatch.setattr(run, "ask", lambda *_: pytest.fail("asked again"))
+    assert run.run(plan(tmp_path, data), None) == [] and answers(tmp_path) == old
+
+
 def test_an_archive_has_the_figures_without_the_texts(tmp_path, data):
     assert run.run(plan(tmp_path/"out", data, Case(), Case(SNAPKV, "0.5")), None) == []
     result = CliRunner().invoke(app, ["archive", str(tmp_path/"kept"), "--out", str(tmp_path/"out")])
@@ -203,6 +228,16 @@ def test_an_archive_has_the_figures_without_the_texts(tmp_path, data):
         assert b'"answer"' not in text and b'"gold"' not in text
         (tmp_path/"again").mkdir(exist_ok=True)
         (tmp_path/"again"/path.stem).write_bytes(text)
+        (tmp_path/"both").mkdir(exist_ok=True)
+        (tmp_path/"both"/path.name).write_bytes(path.read_bytes())
+        (tmp_path/"both"/path.stem).write_bytes(text)
+    assert len(report.scored(tmp_path/"both")) == 4  # each answer once
+    (tmp_path/"file").write_text("")
+    result = CliRunner().invoke(app, ["archive", str(tmp_path/"file"), "--out", str(tmp_path/"out")])
+    assert result.exit_code == 2 and f"cannot write to {tmp_path/'file'}" in result.stderr
+    (tmp_path/"both"/"report.md").mkdir()
+    result = CliRunner().invoke(app, ["report", "--no-pictures", "--out", str(tmp_path/"both")])
+    assert result.exit_code == 2 and "report.md: Is a directory" in result.stderr
     with pytest.raises(ValueError, match="archive"):
         report.scored(tmp_path/"kept", rescore=True)
     assert run.run(plan(tmp_path/"again", data, Case(), Case(SNAPKV, "0.5")), None) == []  # nothing is asked again
@@ -290,7 +325,7 @@ def test_a_damaged_line_and_a_second_writer_are_refused(tmp_path):
     (["--task", "niah", "--policy", "snapkv"], "--budget"),
     (["--task", "niah", "--policy", "snapkv", "--budget", "1.5"], "--budget"),
     (["--task", "niah", "--policy", "snapkv", "--budget", "8"], "--kv-budget 8"),
-    (["--task", "niah", "--policy", "finch:window=4", "--budget", "128"], "kv_query"),
+    (["--task", "niah", "--policy", "finch:window=4", "--budget", "128"], "query has 16 tokens"),
     (["--task", "niah", "--protocol", "both"], "question-in"),
     (["--task", "niah", "--type-k", "q3"], "q8_0"),
     (["--task", "niah", "--model", "nowhere.gguf"], "nowhere.gguf"),
@@ -439,18 +474,61 @@ def test_pooled_answers_are_counted_by_unit():
     assert [(line["decode_budget"], line["n_answers"]) for line in pool.pool([*rows[:4], *evicted], ["decode_budget"])] == [("same", 8), ("64", 4)]
     with pytest.raises(ValueError, match="no answer of keydiff"):
         pool.pool(rows, ["task"], against="keydiff")
+    (both,) = pool.pool([*rows, *({**one, "task": "kv_retrieval", "model": "n"} for one in rows)], ["policy"], only=Only(policies=["h2o"]))
+    assert (both["n_models"], both["n_tasks"]) == (2, 2)
+    assert pool.markdown([both], ["policy"], "full").endswith("\n\nSome lines mix models and tasks: --by model,task keeps them apart.")
     with pytest.raises(ValueError, match="snapkv with several parameters"):
         pool.pool([*rows, row(0, "snapkv:window=16", 1, "100")], ["task"], against="snapkv")
+
+
+def test_full_is_pooled_only_where_it_is_named():
+    """Else it comes in as what is compared with."""
+    rows = [row(i, policy, score, budget, protocol=protocol) for i in range(4) for policy, budget, score in (("full", "", 1), ("snapkv", "100", 0))
+            for protocol in ("question-out", "question-in")]
+    def lines(against: str, **only) -> list[tuple]:
+        return [(line["policy"], line["n_answers"]) for line in pool.pool(rows, ["policy"], against, only=Only(**only))]
+    assert lines("full", policies=["snapkv"], budgets=["100"], protocols=["question-out"]) == [("snapkv", 4)]
+    assert lines("protocol=question-in", policies=["snapkv"]) == lines("protocol=question-in", budgets=["100"]) == [("snapkv", 4)]
+    assert lines("protocol=question-in", policies=["full"], budgets=["100"]) == [("full", 4)]
+    assert len(lines("protocol=question-in")) == 2
+
+
+def test_a_divergence_is_never_below_0_and_tested_against_none():
+    """Widened for sets of examples that differ much, its lower end would be."""
+    rows = [{**row(i, "snapkv", 0.5, "100"), "task": "fidelity", "item": f"gsm8k:q{i}/8-train-draw{i % 3}/64",
+             "answer": json.dumps({"kl": [(0.001, 0.01, 1.0)[i % 3]*(1 + 0.1*i)], "same": [1]})} for i in range(12)]
+    lines = pool.pool([{**one, "set": name} for one in rows for name in "ab"], ["set"], "none", "kl")
+    assert [line["difference_low"] for line in lines] == [0, 0] and lines[0]["difference"] > 0.3
+    for text in (pool.markdown(lines, ["set"], "none", value="kl"), pool.markdown(lines, ["set"], "none", "set", "kl")):
+        assert "2 intervals at 97.5 %" in text and "by chance" not in text and "tar" not in text
+
+
+def test_a_task_inside_fidelity_has_its_settings():
+    usual = {**row(0, "full", 1), "task": "fidelity", "item": "gsm8k:q0/8-cot/64", "answer": json.dumps({"kl": [0.0], "same": [1]}), "gold": ""}
+    def one(item: str, **settings) -> tuple:
+        found = report._scored({**usual, "item": item, "settings": {"of": "gsm8k", **settings}}, {}, Path("x"))
+        return found["shots"], found["settings"]
+    assert one("gsm8k:q0/8-cot/64") == one("gsm8k:q0/8-cot/64", shots=8, length=2000, exemplars="cot") == (8, "of gsm8k")
+    assert one("gsm8k:q0/2-train/64", shots=2) == one("gsm8k:q0/2-train/64", shots=2, exemplars="train") == (2, "of gsm8k, shots 2, exemplars train")
 
 
 @pytest.mark.parametrize("args, says", [
     (["--by", "colour"], "--by takes model, task"), (["--value", "f1"], "--value is score or kl"), (["--across", "policy"], "--across is one of --by"), (["--against", "snap"], "unknown"),
     (["--budget", "x"], "--budget"), (["--protocol", "both"], "question-in or question-out"), (["--task", "chess"], "chess"),
-    (["--against", "h2o"], "no answer of h2o")])
+    (["--against", "h2o"], "no answer of h2o"), (["--policy", "tova"], "no answer to compare with full")])
 def test_a_mistake_of_pool_is_one_sentence(tmp_path, args, says):
     (tmp_path/"m.answers.jsonl").write_text("".join(json.dumps({**row(i, "full", 1), "answer": "x", "gold": "x", "settings": {}}) + "\n" for i in range(2)))
     result = CliRunner().invoke(app, ["pool", "--out", str(tmp_path), *args])
     assert result.exit_code == 2 and says in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_folder_without_answers_and_a_task_without_items_say_so(tmp_path, data, monkeypatch):
+    (tmp_path/"m.answers.jsonl").write_text("")
+    result = CliRunner().invoke(app, ["report", "--out", str(tmp_path)])
+    assert result.exit_code == 2 and f"holds no answers: `python -m evals run --out {tmp_path}` first" in result.stderr
+    monkeypatch.setattr(niah, "load", lambda options: [])
+    with pytest.raises(ValueError, match="niah has no item to ask"):
+        run.run(plan(tmp_path/"out", data), None)
 
 
 def test_report_writes_tables_and_pictures(tmp_path, data):

@@ -50,6 +50,16 @@ def test_subjects_are_put_together(tmp_path):
     assert (line["theirs"], line["theirs_n"], line["theirs_shots"], line["n_units"]) == (5/16, 16, 5, 1)
 
 
+@pytest.mark.parametrize("without", ["model", "n-samples"])
+def test_results_that_say_too_little_are_one_sentence(tmp_path, without):
+    answers(tmp_path, row(0, "full", 1))
+    harness(tmp_path, gsm8k_cot=("exact_match,flexible-extract", 0.5, 40))
+    path = tmp_path/"lm"/"m"/"results_2026.json"
+    path.write_text(path.read_text().replace(f'"{without}"', '"other"'))
+    done = CliRunner().invoke(app, ["baselines", "--out", str(tmp_path), "--lm-eval", str(tmp_path/"lm")])
+    assert done.exit_code == 2 and f"not of pykvc.lm_eval: KeyError('{without}')" in done.stderr
+
+
 @pytest.mark.parametrize("args, says", [(["--lm-eval", "nowhere"], "holds no results"), ([], "no answer of the whole f16 cache")])
 def test_a_mistake_is_one_sentence(tmp_path, args, says):
     answers(tmp_path, *(row(i, "full" if args else "snapkv", 1, "" if args else "100") for i in range(2)))

@@ -212,7 +212,7 @@ def test_a_leaderboard_counts_a_document_once():
         return line
     same, apart = lines(True), lines(False)
     assert (same["n"], same["n_units"], apart["n_units"]) == (48, 6, 12)
-    assert (same["score_low"], same["score_high"]) == pytest.approx(stats.wilson(3, 6))
+    assert (same["score_low"], same["score_high"]) == pytest.approx(stats.wilson(2.5, 5, stats.student(5)))
     assert (apart["score_low"], apart["score_high"]) == pytest.approx(leaderboard.stratified([[1]*3 + [0]*3]*2)[1:])
     assert apart["score_low"] > same["score_low"]
     assert "2 sets, 48 items of 6 units" in leaderboard.markdown([same])

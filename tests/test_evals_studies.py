@@ -128,7 +128,11 @@ def test_same_is_the_budget_of_the_prompt():
     ("[[run]]\ntask = 'mmlu'\npolicy = 'snapkv'", "--budget"), ("[[run]]\ntask = 'mmlu'\npolicy = 'snapkv'\nbudget = 1.5", "--budget"),
     ("[[run]]\ntask = 'mmlu'\nprotocol = 'both'", "question-in"), ("[[run]]\ntask = 'mmlu'\ncache_type = 'q3'", "q8_0"),
     ("[[bench]]\nkv_policy = 'snapvk'", "snapkv"), ("[[bench]]\nn_prompt = -1", "n_prompt"), ("[[attention]]\nn = 2", "task"),
-    ("[[picture]]\nx = 'ratio'", "nothing to do")])
+    ("[[picture]]\nx = 'ratio'", "nothing to do"), ("n = 0\n[[run]]\ntask = 'mmlu'", "n in"), ("n_models = '2'\n[[run]]\ntask = 'mmlu'", "n_models in"),
+    ("[[run]]\ntask = 'mmlu'\nn = -1", "1 or more"), ("[[attention]]\ntask = 'mmlu'\nn = 0", "1 or more"),
+    ("[[run]]\ntask = 'mmlu'\n[[picture]]\nfile = 'nonsense'", "is of model, task"), ("[[run]]\ntask = 'mmlu'\n[[picture]]\ny = 'f1'", "kl"),
+    ("[[run]]\ntask = 'mmlu'\n[[picture]]\nx = ['ratio']", "x in"), ("[[run]]\ntask = 'mmlu'\n[[picture]]\nonly = {tasks = 'mmlu'}", "only in"),
+    ("[[run]]\ntask = 'mmlu'\nshots = -1", "0 or more"), ("[[run]]\ntask = 'gsm8k'\nfresh = 7", "0 or 1")])
 def test_a_bad_file_is_one_sentence(tmp_path, folder, text, says):  # noqa: F811
     result = call(write(tmp_path/"bad.toml", text), "--data-dir", folder, "--out", tmp_path/"out")
     assert result.exit_code == 2 and says in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
@@ -272,6 +276,19 @@ def test_fidelity_of_a_task_against_f16(tmp_path, folder):  # noqa: F811
             run.run(Plan(["fidelity"], several, ["question-out"], tmp_path/"x", folder, 3, settings={"fidelity": wrong}), None)
 
 
+def test_fidelity_compares_with_a_cache_of_the_same_ubatch_and_layers(tmp_path, folder, monkeypatch):  # noqa: F811
+    opened, really = [], pykvc.LLM
+    monkeypatch.setattr(fidelity, "REFERENCES", fidelity.References())
+    monkeypatch.setattr(pykvc, "LLM", lambda *args, **how: opened.append(how) or really(*args, **{**how, "n_gpu_layers": 0}))
+    for n_ubatch, layers in ((64, 0), (32, 0), (32, 1)):
+        plan = Plan(["fidelity"], [Case()], ["question-out"], tmp_path/f"{n_ubatch}{layers}", folder, 1, n_ubatch=n_ubatch, n_threads=2, n_gpu_layers=layers,
+                    settings={"fidelity": {"length": 100, "tokens": 4}})
+        monkeypatch.setattr(work.Subject, "hold", lambda *_: None)
+        assert run.run(plan, None) == []
+        how = opened[-1]
+        assert "kv_policy" not in how and (how["n_ubatch"], how["n_gpu_layers"]) == (n_ubatch, layers)  # the whole cache's
+
+
 def test_fidelity_goes_on_with_the_same_answers(tmp_path, folder, monkeypatch):  # noqa: F811
     """Another process does not ask the whole cache again, unless the prompt is another."""
     def go_on(policy, shots):
@@ -303,7 +320,7 @@ def test_fidelity_of_a_shared_context_is_that_of_each_alone(folder, protocol, mo
     with pykvc.LLM(n_ctx=1024, n_threads=2, **case.settings()) as llm:
         def ask(part):
             monkeypatch.setattr(fidelity, "REFERENCES", fidelity.References())
-            return [figures for _, figures in fidelity.ask(llm, part, protocol, 2)]
+            return [figures for _, figures in fidelity.ask(llm, part, protocol, dict(n_threads=2))]
         together, *alone = (ask(part) for part in (group, *([one] for one in group)))
     names = ("n_context", "n_prompt", "kept", "evictions", "bytes_used", "answer")
     assert [[row[name] for name in names] for row in together] == [[row[name] for name in names] for (row,) in alone]

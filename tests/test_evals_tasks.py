@@ -14,7 +14,7 @@ from evals import choices, data, report, run, sandbox, stats
 from evals.cases import Case
 from evals.cli import app
 from evals.items import Item, Options
-from evals.tasks import TASKS, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu, safety, settings_of
+from evals.tasks import TASKS, fidelity, gsm8k, humaneval, kv_retrieval, longbench, longgenbench, longgenbench_mmlu, mmlu, safety, settings_of, usual_settings
 from evals.tools import archive
 from evals.work import Plan
 from pykvc import _core
@@ -322,8 +322,26 @@ def test_fidelity_takes_the_settings_of_its_task(folder):
     assert settings_of(["fidelity"], {"of": "gsm8k", "shots": 2, "tokens": 8}) == {"fidelity": {"of": "gsm8k", "shots": 2, "tokens": 8}}
     with pytest.raises(ValueError, match="--shots is a setting of"):
         settings_of(["fidelity"], {"of": "longbench", "shots": 2})
+    with pytest.raises(ValueError, match="--length is a setting of niah, longbench, ruler, not of fidelity --of gsm8k"):
+        settings_of(["fidelity"], {"of": "gsm8k", "length": 900})
+    assert settings_of(["ruler", "fidelity"], {"of": "gsm8k", "length": 900}) == {"ruler": {"length": 900}, "fidelity": {"of": "gsm8k"}}
+    long, usual = (usual_settings("fidelity", given) | given for given in ({"of": "niah", "length": 500}, {"of": "niah"}))
+    assert (long["length"], usual["length"], usual["needles"], usual["tokens"]) == (500, 8000, 3, 64)
     two, all_of = (fidelity.load(Options(lambda text: len(text)//4, folder, 2, 0, True, {**fidelity.SETTINGS, "of": "gsm8k", **more})) for more in ({"shots": 2}, {}))
     assert len(two[0].shots) == 2 and len(all_of[0].shots) == 8 and two[0].id != all_of[0].id
+
+
+@pytest.mark.parametrize("task, given, says", [
+    ("niah", {"length": -5}, "--length is 1 or more"), ("longbench", {"length": -1}, "--length is 0 or more"), ("fidelity", {"tokens": 0}, "--tokens is 1 or more"),
+    ("gsm8k", {"fresh": 7}, "--fresh is 0 or 1"), ("ruler", {"announce": 2}, "--announce is 0 or 1"), ("gsm8k", {"draw": -1}, "--draw is 0 or more"),
+    ("kv_retrieval", {"pairs": 0}, "--pairs is 1 or more")])
+def test_settings_have_a_range(task, given, says):
+    with pytest.raises(ValueError, match=says):
+        settings_of([task], given)
+    for known, module in TASKS.items():
+        whole = {name: value for name, value in module.SETTINGS.items() if type(value) is int}
+        assert settings_of([known], whole) == {known: whole}
+    assert settings_of(["commonsense_qa", "longbench"], {"shots": 0, "length": 0})
 
 
 GCG = ["I'm sorry", "Sorry", "I apologize", "As an", "I'm just", "I'm an", "I cannot", "I would advise",

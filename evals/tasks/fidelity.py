@@ -5,7 +5,7 @@ Teacher-forced: a context is evaluated and evicted, a question follows, and then
 the model would have said; a --decode-budget evicts them as if it had. Before each of them its distribution is compared
 with that of a cache that keeps everything. --of prose: any text, in niah/haystack/*.txt of the data folder; --length
 tokens of it are the context, a sentence or two the question, what follows the answer. --of TASK: the contexts and
-questions of that task, with its settings but for --length, and as the answer what the whole cache answers. --reference
+questions of that task, with its settings, and as the answer what the whole cache answers. --reference
 same: the whole cache of the same types; f16: of that, so that the loss by quantized types counts, too. The score is the
 share of equal first choices; KL is in nats, a mean over tokens.
 """
@@ -50,8 +50,8 @@ def _of_task(options: Options) -> list[Item]:
     name, others = options["of"], [name for name in TASKS if name != "fidelity"]
     if name not in others:
         raise ValueError(f"--of is prose, or a task: {', '.join(others)}, not {name!r}")
-    settings = {**TASKS[name].SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),  # no code is run
-                **{key: value for key, value in options.settings.items() if key not in SETTINGS}}
+    settings = {key: options.settings.get(key, value) for key, value in TASKS[name].SETTINGS.items()}
+    settings |= {"unsafe_code": True} if name == "humaneval" else {}  # no code is run
     items = TASKS[name].load(replace(options, n=options.n or N_DEFAULT, settings=settings))
     return [replace(item, id=f"{name}:{item.id}/{options['tokens']}", gold="", stop=(),
                     max_tokens=options["tokens"] + SPARE) for item in items]
@@ -112,14 +112,14 @@ class References:
     def folder(self) -> "tempfile.TemporaryDirectory[str]":
         return tempfile.TemporaryDirectory(prefix="pykvc-fidelity-")
 
-    def of(self, llm: pykvc.LLM, asked: Sequence[Asked], types: Types, n_tokens: int, n_threads: int | None,
+    def of(self, llm: pykvc.LLM, asked: Sequence[Asked], types: Types, n_tokens: int, how: dict[str, Any],
            out: Path | None) -> dict[str, Reference]:
         """By item. Neighbours with one context evaluate it once. out: answers are kept there, so that a run that goes
         on has the same."""
-        keys = {item.id: (str(llm.path), item.id, prompt.digest, types) for item, prompt, _ in asked}
+        keys = {item.id: (str(llm.path), item.id, prompt.digest, types, *how.values()) for item, prompt, _ in asked}
         missing = {item.id: (item, prompt) for item, prompt, _ in asked if keys[item.id] not in self.known}
         if missing:
-            with pykvc.LLM(llm.path, n_ctx=llm.n_ctx, n_threads=n_threads, type_k=types[0], type_v=types[1]) as full:
+            with pykvc.LLM(llm.path, n_ctx=llm.n_ctx, type_k=types[0], type_v=types[1], **how) as full:
                 for head, of_head in itertools.groupby(missing.values(), key=lambda one: one[1].head):
                     full.reset()
                     n_head = full.prefill(head) if head else 0
@@ -169,15 +169,15 @@ def log_probabilities(first: np.ndarray, rest: np.ndarray) -> Iterator[np.ndarra
 REFERENCES = References()
 
 
-def ask(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str, n_threads: int | None,
+def ask(llm: pykvc.LLM, asked: Sequence[Asked], protocol: str, how: dict[str, Any],
         out: Path | None = None) -> Iterator[tuple[Item, dict[str, Any]]]:
     """For each token the KL divergence and whether the first choice is the same, as JSON. As evals/ask.py evaluates and
-    evicts. out: what the whole cache answers is kept there, so that a run that goes on, perhaps elsewhere, has the same
-    answers."""
+    evicts. how: Plan.how, for the whole cache. out: what that answers is kept there, so that a run that goes on,
+    perhaps elsewhere, has the same answers."""
     item, _, case = asked[0]
     types = ("f16", "f16") if item.id.endswith("/f16") else (case.type_k, case.type_v)
     # not while ours is timed
-    references = REFERENCES.of(llm, asked, types, item.max_tokens - SPARE, n_threads, out)
+    references = REFERENCES.of(llm, asked, types, item.max_tokens - SPARE, how, out)
     for case, item, prompt, before in contexts(llm, asked, protocol):
         begin = perf_counter()
         n_prompt, first = before.n_tokens + llm.prefill(prompt.tail, spans=()), llm.logits()

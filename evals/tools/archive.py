@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..flags import OUT, Answers
-from ..store import Row, read, scores_of
+from ..store import Row, read, scores_of, writing
 from ..tasks import task
 
 TEXTS = ("answer", "gold")
@@ -21,7 +21,8 @@ def pack(out: Path, folder: Path) -> list[Path]:
     """The files, which replace earlier ones. ValueError if `out` holds no answers, or an answer without a score."""
     if not (paths := sorted(out.glob("*.answers.jsonl"))):
         raise ValueError(f"{out} holds no answers")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return [written for path in paths for written in _pack(path, folder)]
 
 
@@ -43,7 +44,8 @@ def _figures(row: Row) -> Row:
 
 
 def _write(path: Path, rows: list[Row]) -> Path:
-    path.write_bytes(lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), preset=9))
+    with writing(path):
+        path.write_bytes(lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), preset=9))
     return path
 
 

@@ -21,7 +21,7 @@ from ..items import Item, Options
 from ..prompts import Prompt, count, render
 from ..settings import SETTINGS, Only, sweep, texts
 from ..store import Row, Rows, key
-from ..tasks import settings_of, task
+from ..tasks import settings_of, task, usual_settings
 from ..work import N_SPARE, Subject, commit, open_model
 
 N_ROWS = 64   # of a heat map
@@ -65,8 +65,8 @@ def views(blocks: Sequence[Row], subject: Subject, only: Only, data_dir: Path | 
             in_chat, seed = chat and not one.get("plain", False), one.get("seed", 0)
             for name in names if not only.tasks else [name for name in names if name in only.tasks]:
                 # no code is run
-                settings = {**task(name).SETTINGS, **({"unsafe_code": True} if name == "humaneval" else {}),
-                            **given[name]}
+                settings = {**usual_settings(name, given[name]), **given[name]}
+                settings |= {"unsafe_code": True} if name == "humaneval" else {}
                 items = task(name).load(Options(lambda text: count(subject.vocabulary, text), data_dir,
                                                 n or one.get("n") or usual or N_DEFAULT, seed, in_chat, settings))
                 found += [View(name, item, settings, chosen, seed, in_chat) for item in items]
