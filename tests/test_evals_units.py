@@ -135,3 +135,12 @@ def test_old_needles_are_read_by_text():
     low, high = stats.wilson(10, 12)
     assert (finch["n"], finch["n_units"]) == (12, 4) and finch["score"] == pytest.approx(10/12)
     assert finch["score_high"] - finch["score_low"] > 0.5 > high - low  # not as if there were 12 texts
+
+
+def test_the_readme_s_needles():
+    """The command of docs/evals.md#data, in a clone without a data folder of ours."""
+    full, keydiff = report.table(report.scored(RESULTS/"needles"/"readme"))
+    assert (full["n"], full["n_units"], full["score"]) == (keydiff["n"], keydiff["n_units"], 1) == (60, 20, 1)
+    said = f"{100*keydiff['score']:.0f} % ({100*keydiff['score_low']:.0f} to {100*keydiff['score_high']:.0f})"
+    text = (RESULTS.parent.parent/"README.md").read_text(encoding="utf-8")
+    assert f'("needles") the whole cache finds all, and that quarter finds {said}' in text
