@@ -51,13 +51,13 @@ def test_attributes_of_a_policy(path, name, value):
         pykvc.LLM(path, n_ctx=256, kv_policy=Sinks(**{"window": 1, name: value}), kv_budget=8)
 
 
-@pytest.mark.parametrize("name, valid", [("max_tokens", {-1, 2**31 - 1}), ("top_k", {2**31 - 1}), ("seed", {2**31 - 1, 2**31, 2**32 - 1}),
+@pytest.mark.parametrize("name, valid", [("max_tokens", {-1, 2**31 - 1}), ("top_k", {2**31 - 1}), ("seed", {-1, 2**31 - 1, 2**31, 2**32 - 1}),
                                          ("kv_budget", {2**31 - 1}), ("kv_decode_budget", {2**31 - 1})])
 def test_arguments_of_generate(llm, name, valid):
     for value in EDGES:
         how = {"max_tokens": 2, "temperature": 1.0, name: value}
         if value in valid:
-            assert llm.generate(tokens=range(20), **how).n_predicted >= 2
+            assert llm.generate(tokens=range(20), **how).n_predicted >= 1  # a random seed may end it
         else:
             with pytest.raises(ValueError, match=name):
                 llm.generate(tokens=range(20), **how)

@@ -94,7 +94,7 @@ def test_a_table_of_many_comparisons_says_so(tmp_path):
         ["--by", "policy,budget"], ["--by", "policy,budget", "--across", "budget"], ["--by", "policy"],
         ["--by", "task"])]
     sentence = "4 comparisons at 95 % each: if nothing differed, about 0.2 of them would exclude 0 by chance."
-    assert sentence in said[0] and sentence in said[1] and "Corrected: at 98.75 % each" in said[0]
+    assert sentence in said[0] and sentence in said[1] and "Corrected: 4 intervals at 98.75 % each" in said[0]
     assert "| corrected |" in said[0] and "Star: the corrected interval excludes 0." in said[1]
     assert "2 comparisons" in said[2] and "comparison" not in said[3] and "units" in said[3]
 
