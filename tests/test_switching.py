@@ -162,4 +162,4 @@ def test_plan_checks_what_it_is_given():
 def test_a_policy_that_no_context_took_ends_with_python():
     program = ("import numpy as np, pykvc\nclass Own(pykvc.Policy):\n    def score(self, layer): return np.zeros(1)\n"
                "pykvc._core.next_context(Own(), '20')\n")
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    assert subprocess.run([sys.executable, "-I", "-c", program]).returncode == 0
