@@ -78,20 +78,17 @@ def generate(
     A model with a chat template is asked in it: -p or -f is what a user says, and with --question the text of which the
     question is asked. With --raw, or without a template, the model goes on from the text as it is."""
     from .llm import LLM
+    from .terminal import say
     text = _prompt(prompt, file)
     with LLM(**opening) as llm, prompt_bar(llm._session):
         notes: list[str] = []  # after the answer, which they would stand in the middle of
         llm._session.tell = notes.append
         stream = answer_once(llm, text, question, system_prompt, raw, segment and flags.unescaped(segment), kv_query, max_tokens=n_predict, **sampling)
-        piece = ""
-        try:
-            for piece in stream:
-                if not as_json:
-                    print(piece, end="", flush=True)
-        except ValueError:
-            if piece and not as_json:
-                print(flush=True)  # the sentence gets a line of its own
-            raise
+        if as_json:
+            for _ in stream:
+                pass
+        else:
+            say(stream)
         answer = stream.result
         if as_json:
             kv = {key: answer.kv[key] for key in ("cells", "kept", "bytes_allocated", "bytes_used", "bytes_full")}

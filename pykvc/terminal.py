@@ -4,7 +4,7 @@ Answers go to stdout. All else goes to stderr: what there is to type, a bar whil
 each answer that says what it took, and mistakes, after which the conversation goes on.
 """
 import sys
-from typing import Any
+from typing import Any, Iterable
 
 from rich.console import Console
 
@@ -84,19 +84,26 @@ class Talk:
 
     def _ask(self, line: str) -> None:
         with prompt_bar(self.llm._session):
-            answer, piece = self.conversation.ask(line, stream=True, **self.how), ""
+            answer = self.conversation.ask(line, stream=True, **self.how)
             try:
-                for piece in answer:
-                    print(piece, end="", flush=True)
-            except ValueError:
-                if piece:
-                    print(flush=True)  # what was said of an answer that failed is a line of its own
-                raise
+                say(answer)
             finally:
                 answer.close()  # Ctrl-C: what was said so far is part of the conversation
         print(flush=True)
         self.console.print("\n".join([told(answer.result, self.llm), *self.notes]), style="dim")
         self.notes.clear()
+
+
+def say(pieces: Iterable[str]) -> None:
+    """As they come. What was said of an answer that fails is a line of its own."""
+    piece = ""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except ValueError:
+        if piece:
+            print(flush=True)
+        raise
 
 
 def with_policy(opening: dict[str, Any]) -> dict[str, Any]:

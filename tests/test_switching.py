@@ -1,4 +1,5 @@
-"""A sequence that goes from one policy to another, and what is removed, emptied or loaded between them. Random weights."""
+"""A sequence that goes from one policy to another, and what is removed, emptied or loaded between them. Random
+weights."""
 import subprocess
 import sys
 

@@ -26,8 +26,8 @@ public:
     public:
         explicit busy(Context & c) : c(c) {
             if (c.in_call) {
-                throw std::runtime_error("a context is in one call at a time: neither a policy that it asks nor another thread can evaluate, evict, "
-                    "remove or set anything meanwhile");
+                throw std::runtime_error("a context is in one call at a time: neither a policy that it asks nor another thread can "
+                    "evaluate, evict, remove or set anything meanwhile");
             }
             c.in_call = true;
         }

@@ -3,6 +3,7 @@
 #include "bind_policy.h"
 
 #include "select.h"
+#include "spans.h"
 
 #include <pybind11/stl.h>
 
@@ -272,11 +273,9 @@ static py::list plan(const std::string & text, const std::vector<i32_array> & po
         r.layers.push_back({ (int32_t) pos[l].shape(1), frozen.at(l), pos[l].data(), score[l].data() });
     }
     for (const auto & s : spans) {
-        if (s.second <= s.first || s.first < (r.spans.empty() ? 0 : r.spans.back().end)) {
-            throw std::invalid_argument("spans are ascending and disjoint, [begin, end) with begin < end");
-        }
         r.spans.push_back({ s.first, s.second });
     }
+    check_spans(r.spans);
     for (const auto & layer : r.layers) {
         if (layer.n_frozen < 0 || layer.n_frozen > layer.n_kv) {
             throw std::invalid_argument("n_frozen is 0 to the slots of a layer, " + std::to_string(layer.n_kv));

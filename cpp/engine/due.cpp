@@ -1,6 +1,7 @@
 // Budgets, and when an eviction is due.
 
 #include "engine.h"
+#include "spans.h"
 
 #include "llama-batch.h"
 #include "llama-kv-cache.h"
@@ -115,14 +116,7 @@ void engine::set_policy(llama_seq_id seq_id, const char * policy, const char * p
 }
 
 void engine::set_spans(llama_seq_id seq_id, std::vector<span> spans) {
-    int32_t end = 0;
-    for (const auto & sp : spans) {
-        if (sp.begin < end || sp.end <= sp.begin) {
-            throw std::invalid_argument("span [" + std::to_string(sp.begin) + ", " + std::to_string(sp.end) +
-                    ") overlaps another, is empty or out of order: spans are ascending, disjoint [begin, end)");
-        }
-        end = sp.end;
-    }
+    check_spans(spans);
     auto & q = sequences[stream_of(seq_id)];
     q.spans     = std::move(spans);
     q.has_spans = true;

@@ -41,6 +41,17 @@ static bool holds_frozen(const request & r, const policy & pol) {
     return n <= (int64_t) r.layers.size()*std::max(0, r.budget - pol.min_budget());
 }
 
+static void check_alike(const request & r, const config & conf) {
+    for (const auto & layer : r.layers) {
+        for (int32_t h = 1; h < r.n_head_kv; ++h) {
+            if (!std::equal(layer.pos, layer.pos + layer.n_kv, layer.pos + (size_t) h*layer.n_kv)) {
+                throw std::invalid_argument(conf.spec + " keeps the same tokens in every head, and the heads of this sequence hold "
+                        "different ones: evict with it first, or clear the sequence");
+            }
+        }
+    }
+}
+
 // Work on n layers, at once if the policy can be asked so.
 static void each_layer(llama_context * lctx, const policy & pol, int32_t n, const std::function<void(int32_t)> & f) {
     if (pol.on_any_thread()) {
@@ -96,16 +107,6 @@ bool evictor::run(llama_context * lctx, const job & j, bool mask_only) {
                     "go on with " + cfg->spec + ", or clear it");
         }
     }
-    for (int32_t l = 0; conf.pol->heads_alike() && l < layout.n_layer(); ++l) {
-        const auto    pos  = layout.slot_pos(s, l);
-        const int32_t n_kv = layout.n_slots(s, l);
-        for (int32_t h = 1; h < layout.n_head_kv(); ++h) {
-            if (!std::equal(pos.begin(), pos.begin() + n_kv, pos.begin() + (size_t) h*n_kv)) {
-                throw std::invalid_argument(conf.spec + " keeps the same tokens in every head, and the heads of this sequence hold different ones: "
-                        "evict with it first, or clear the sequence");
-            }
-        }
-    }
     request r;
     r.prompt    = j.why == cause::prompt || q.gen < 0;
     r.room      = j.why == cause::room;
@@ -122,6 +123,9 @@ bool evictor::run(llama_context * lctx, const job & j, bool mask_only) {
         r.layers.push_back({ layout.n_slots(s, l), n_frozen[l], pos[l].data(), score[l].data() });
     }
     st.score_ms += ms_since(t0);
+    if (conf.pol->heads_alike()) {
+        check_alike(r, conf);
+    }
 
     t0 = ggml_time_us();
     if (conf.need.spans) {

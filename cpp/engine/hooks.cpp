@@ -96,8 +96,8 @@ bool engine::on_seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     for (const auto & r : todo) {
         auto & q = sequences[r.s];
         due.erase(std::remove_if(due.begin(), due.end(), [&](const job & j) { return j.s == r.s; }), due.end());
-        const bool differ = std::any_of(q.n_kept.begin(), q.n_kept.end(), [&](int32_t n) { return n != q.n_base; }); // by a policy of its own
-        stale |= cfg->layers_differ || differ; // else every layer begins at its first row, whatever is removed
+        // where layers differ, maybe by a policy of its own; else every one begins at its first row, whatever is removed
+        stale |= cfg->layers_differ || std::any_of(q.n_kept.begin(), q.n_kept.end(), [&](int32_t n) { return n != q.n_base; });
         if (r.end == 0) {
             empty(r.s);
             continue;

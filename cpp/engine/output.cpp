@@ -147,10 +147,9 @@ std::vector<float> scorer::output_norms(llama_context * lctx, uint32_t s, int32_
         return run_heads(lctx, s, ikv, graph, heads, [&]() {
             ggml_backend_tensor_set(g, gram.data(), 0, ggml_nbytes(g));
             for (size_t h = 0; h < copies.size(); ++h) {
-                if (!copies[h]) {
-                    continue;
+                if (auto * v = copies[h]) {
+                    ggml_backend_tensor_set(v, values.data() + (h*n_kv + n_kv - v->ne[1])*n_dim, 0, ggml_nbytes(v));
                 }
-                ggml_backend_tensor_set(copies[h], values.data() + (h*n_kv + n_kv - copies[h]->ne[1])*n_dim, 0, ggml_nbytes(copies[h]));
             }
         });
     }

@@ -52,7 +52,8 @@ layer_signals scorer::read_signals(llama_context * lctx, uint32_t s, int32_t ikv
         throw std::invalid_argument("the sequence is empty");
     }
     const auto & need = sequences[s].cfg->need;
-    const bool probed = need.probe != probe::none && !sequences[s].probed[ikv].empty(); // its queries have taken the place of the last ones
+    // whose queries have taken the place of the last ones
+    const bool probed = need.probe != probe::none && !sequences[s].probed[ikv].empty();
     if (need.future > 0)                   { read_fit(lctx, s, sig); }
     else if (need.window > 0 && !probed)   { read_attn(lctx, s, sig); }
     if (need.sums)       { sig.sums = taps.read_sums(s, ikv); }
@@ -92,8 +93,8 @@ void scorer::read_attn(llama_context * lctx, uint32_t s, layer_signals & sig) co
     std::sort(queries.begin(), queries.end(), [](const ring_query & a, const ring_query & b) { return a.pos < b.pos; });
     sig.n_query = (int32_t) queries.size();
     if (queries.empty()) {
-        throw std::invalid_argument("the queries of the window are gone, removed with the tail or taken by the questions of another policy: at least "
-                "one token has to be evaluated first");
+        throw std::invalid_argument("the queries of the window are gone, removed with the tail or taken by the questions of another "
+                "policy: at least one token has to be evaluated first");
     }
 
     float total = 0;

@@ -166,4 +166,15 @@ std::vector<span> segment(const llama_vocab * vocab, const std::vector<llama_tok
     return res;
 }
 
+void check_spans(const std::vector<span> & spans) {
+    int32_t end = 0;
+    for (const auto & sp : spans) {
+        if (sp.begin < end || sp.end <= sp.begin) {
+            throw std::invalid_argument("span [" + std::to_string(sp.begin) + ", " + std::to_string(sp.end) +
+                    ") overlaps another, is empty or out of order: spans are ascending and disjoint, [begin, end)");
+        }
+        end = sp.end;
+    }
+}
+
 } // namespace kvc

@@ -25,4 +25,7 @@ std::vector<span> separator_spans(const std::string & text, const std::string & 
 // lies; one of no text (an image, a BOS that the tokenizer put in front) to none. Throws if the model has no tokenizer.
 std::vector<span> segment(const llama_vocab * vocab, const std::vector<llama_token> & tokens, const char * separator);
 
+// Throws where one is empty, out of order or overlaps another.
+void check_spans(const std::vector<span> & spans);
+
 } // namespace kvc
